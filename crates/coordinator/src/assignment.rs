@@ -1,0 +1,301 @@
+//! Who reads which bytes: splits the needed ranges over the ranks. Pure.
+//!
+//! With exchange, each needed byte is read by exactly one rank:
+//!
+//! * *direct*: bytes that only one rank needs are read by it, where a whole read's worth of them lies together;
+//! * *pooled*: everything else (replicated bytes, row-parallel weights, tensors too small to be worth a read per rank)
+//!   goes, in reads that span tensors, to whichever rank has read least so far; the reader hands the bytes on.
+//!
+//! So a row-parallel weight is read by whole rows, never row by row, and the number of reads stays within twice
+//! `bytes / read_bytes` plus one for each run of tensors between skipped ones. Without exchange each rank reads all that
+//! it needs, across small gaps.
+
+use longshore_models::{
+    byte_range::ByteRange,
+    checkpoint::{Checkpoint, TensorId},
+    declare::Split,
+    placement::{PlacedPiece, Placement},
+};
+use longshore_rank::protocol::Read;
+
+/// What an assignment is made for.
+#[derive(Debug, Clone, Copy)]
+pub struct Policy {
+    /// Whether ranks hand bytes on to each other.
+    pub exchange: bool,
+    /// The longest read.
+    pub read_bytes: u64,
+    /// Without exchange: the longest gap between needed bytes that is read through.
+    pub gap_bytes: u64,
+    /// The most bytes that one rank contributes to an exchange round.
+    pub round_bytes: u64,
+}
+
+/// The reads of every rank.
+#[derive(Debug, Clone)]
+pub struct Assignment {
+    /// Per rank, in the order in which they are issued.
+    pub reads: Vec<Vec<Read>>,
+    /// Number of exchange rounds.
+    pub rounds: u32,
+}
+
+/// Splits what `placement` needs over its ranks.
+pub fn assign(placement: &Placement, checkpoint: &Checkpoint, policy: &Policy) -> Assignment {
+    if policy.exchange {
+        with_exchange(placement, checkpoint, policy)
+    } else {
+        without_exchange(placement, checkpoint, policy)
+    }
+}
+
+/// A run of needed bytes; `owner`: the only rank that needs them and reads them itself.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    file: u32,
+    range: ByteRange,
+    owner: Option<u32>,
+}
+
+fn with_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Policy) -> Assignment {
+    let ranks = placement.parallel.tp() as usize;
+    let mut share = Share {
+        reads: vec![Vec::new(); ranks],
+        loads: vec![0; ranks],
+        in_round: vec![0; ranks],
+        round: 0,
+        any_round: false,
+        round_bytes: policy.round_bytes,
+    };
+    for run in runs(placement, checkpoint, policy.read_bytes) {
+        let reads = cut(checkpoint, run.file, run.range, policy.read_bytes);
+        reads.for_each(|range| share.give(run.file, range, run.owner));
+    }
+    let rounds = share.round + u32::from(share.any_round);
+    Assignment {
+        reads: share.reads,
+        rounds,
+    }
+}
+
+/// Reads given out so far.
+struct Share {
+    reads: Vec<Vec<Read>>,
+    loads: Vec<u64>,
+    in_round: Vec<u64>,
+    round: u32,
+    any_round: bool,
+    round_bytes: u64,
+}
+
+impl Share {
+    fn give(&mut self, file: u32, range: ByteRange, owner: Option<u32>) {
+        let reader = owner.map_or_else(|| self.least_loaded(), |rank| rank as usize);
+        self.loads[reader] += range.len();
+        let round = owner.is_none().then(|| self.round_for(reader, range.len()));
+        self.reads[reader].push(Read { file, range, round });
+    }
+
+    fn least_loaded(&self) -> usize {
+        (0..self.loads.len())
+            .min_by_key(|&r| self.loads[r])
+            .unwrap_or(0)
+    }
+
+    fn round_for(&mut self, reader: usize, bytes: u64) -> u32 {
+        if self.in_round[reader] > 0 && self.in_round[reader] + bytes > self.round_bytes {
+            self.in_round.fill(0);
+            self.round += 1;
+        }
+        self.in_round[reader] += bytes;
+        self.any_round = true;
+        self.round
+    }
+}
+
+/// The needed bytes as runs in file order.
+fn runs(placement: &Placement, checkpoint: &Checkpoint, read_bytes: u64) -> Vec<Run> {
+    let mut runs = Vec::new();
+    for (id, tensor) in checkpoint.tensors.iter().enumerate() {
+        let pieces = placement.pieces_of(id as TensorId);
+        if pieces.is_empty() || tensor.file_range.is_empty() {
+            continue;
+        }
+        let mut push = |start: u64, end: u64, owner| {
+            let start = tensor.file_range.start + start;
+            let range = ByteRange::new(start, tensor.file_range.start + end);
+            extend(
+                &mut runs,
+                Run {
+                    file: tensor.file,
+                    range,
+                    owner,
+                },
+            );
+        };
+        match ownership(pieces, read_bytes) {
+            Ownership::Sole(rank) => push(0, tensor.file_range.len(), Some(rank)),
+            Ownership::Shared => push(0, tensor.file_range.len(), None),
+            Ownership::PerRank(piece) => {
+                for rank in piece.members.ranks() {
+                    let Some(part) = piece.members.part(rank) else {
+                        continue;
+                    };
+                    let ((r0, r1), _) = piece.part_rect(part);
+                    if r0 < r1 {
+                        push(r0 * piece.row_bytes, r1 * piece.row_bytes, Some(rank));
+                    }
+                }
+            }
+        }
+    }
+    if placement.parallel.tp() > 1 {
+        pool_short_runs(&mut runs, read_bytes);
+    }
+    runs
+}
+
+enum Ownership<'a> {
+    /// One rank needs all of the tensor, and no other needs any.
+    Sole(u32),
+    /// Each member needs a long contiguous part of its own.
+    PerRank(&'a PlacedPiece),
+    /// Anything else.
+    Shared,
+}
+
+fn ownership(pieces: &[PlacedPiece], read_bytes: u64) -> Ownership<'_> {
+    let sole = pieces[0].members.sole();
+    if let Some(rank) = sole
+        && pieces.iter().all(|p| p.members.sole() == sole)
+    {
+        return Ownership::Sole(rank);
+    }
+    let [piece] = pieces else {
+        return Ownership::Shared;
+    };
+    let long = piece.members.is_exclusive()
+        && matches!(piece.split, Split::Rows { per } if per * piece.row_bytes >= read_bytes);
+    if long {
+        Ownership::PerRank(piece)
+    } else {
+        Ownership::Shared
+    }
+}
+
+/// Adds a run, joined to the one before where both touch and have the same owner.
+fn extend(runs: &mut Vec<Run>, run: Run) {
+    match runs.last_mut() {
+        Some(last)
+            if last.file == run.file
+                && last.range.end == run.range.start
+                && last.owner == run.owner =>
+        {
+            last.range.end = run.range.end;
+        }
+        _ => runs.push(run),
+    }
+}
+
+/// A rank's own bytes that are fewer than a read are not worth one: they join the pool.
+fn pool_short_runs(runs: &mut Vec<Run>, read_bytes: u64) {
+    let mut pooled = Vec::with_capacity(runs.len());
+    for run in runs.drain(..) {
+        let owner = run.owner.filter(|_| run.range.len() >= read_bytes);
+        extend(&mut pooled, Run { owner, ..run });
+    }
+    *runs = pooled;
+}
+
+fn without_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Policy) -> Assignment {
+    let reads = (0..placement.parallel.tp()).map(|rank| {
+        let mut runs: Vec<Run> = Vec::new();
+        for (id, tensor) in checkpoint.tensors.iter().enumerate() {
+            let (file, start) = (tensor.file, tensor.file_range.start);
+            for piece in placement.pieces_of(id as TensorId) {
+                let Some(part) = piece.members.part(rank) else {
+                    continue;
+                };
+                // of a row-parallel weight, the whole rows: never a read per row
+                let ((r0, r1), (c0, c1)) = piece.part_rect(part);
+                if r0 == r1 || c0 == c1 {
+                    continue;
+                }
+                let range =
+                    ByteRange::new(start + r0 * piece.row_bytes, start + r1 * piece.row_bytes);
+                join(
+                    &mut runs,
+                    Run {
+                        file,
+                        range,
+                        owner: Some(rank),
+                    },
+                    policy.gap_bytes,
+                );
+            }
+        }
+        let cuts = runs.iter().flat_map(|run| {
+            let ranges = cut(checkpoint, run.file, run.range, policy.read_bytes);
+            ranges.map(|range| Read {
+                file: run.file,
+                range,
+                round: None,
+            })
+        });
+        cuts.collect()
+    });
+    Assignment {
+        reads: reads.collect(),
+        rounds: 0,
+    }
+}
+
+/// Adds a run, joined to the one before across a gap of at most `gap_bytes`.
+fn join(runs: &mut Vec<Run>, run: Run, gap_bytes: u64) {
+    match runs.last_mut() {
+        Some(last) if last.file == run.file && run.range.start <= last.range.end + gap_bytes => {
+            last.range.end = last.range.end.max(run.range.end);
+        }
+        _ => runs.push(run),
+    }
+}
+
+/// Cuts a run into reads of at most `read_bytes`, on page boundaries where these cut no element.
+fn cut(
+    checkpoint: &Checkpoint,
+    file: u32,
+    run: ByteRange,
+    read_bytes: u64,
+) -> impl Iterator<Item = ByteRange> {
+    let mut at = run.start;
+    std::iter::from_fn(move || {
+        if at == run.end {
+            return None;
+        }
+        let end = if run.end - at <= read_bytes {
+            run.end
+        } else {
+            cut_before(checkpoint, file, at, at + read_bytes)
+        };
+        let range = ByteRange::new(at, end);
+        at = end;
+        Some(range)
+    })
+}
+
+/// The best place to cut in `at + 8 .. limit`: no element is cut, and on a page boundary if possible.
+fn cut_before(checkpoint: &Checkpoint, file: u32, at: u64, limit: u64) -> u64 {
+    const PAGE: u64 = 4096;
+    // no element is longer than this
+    const ELEMENT: u64 = 8;
+    let page = limit - limit % PAGE;
+    let wanted = if page > at + ELEMENT { page } else { limit };
+    let tensors = &checkpoint.tensors;
+    let number = tensors.partition_point(|t| (t.file, t.file_range.end) <= (file, wanted));
+    match tensors.get(number) {
+        Some(t) if t.file == file && t.file_range.start < wanted => {
+            wanted - (wanted - t.file_range.start) % ELEMENT
+        }
+        _ => wanted,
+    }
+}

@@ -1,0 +1,264 @@
+//! Flags and arguments, and what they mean for a plan and a load.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use longshore_models::options::{KernelLayout, ModelOptions};
+use longshore_rank::storage::IoChoice;
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::{
+    error::LoadError,
+    load::RunOptions,
+    plan::{Exchange, PlanOptions},
+    synth::Scale,
+};
+
+/// Loads a large language model's checkpoint onto the ranks of a tensor-parallel server.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+pub(super) struct Cli {
+    /// Print one JSON document on stdout and nothing else there.
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+    /// What to log on stderr: off, error, warn, info, debug or trace.
+    #[arg(long, global = true, default_value = "info", value_name = "LEVEL")]
+    pub(super) log_level: LevelFilter,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Load a checkpoint onto N ranks until every one is complete.
+    Load(LoadArgs),
+    /// Show who would read, exchange and hold what; reads headers only.
+    Plan(PlanArgs),
+    /// Show what a checkpoint holds.
+    Inspect(InspectArgs),
+    /// Write a synthetic checkpoint.
+    Synth(SynthArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PlanArgs {
+    /// A checkpoint directory, or synth:FAMILY-SCHEME.
+    pub(super) source: String,
+    /// Tensor-parallel size.
+    #[arg(long, value_name = "N")]
+    tp: u32,
+    /// Expert-parallel size; divides --tp.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    ep: u32,
+    /// Which kernels to finish the parameters for: none, cutlass, flashinfer-cutlass, trtllm or aiter.
+    #[arg(long, value_name = "LAYOUT")]
+    kernel_layout: Option<KernelLayout>,
+    /// Make the shared expert the last routed expert.
+    #[arg(long)]
+    fuse_shared_experts: bool,
+    /// Load the prediction layer as the draft model, and nothing else.
+    #[arg(long)]
+    draft: bool,
+    /// Skip the vision tower.
+    #[arg(long, conflicts_with = "encoder_only")]
+    language_only: bool,
+    /// Load only the vision tower.
+    #[arg(long)]
+    encoder_only: bool,
+    /// Skip tensors that belong to no parameter, with a warning.
+    #[arg(long)]
+    allow_unknown: bool,
+    /// Whether ranks pass bytes to each other, so that each is read once.
+    #[arg(long, value_enum, default_value_t = ExchangeArg::Auto)]
+    exchange: ExchangeArg,
+    /// Staging memory that a rank may hold beside its parameters.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, default_value = "512MiB")]
+    memory_limit: u64,
+    /// The longest read [default: 2MiB, less where --memory-limit wants it].
+    #[arg(long, value_name = "BYTES", value_parser = parse_read_size)]
+    read_size: Option<u64>,
+    /// Ranks as actors of this process, or a process each.
+    #[arg(long, value_enum, default_value_t = RanksArg::Threads)]
+    ranks: RanksArg,
+    /// Where parameters live: cpu or cuda.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct LoadArgs {
+    #[command(flatten)]
+    pub(super) plan: PlanArgs,
+    /// Write each rank's finished parameters to this directory.
+    #[arg(long, value_name = "DIR")]
+    pub(super) out: Option<PathBuf>,
+    /// Reads in flight per rank [default: what storage and cores suggest].
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..=256))]
+    concurrency: Option<u16>,
+    /// Read through the page cache, past it, or as each file's state suggests.
+    #[arg(long, value_enum, default_value_t = IoArg::Auto)]
+    io: IoArg,
+    /// Do not hash the parameters afterwards.
+    #[arg(long)]
+    pub(super) no_digest: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct InspectArgs {
+    /// A checkpoint directory, or synth:FAMILY-SCHEME.
+    pub(super) source: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SynthArgs {
+    /// The directory to write; created if need be.
+    pub(super) dir: PathBuf,
+    /// Model family: llama, qwen3, qwen3_moe or deepseek_v3.
+    #[arg(long, value_name = "FAMILY")]
+    pub(super) model: String,
+    /// Quantisation scheme: bf16 or fp8.
+    #[arg(long, value_name = "SCHEME")]
+    pub(super) quant: String,
+    /// How large: tiny, small or full.
+    #[arg(long, default_value = "tiny")]
+    pub(super) scale: Scale,
+    /// Write real headers over holes: full length, no space taken.
+    #[arg(long)]
+    pub(super) headers_only: bool,
+    /// Seed of the random weights.
+    #[arg(long, default_value_t = 0)]
+    pub(super) seed: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ExchangeArg {
+    Auto,
+    On,
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum RanksArg {
+    Threads,
+    Processes,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum IoArg {
+    Auto,
+    Buffered,
+    Direct,
+}
+
+impl PlanArgs {
+    /// Refuses what the contract names but this version cannot do.
+    pub(super) fn check_supported(&self) -> Result<(), LoadError> {
+        let refuse = |option, reason: &str| {
+            Err(LoadError::Option {
+                option,
+                reason: reason.into(),
+            })
+        };
+        if self.ranks == RanksArg::Processes {
+            return refuse(
+                "--ranks processes",
+                "not supported yet; use --ranks threads",
+            );
+        }
+        match self.device.as_str() {
+            "cpu" => Ok(()),
+            "cuda" => refuse("--device cuda", "not supported yet; use --device cpu"),
+            d if d.starts_with("cuda:") => {
+                refuse("--device cuda", "not supported yet; use --device cpu")
+            }
+            other => refuse("--device", &format!("{other} is neither cpu nor cuda")),
+        }
+    }
+
+    pub(super) fn plan_options(&self) -> PlanOptions {
+        PlanOptions {
+            tp: self.tp,
+            ep: self.ep,
+            model: ModelOptions {
+                kernel_layout: self.kernel_layout,
+                fuse_shared_experts: self.fuse_shared_experts,
+                draft: self.draft,
+                language_only: self.language_only,
+                encoder_only: self.encoder_only,
+                allow_unknown: self.allow_unknown,
+            },
+            exchange: match self.exchange {
+                ExchangeArg::Auto => Exchange::Auto,
+                ExchangeArg::On => Exchange::On,
+                ExchangeArg::Off => Exchange::Off,
+            },
+            memory_limit: self.memory_limit,
+            read_bytes: self.read_size,
+        }
+    }
+}
+
+impl LoadArgs {
+    pub(super) fn run_options(&self) -> RunOptions {
+        RunOptions {
+            io: match self.io {
+                IoArg::Auto => IoChoice::Auto,
+                IoArg::Buffered => IoChoice::Buffered,
+                IoArg::Direct => IoChoice::Direct,
+            },
+            concurrency: self.concurrency.map(usize::from),
+        }
+    }
+}
+
+/// `1048576`, `512MiB`, `4 GiB`, `2GB`.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 8] = [
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("TiB", 1 << 40),
+        ("kB", 1000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("B", 1),
+    ];
+    let (number, unit) = UNITS
+        .iter()
+        .find_map(|(name, size)| Some((text.strip_suffix(name)?, *size)))
+        .unwrap_or((text, 1));
+    let number: u64 = number
+        .trim()
+        .parse()
+        .map_err(|_| "a number of bytes, for example 512MiB".to_owned())?;
+    number
+        .checked_mul(unit)
+        .ok_or_else(|| "too large".to_owned())
+}
+
+fn parse_read_size(text: &str) -> Result<u64, String> {
+    match parse_bytes(text)? {
+        bytes if (64 << 10..=1 << 30).contains(&bytes) => Ok(bytes),
+        _ => Err("64KiB to 1GiB".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn byte_counts_take_units() {
+        assert_eq!(parse_bytes("512MiB"), Ok(512 << 20));
+        assert_eq!(parse_bytes("2 GB"), Ok(2_000_000_000));
+        assert_eq!(parse_bytes("17"), Ok(17));
+        assert!(parse_bytes("1.5GiB").is_err() && parse_bytes("").is_err());
+        assert!(parse_bytes("99999999999TiB").is_err());
+    }
+}

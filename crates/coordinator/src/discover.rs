@@ -1,0 +1,189 @@
+//! Stage 1: reads configuration, index and headers of a checkpoint directory. No weight is read.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use longshore_models::{
+    checkpoint::{Checkpoint, CheckpointFile},
+    config::{CONFIG_FILE, Config},
+    error::CheckpointError,
+    header::{HeaderEntry, header_bytes, parse_header},
+    index::{INDEX_FILE, Index, SINGLE_FILE},
+};
+
+use crate::error::LoadError;
+
+/// Everything about a checkpoint but its weights.
+#[derive(Debug, Clone)]
+pub struct Discovered {
+    /// The directory.
+    pub dir: PathBuf,
+    /// `config.json`.
+    pub config: Config,
+    /// The validated headers.
+    pub checkpoint: Checkpoint,
+}
+
+impl Discovered {
+    /// Bytes of headers that were read.
+    pub fn header_bytes(&self) -> u64 {
+        self.checkpoint.files.iter().map(|f| f.header_bytes).sum()
+    }
+}
+
+/// Headers read at a time: enough to hide a network file system's latency.
+const HEADERS_IN_FLIGHT: usize = 8;
+
+/// Reads and validates the checkpoint in `dir`.
+///
+/// # Errors
+/// A file is missing, unreadable or damaged.
+pub fn discover(dir: &Path) -> Result<Discovered, LoadError> {
+    let config_path = dir.join(CONFIG_FILE);
+    let json = std::fs::read(&config_path).map_err(|e| io_error(&config_path, "reading", e))?;
+    let config = Config::parse(CONFIG_FILE, &json).map_err(|source| LoadError::Plan {
+        path: dir.into(),
+        source,
+    })?;
+    let damaged = |source| LoadError::Checkpoint {
+        path: dir.into(),
+        source,
+    };
+    let index = read_index(dir)?;
+    let names = match &index {
+        Some(index) => existing_files(dir, index).map_err(damaged)?,
+        None => unindexed_files(dir)?,
+    };
+    let headers = read_headers(dir, &names)?;
+    let checkpoint = Checkpoint::new(headers, index.as_ref()).map_err(damaged)?;
+    Ok(Discovered {
+        dir: dir.into(),
+        config,
+        checkpoint,
+    })
+}
+
+fn io_error(path: &Path, action: &'static str, source: io::Error) -> LoadError {
+    LoadError::Io {
+        path: path.into(),
+        action,
+        source,
+    }
+}
+
+fn read_index(dir: &Path) -> Result<Option<Index>, LoadError> {
+    let path = dir.join(INDEX_FILE);
+    match std::fs::read(&path) {
+        Ok(json) => Index::parse(&json)
+            .map(Some)
+            .map_err(|source| LoadError::Checkpoint {
+                path: dir.into(),
+                source,
+            }),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(io_error(&path, "reading", e)),
+    }
+}
+
+fn existing_files(dir: &Path, index: &Index) -> Result<Vec<String>, CheckpointError> {
+    let files = index.files();
+    if let Some(missing) = files.iter().find(|f| !dir.join(f).is_file()) {
+        let tensor = index
+            .entries()
+            .find(|(_, file)| file == missing)
+            .map_or("", |(t, _)| t);
+        return Err(CheckpointError::IndexMissingFile {
+            index: INDEX_FILE.into(),
+            tensor: tensor.into(),
+            found: (*missing).into(),
+        });
+    }
+    Ok(files.into_iter().map(str::to_owned).collect())
+}
+
+/// Without an index: `model.safetensors`, else every `*.safetensors` file.
+fn unindexed_files(dir: &Path) -> Result<Vec<String>, LoadError> {
+    if dir.join(SINGLE_FILE).is_file() {
+        return Ok(vec![SINGLE_FILE.to_owned()]);
+    }
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(|e| io_error(dir, "listing", e))? {
+        let entry = entry.map_err(|e| io_error(dir, "listing", e))?;
+        if let Ok(name) = entry.file_name().into_string()
+            && name.ends_with(".safetensors")
+        {
+            names.push(name);
+        }
+    }
+    if names.is_empty() {
+        let source = CheckpointError::NoFiles;
+        return Err(LoadError::Checkpoint {
+            path: dir.into(),
+            source,
+        });
+    }
+    names.sort();
+    Ok(names)
+}
+
+type Header = (CheckpointFile, Vec<HeaderEntry>);
+
+/// Reads all headers, several at a time; the error returned is that of the first file by name.
+fn read_headers(dir: &Path, names: &[String]) -> Result<Vec<Header>, LoadError> {
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new(Vec::with_capacity(names.len()));
+    std::thread::scope(|scope| {
+        for _ in 0..HEADERS_IN_FLIGHT.min(names.len()) {
+            scope.spawn(|| {
+                while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let header = read_header(dir, name);
+                    results
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push((name, header));
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    results.sort_by_key(|(name, _)| *name);
+    results.into_iter().map(|(_, header)| header).collect()
+}
+
+fn read_header(dir: &Path, name: &str) -> Result<Header, LoadError> {
+    let path = dir.join(name);
+    let failed = |e| io_error(&path, "reading the header", e);
+    let damaged = |source| LoadError::Checkpoint {
+        path: dir.into(),
+        source,
+    };
+    let file = File::open(&path).map_err(failed)?;
+    let bytes = file.metadata().map_err(failed)?.len();
+    let mut prefix = [0; 8];
+    let prefix = match file.read_exact_at(&mut prefix, 0) {
+        Ok(()) => &prefix[..],
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => &[],
+        Err(e) => return Err(failed(e)),
+    };
+    let json_bytes = header_bytes(name, prefix, bytes).map_err(damaged)?;
+    let mut json = vec![0; json_bytes as usize];
+    file.read_exact_at(&mut json, 8).map_err(failed)?;
+    let header_bytes = 8 + json_bytes;
+    let entries = parse_header(name, &json, bytes - header_bytes).map_err(damaged)?;
+    Ok((
+        CheckpointFile {
+            name: name.to_owned(),
+            bytes,
+            header_bytes,
+        },
+        entries,
+    ))
+}

@@ -1,0 +1,120 @@
+//! Why a load was refused or failed, the first cause first.
+
+use std::{io, path::PathBuf};
+
+use longshore_models::error::{CheckpointError, PlanError};
+use longshore_rank::error::RankError;
+
+/// Why there is no result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// The source is nothing that can be loaded.
+    #[error("{given}: {reason}")]
+    Source {
+        /// What the user gave.
+        given: String,
+        /// Why it is not a checkpoint.
+        reason: String,
+    },
+    /// A file could not be read or written.
+    #[error("{}: {action} failed", .path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The checkpoint is damaged.
+    #[error("{}", .path.display())]
+    Checkpoint {
+        /// The checkpoint directory.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: CheckpointError,
+    },
+    /// Checkpoint, configuration and options do not go together.
+    #[error("{}", .path.display())]
+    Plan {
+        /// The checkpoint directory.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: PlanError,
+    },
+    /// An option has a value that cannot be used.
+    #[error("{option}: {reason}")]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The host has too little memory for what the plan needs.
+    #[error(
+        "{ranks} ranks need {needed} of host memory ({parameters} of parameters, {staging} of staging), {available} are available; use fewer ranks per host or a smaller --memory-limit"
+    )]
+    HostMemory {
+        /// Ranks on this host.
+        ranks: u32,
+        /// What they need together.
+        needed: String,
+        /// Of that, parameters.
+        parameters: String,
+        /// Of that, staging.
+        staging: String,
+        /// What the host has.
+        available: String,
+    },
+    /// A rank gave up; the others were stopped.
+    #[error("rank {rank} failed")]
+    Rank {
+        /// The first rank that failed.
+        rank: u32,
+        /// Its cause.
+        #[source]
+        source: RankError,
+    },
+    /// A rank's actor died.
+    #[error("rank {rank} died: {reason}")]
+    RankDied {
+        /// The rank.
+        rank: u32,
+        /// What the supervisor was told.
+        reason: String,
+    },
+    /// The runtime or the actor system could not be started.
+    #[error("the runtime could not be started: {0}")]
+    Runtime(String),
+}
+
+impl LoadError {
+    /// The exit code of the command line: 2 for what the user can mend before any weight is read, 1 for a failed load.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            LoadError::Rank { .. } | LoadError::RankDied { .. } | LoadError::Runtime(_) => 1,
+            LoadError::Io { .. }
+            | LoadError::Source { .. }
+            | LoadError::Checkpoint { .. }
+            | LoadError::Plan { .. }
+            | LoadError::Option { .. }
+            | LoadError::HostMemory { .. } => 2,
+        }
+    }
+
+    /// The error and all its causes in one line.
+    pub fn line(&self) -> String {
+        let mut line = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(e) = cause {
+            line.push_str(": ");
+            line.push_str(&e.to_string());
+            cause = e.source();
+        }
+        line.replace('\n', " ")
+    }
+}

@@ -1,0 +1,168 @@
+//! The whole load on one screen: open the files, check the memory, run the ranks, collect what they hold.
+
+use std::{sync::Arc, time::Instant};
+
+use longshore_rank::{
+    params::ReadyParams,
+    protocol::{Progress, RankReport},
+    storage::{CheckpointSource, IoChoice},
+    stream::slab_bytes,
+};
+use ractor::Actor;
+use tokio::sync::oneshot;
+use tracing::info;
+
+use crate::{
+    error::LoadError,
+    plan::Plan,
+    report::bytes_text,
+    supervisor::{Supervisor, SupervisorArguments},
+};
+
+/// How a planned load is carried out.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RunOptions {
+    /// Through the page cache or past it.
+    pub io: IoChoice,
+    /// Reads in flight per rank; `None`: what storage and cores suggest.
+    pub concurrency: Option<usize>,
+}
+
+/// A group of ranks that are all complete.
+#[derive(Debug)]
+pub struct Group {
+    /// Each rank's finished parameters.
+    pub ranks: Vec<ReadyParams>,
+    /// What each rank did.
+    pub reports: Vec<RankReport>,
+    /// Seconds from opening the files until every rank was ready.
+    pub seconds: f64,
+}
+
+/// The counters of a load's ranks, to be watched while it runs.
+pub fn progress_of(plan: &Plan) -> Vec<Arc<Progress>> {
+    plan.load.reads.iter().map(|_| Arc::default()).collect()
+}
+
+/// Runs `plan`, with all ranks as actors of this process.
+///
+/// Returns only when every parameter of every rank is complete. `progress` comes from [`progress_of`].
+///
+/// # Errors
+/// The first failure of any rank; all ranks are stopped and nothing is handed out.
+pub async fn load(
+    plan: &Plan,
+    options: &RunOptions,
+    progress: Vec<Arc<Progress>>,
+) -> Result<Group, LoadError> {
+    let started = Instant::now();
+    let sources = open_sources(plan, options.io)?;
+    let concurrency = concurrency(plan, options, &sources);
+    check_host_memory(plan, concurrency)?;
+    let (done, outcome) = oneshot::channel();
+    let arguments = SupervisorArguments {
+        generation: 1,
+        plan: Arc::clone(&plan.load),
+        sources: Arc::new(sources),
+        concurrency,
+        progress,
+        done,
+    };
+    let (_, handle) = Actor::spawn(None, Supervisor, arguments)
+        .await
+        .map_err(|e| LoadError::Runtime(e.to_string()))?;
+    let outcome = outcome
+        .await
+        .map_err(|e| LoadError::Runtime(e.to_string()))?;
+    let ready = outcome?;
+    let seconds = started.elapsed().as_secs_f64();
+    // the actors have nothing left to do; only their mailboxes go away here
+    handle
+        .await
+        .map_err(|e| LoadError::Runtime(e.to_string()))?;
+    let (ranks, reports) = ready.into_iter().unzip();
+    Ok(Group {
+        ranks,
+        reports,
+        seconds,
+    })
+}
+
+fn open_sources(plan: &Plan, io: IoChoice) -> Result<Vec<CheckpointSource>, LoadError> {
+    let files = &plan.checkpoint().files;
+    let mut sources = Vec::with_capacity(files.len());
+    for file in files {
+        let source = CheckpointSource::open(&plan.dir, &file.name, io)
+            .map_err(|source| LoadError::Rank { rank: 0, source })?;
+        if source.bytes != file.bytes {
+            let (path, tensor) = (plan.dir.clone(), "(whole file)".to_owned());
+            let source = longshore_models::error::CheckpointError::FileLength {
+                file: file.name.clone(),
+                data_start: file.header_bytes,
+                expected: file.bytes - file.header_bytes,
+                found: source.bytes.saturating_sub(file.header_bytes),
+                tensor,
+            };
+            return Err(LoadError::Checkpoint { path, source });
+        }
+        sources.push(source);
+    }
+    let direct = sources.iter().filter(|s| s.mode.direct).count();
+    if let Some(first) = sources.first() {
+        info!(
+            "{} files: {direct} read past the page cache, {} through it ({}: {}{})",
+            sources.len(),
+            sources.len() - direct,
+            first.name,
+            first.mode.reason,
+            first
+                .mode
+                .resident
+                .map(|r| format!(", {:.0} % resident", r * 100.0))
+                .unwrap_or_default(),
+        );
+    }
+    Ok(sources)
+}
+
+/// Direct reads that keep a fast disk busy, all ranks together.
+const DIRECT_IN_FLIGHT: usize = 16;
+
+/// Reads in flight per rank: as many as were asked for or as the storage wants, within the staging memory.
+fn concurrency(plan: &Plan, options: &RunOptions, sources: &[CheckpointSource]) -> usize {
+    let ranks = plan.load.reads.len();
+    let suggested = if sources.iter().any(|s| s.mode.direct) {
+        (DIRECT_IN_FLIGHT / ranks).max(4)
+    } else {
+        // a buffered read is a copy by the CPU
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        (2 * cores / ranks).clamp(1, 16)
+    };
+    let count = options.concurrency.unwrap_or(suggested).max(1);
+    count.min(plan.slabs_max() as usize)
+}
+
+/// Refuses up front what the host cannot hold: being killed halfway helps nobody.
+fn check_host_memory(plan: &Plan, concurrency: usize) -> Result<(), LoadError> {
+    let ranks = plan.load.reads.len() as u64;
+    let parameters = ranks * plan.placement().parameter_bytes();
+    let staging = ranks * concurrency as u64 * slab_bytes(plan.load.read_bytes_max);
+    match available_memory() {
+        Some(available) if parameters + staging > available => Err(LoadError::HostMemory {
+            ranks: ranks as u32,
+            needed: bytes_text(parameters + staging),
+            parameters: bytes_text(parameters),
+            staging: bytes_text(staging),
+            available: bytes_text(available),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// `MemAvailable` of `/proc/meminfo`, in bytes.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}

@@ -1,0 +1,273 @@
+//! The plan of a load: placement and assignment, with what they will cost. Data; made once, then trusted.
+
+use std::{path::PathBuf, sync::Arc};
+
+use longshore_models::{
+    arch::Model, checkpoint::Checkpoint, options::ModelOptions, parallel::Parallel,
+    placement::Placement,
+};
+use longshore_rank::{
+    protocol::{LoadPlan, Read},
+    scatter::tensors_in,
+    stream::slab_bytes,
+};
+
+use crate::{
+    assignment::{Assignment, Policy, assign},
+    discover::Discovered,
+    error::LoadError,
+};
+
+/// Whether ranks pass bytes to each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Exchange {
+    /// Whichever the cost model prefers.
+    #[default]
+    Auto,
+    /// Each byte is read once.
+    On,
+    /// Each rank reads all that it needs.
+    Off,
+}
+
+/// What a plan is made for.
+#[derive(Debug, Clone, Copy)]
+pub struct PlanOptions {
+    /// Tensor-parallel size.
+    pub tp: u32,
+    /// Expert-parallel size.
+    pub ep: u32,
+    /// Which part of the model, finished for which kernels.
+    pub model: ModelOptions,
+    /// Whether ranks exchange bytes.
+    pub exchange: Exchange,
+    /// Staging memory that a rank may hold, in bytes.
+    pub memory_limit: u64,
+    /// The longest read, in bytes; `None`: [`READ_BYTES`], or less where the memory limit wants it.
+    pub read_bytes: Option<u64>,
+}
+
+impl Default for PlanOptions {
+    /// One rank, everything else as the command line has it by default.
+    fn default() -> Self {
+        Self {
+            tp: 1,
+            ep: 1,
+            model: ModelOptions::default(),
+            exchange: Exchange::Auto,
+            memory_limit: MEMORY_LIMIT,
+            read_bytes: None,
+        }
+    }
+}
+
+/// The longest read by default. 2 MiB keep one virtual disk busy with 16 in flight (2.40 GB/s; 8 MiB × 4: 2.24), and a
+/// slab of it stays in a core's cache between the read and the copy.
+pub const READ_BYTES: u64 = 2 << 20;
+
+/// Staging memory of a rank by default.
+pub const MEMORY_LIMIT: u64 = 512 << 20;
+
+/// The least `--memory-limit` that can work: one slab of the smallest read.
+pub const MEMORY_LIMIT_MIN: u64 = 128 << 10;
+
+/// Exchange rounds of at most this many bytes per rank (design: 64 to 256 MiB).
+const ROUND_BYTES: u64 = 64 << 20;
+
+/// Without exchange: gaps up to this length are read through. A read costs about as much as 64 KiB of bandwidth.
+const GAP_BYTES: u64 = 64 << 10;
+
+/// What one rank will do. Sizes in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RankForecast {
+    /// Weight bytes that it will ask of storage.
+    pub storage_bytes: u64,
+    /// Reads that it will issue.
+    pub reads: u64,
+    /// Bytes that it will receive from other ranks.
+    pub received_bytes: u64,
+    /// Bytes that it will hand to other ranks.
+    pub sent_bytes: u64,
+}
+
+/// A checked plan.
+#[derive(Debug)]
+pub struct Plan {
+    /// The checkpoint's directory.
+    pub dir: PathBuf,
+    /// The model.
+    pub model: Model,
+    /// What the ranks agree on.
+    pub load: Arc<LoadPlan>,
+    /// What each rank will do.
+    pub forecast: Vec<RankForecast>,
+    /// Checkpoint bytes that any rank needs, each counted once.
+    pub needed_bytes: u64,
+    /// Bytes of headers that were read.
+    pub header_bytes: u64,
+    /// Exchange rounds.
+    pub rounds: u32,
+    /// Why exchange is on or off.
+    pub exchange_reason: String,
+    /// Staging memory that a rank may hold.
+    pub memory_limit: u64,
+}
+
+impl Plan {
+    /// Plans a load of `discovered`.
+    ///
+    /// # Errors
+    /// Whatever makes a complete and correct load impossible; see [`Placement::new`].
+    pub fn new(discovered: Discovered, options: &PlanOptions) -> Result<Self, LoadError> {
+        let header_bytes = discovered.header_bytes();
+        let Discovered {
+            dir,
+            config,
+            checkpoint,
+        } = discovered;
+        let refused = |source| LoadError::Plan {
+            path: dir.clone(),
+            source,
+        };
+        let parallel = Parallel::new(options.tp, options.ep).map_err(refused)?;
+        let model = Model::new(config, options.model).map_err(refused)?;
+        let placement = Placement::new(&model, &checkpoint, parallel).map_err(refused)?;
+        let read_bytes = read_bytes(options)?;
+        let needed_bytes = placement.needed_bytes(&checkpoint);
+        let (exchange, exchange_reason) = choose_exchange(
+            options.exchange,
+            &placement,
+            &checkpoint,
+            read_bytes,
+            needed_bytes,
+        );
+        let Assignment { reads, rounds } =
+            assign(&placement, &checkpoint, &policy(exchange, read_bytes));
+        let load = LoadPlan {
+            checkpoint: Arc::new(checkpoint),
+            placement: Arc::new(placement),
+            reads,
+            exchange,
+            read_bytes_max: read_bytes,
+        };
+        check_reads(&load, needed_bytes);
+        Ok(Self {
+            forecast: forecast(&load),
+            dir,
+            model,
+            load: Arc::new(load),
+            needed_bytes,
+            header_bytes,
+            rounds,
+            exchange_reason,
+            memory_limit: options.memory_limit,
+        })
+    }
+
+    /// Where each byte belongs.
+    pub fn placement(&self) -> &Placement {
+        &self.load.placement
+    }
+
+    /// The checkpoint's headers.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.load.checkpoint
+    }
+
+    /// Slabs that fit into the memory limit.
+    pub fn slabs_max(&self) -> u64 {
+        (self.memory_limit / slab_bytes(self.load.read_bytes_max)).max(1)
+    }
+}
+
+fn read_bytes(options: &PlanOptions) -> Result<u64, LoadError> {
+    if options.memory_limit < MEMORY_LIMIT_MIN {
+        let reason = format!(
+            "{} bytes; at least {MEMORY_LIMIT_MIN} are needed",
+            options.memory_limit
+        );
+        return Err(LoadError::Option {
+            option: "--memory-limit",
+            reason,
+        });
+    }
+    let wanted = options.read_bytes.unwrap_or(READ_BYTES);
+    // room for a handful of slabs where the limit allows it, for one in any case
+    let fits = (options.memory_limit / 4).max(MEMORY_LIMIT_MIN / 2);
+    let fits = (1 << fits.ilog2()).min(options.memory_limit - slab_bytes(0));
+    Ok(wanted.min(fits))
+}
+
+fn policy(exchange: bool, read_bytes: u64) -> Policy {
+    Policy {
+        exchange,
+        read_bytes,
+        gap_bytes: GAP_BYTES,
+        round_bytes: ROUND_BYTES,
+    }
+}
+
+/// Storage costs at least as much per byte as handing it on within a host, so `auto` compares bytes read alone.
+fn choose_exchange(
+    choice: Exchange,
+    placement: &Placement,
+    checkpoint: &Checkpoint,
+    read_bytes: u64,
+    needed_bytes: u64,
+) -> (bool, String) {
+    match choice {
+        Exchange::On => (true, "asked for".into()),
+        Exchange::Off => (false, "asked for".into()),
+        Exchange::Auto if placement.parallel.tp() == 1 => {
+            (true, "one rank: nothing to pass on".into())
+        }
+        Exchange::Auto => {
+            let alone = assign(placement, checkpoint, &policy(false, read_bytes));
+            let bytes: u64 = alone.reads.iter().flatten().map(|r| r.range.len()).sum();
+            let reason = format!("{needed_bytes} bytes to read with exchange, {bytes} without");
+            (needed_bytes <= bytes, reason)
+        }
+    }
+}
+
+/// With exchange the reads cover the needed bytes, each once. A violation is a bug of ours.
+fn check_reads(load: &LoadPlan, needed_bytes: u64) {
+    if !load.exchange {
+        return;
+    }
+    let mut all: Vec<&Read> = load.reads.iter().flatten().collect();
+    all.sort_by_key(|r| (r.file, r.range.start));
+    let overlap = all
+        .windows(2)
+        .any(|w| w[0].file == w[1].file && w[0].range.end > w[1].range.start);
+    let bytes: u64 = all.iter().map(|r| r.range.len()).sum();
+    assert!(
+        !overlap && bytes == needed_bytes,
+        "assignment reads {bytes} of {needed_bytes} bytes"
+    );
+}
+
+fn forecast(load: &LoadPlan) -> Vec<RankForecast> {
+    let mut forecast = vec![RankForecast::default(); load.reads.len()];
+    for (reader, reads) in load.reads.iter().enumerate() {
+        for read in reads {
+            forecast[reader].storage_bytes += read.range.len();
+            forecast[reader].reads += 1;
+            if read.round.is_none() {
+                continue;
+            }
+            for (tensor, within, _) in tensors_in(&load.checkpoint, read.file, read.range) {
+                load.placement.spans(
+                    tensor,
+                    within,
+                    |r| r != reader as u32,
+                    |span| {
+                        forecast[reader].sent_bytes += span.source_bytes();
+                        forecast[span.rank as usize].received_bytes += span.source_bytes();
+                    },
+                );
+            }
+        }
+    }
+    forecast
+}

@@ -1,0 +1,83 @@
+//! Where a checkpoint comes from: a directory, or a synthetic one made on first use.
+
+use std::path::PathBuf;
+
+use crate::{
+    error::LoadError,
+    synth::{Scale, Synth},
+};
+
+/// Turns what the user gave into a checkpoint directory.
+///
+/// `synth:FAMILY-SCHEME` is written to the cache directory (`$XDG_CACHE_HOME` or `~/.cache`, `/longshore/synth`) unless
+/// it is there already.
+///
+/// # Errors
+/// Not a directory, or a kind of source that is not supported.
+pub fn resolve(given: &str) -> Result<PathBuf, LoadError> {
+    let refuse = |reason: &str| LoadError::Source {
+        given: given.into(),
+        reason: reason.into(),
+    };
+    if let Some(model) = given.strip_prefix("synth:") {
+        return synthetic(given, model);
+    }
+    if let Some((scheme, _)) = given.split_once("://") {
+        return Err(match scheme.to_ascii_lowercase().as_str() {
+            "s3" | "gs" | "az" => refuse("object storage is not supported yet"),
+            _ => refuse("unknown scheme; a directory or synth:FAMILY-SCHEME is expected"),
+        });
+    }
+    let path = PathBuf::from(given);
+    if path.is_dir() {
+        return Ok(path);
+    }
+    Err(match path.exists() {
+        true => refuse("not a directory; give the directory that holds config.json"),
+        false => refuse("no such directory (Hugging Face ids are not supported yet)"),
+    })
+}
+
+fn synthetic(given: &str, model: &str) -> Result<PathBuf, LoadError> {
+    let refuse = |reason: String| LoadError::Source {
+        given: given.into(),
+        reason,
+    };
+    let (family, scheme) = model.rsplit_once('-').ok_or_else(|| {
+        refuse("expected synth:FAMILY-SCHEME, for example synth:llama-bf16".into())
+    })?;
+    let synth = Synth::new(family, scheme).scale(Scale::Tiny);
+    synth.check()?;
+    let dir = cache_dir().ok_or_else(|| refuse("neither XDG_CACHE_HOME nor HOME is set".into()))?;
+    // the version keeps a checkpoint of an older generator from being taken for this one's
+    let name = format!("{family}-{scheme}-tiny-{}", env!("CARGO_PKG_VERSION"));
+    let target = dir.join("longshore/synth").join(name);
+    if target.is_dir() {
+        return Ok(target);
+    }
+    // written aside and renamed: a second process, or an interruption, never sees half of it
+    let aside = target.with_extension(format!("{}.tmp", std::process::id()));
+    synth.write(&aside)?;
+    match std::fs::rename(&aside, &target) {
+        Ok(()) => Ok(target),
+        Err(_) if target.is_dir() => {
+            // another process was faster; ours is not needed
+            let _ = std::fs::remove_dir_all(&aside);
+            Ok(target)
+        }
+        Err(source) => Err(LoadError::Io {
+            path: target,
+            action: "renaming",
+            source,
+        }),
+    }
+}
+
+fn cache_dir() -> Option<PathBuf> {
+    let set = |name| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
+    set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))
+}

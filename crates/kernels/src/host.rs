@@ -1,0 +1,8 @@
+//! Host implementations: plain loops over byte slices, the definition of every transform.
+
+pub mod blocks;
+pub mod cast;
+pub mod copy;
+pub mod float;
+pub mod mla;
+pub mod permute;

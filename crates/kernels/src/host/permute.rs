@@ -1,0 +1,45 @@
+//! Orders of rows. Each function answers: which source row becomes row `i` of the result? Source: reference §4.0.
+
+/// SHUF32 ("A", epilogue tile 128): row `32t + 8a + b` comes from row `32t + 4b + a`.
+pub fn shuffled32(i: usize) -> usize {
+    let (t, q) = (i / 32, i % 32);
+    32 * t + 4 * (q % 8) + q / 8
+}
+
+/// W31PERM: the two halves of `rows` interleaved (even rows from the first half), then [`shuffled32`].
+pub fn gated_shuffled32(i: usize, rows: usize) -> usize {
+    let j = shuffled32(i);
+    if j % 2 == 0 { j / 2 } else { rows / 2 + j / 2 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The golden vectors of §4.0.
+    #[test]
+    fn orders_begin_as_the_reference_says() {
+        let first: Vec<usize> = (0..16).map(shuffled32).collect();
+        assert_eq!(
+            first,
+            [0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29]
+        );
+        let gated: Vec<usize> = (0..20).map(|i| gated_shuffled32(i, 128)).collect();
+        let want = [
+            0, 2, 4, 6, 8, 10, 12, 14, 64, 66, 68, 70, 72, 74, 76, 78, 1, 3, 5, 7,
+        ];
+        assert_eq!(gated, want);
+    }
+
+    #[test]
+    fn orders_are_permutations() {
+        for rows in [32, 64, 96, 256] {
+            let mut a: Vec<usize> = (0..rows).map(shuffled32).collect();
+            let mut b: Vec<usize> = (0..rows).map(|i| gated_shuffled32(i, rows)).collect();
+            a.sort_unstable();
+            b.sort_unstable();
+            let all: Vec<usize> = (0..rows).collect();
+            assert_eq!((a, b), (all.clone(), all));
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! Model families: how one is chosen from the configuration, and what each declares.
+//!
+//! A family is one file of declarations; everything that it shares with others (linear layers, experts, vocabulary)
+//! is in [`crate::declare`].
+
+mod deepseek;
+mod dense;
+mod llama;
+pub(crate) mod moe;
+mod qwen3;
+mod qwen3_moe;
+
+use std::borrow::Cow;
+
+use crate::dtype::Dtype;
+
+use crate::{
+    config::Config,
+    declare::{Declaration, Declare, Lookup, Source},
+    error::PlanError,
+    options::{Layout, ModelOptions},
+    parallel::Parallel,
+    quant::Declared,
+};
+
+/// The model families.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// LlamaForCausalLM.
+    Llama,
+    /// Qwen3ForCausalLM.
+    Qwen3,
+    /// Qwen3MoeForCausalLM.
+    Qwen3Moe,
+    /// DeepseekV3ForCausalLM: DeepSeek V3, R1, V3.1 and Kimi-K2.
+    DeepseekV3,
+}
+
+impl Family {
+    const ALL: [(Family, &'static str, &'static str); 4] = [
+        (Family::Llama, "LlamaForCausalLM", "llama"),
+        (Family::Qwen3, "Qwen3ForCausalLM", "qwen3"),
+        (Family::Qwen3Moe, "Qwen3MoeForCausalLM", "qwen3_moe"),
+        (Family::DeepseekV3, "DeepseekV3ForCausalLM", "deepseek_v3"),
+    ];
+
+    /// The name used in manifest, JSON and `synth`.
+    pub fn name(self) -> &'static str {
+        Self::ALL
+            .iter()
+            .find(|(f, ..)| *f == self)
+            .map_or("", |(_, _, name)| name)
+    }
+
+    /// All family names.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        Self::ALL.iter().map(|(_, _, name)| *name)
+    }
+
+    /// The family of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL
+            .iter()
+            .find(|(_, _, n)| *n == name)
+            .map(|(f, ..)| *f)
+    }
+
+    /// The `architectures` entry of this family.
+    pub fn architecture(self) -> &'static str {
+        Self::ALL
+            .iter()
+            .find(|(f, ..)| *f == self)
+            .map_or("", |(_, arch, _)| arch)
+    }
+
+    /// Chooses by `architectures[0]`, never by `model_type` (contract §4, "family").
+    ///
+    /// # Errors
+    /// No architecture, or one that is not known.
+    pub fn from_config(config: &Config) -> Result<Self, PlanError> {
+        let name = config
+            .get("architectures")
+            .and_then(|v| v.get(0))
+            .and_then(|v| v.as_str());
+        let found = name.and_then(|name| Self::ALL.iter().find(|(_, arch, _)| *arch == name));
+        found.map(|(f, ..)| *f).ok_or_else(|| {
+            let known: Vec<&str> = Self::ALL.iter().map(|(_, arch, _)| *arch).collect();
+            config.wrong(
+                "architectures",
+                &format!("first entry one of {}", known.join(", ")),
+            )
+        })
+    }
+
+    /// The canonical spelling of a tensor name (contract §4: names without the leading `model.`).
+    pub fn canonical(self, name: &str) -> Cow<'_, str> {
+        match self {
+            Family::Qwen3 | Family::Qwen3Moe
+                if ["layers.", "embed_tokens.", "norm."]
+                    .iter()
+                    .any(|p| name.starts_with(p)) =>
+            {
+                Cow::Owned(format!("model.{name}"))
+            }
+            _ => Cow::Owned(name.to_owned()),
+        }
+    }
+}
+
+/// A model that is ready to be declared: family, configuration and the settled choices.
+#[derive(Debug, Clone)]
+pub struct Model {
+    /// The family.
+    pub family: Family,
+    /// The parsed `config.json`.
+    pub config: Config,
+    /// What it declares of quantisation.
+    pub declared: Declared,
+    /// The settled kernel layout.
+    pub layout: Layout,
+    /// The user's choices.
+    pub options: ModelOptions,
+    /// dtype of unquantised parameters (`torch_dtype`/`dtype`).
+    pub dtype: Dtype,
+}
+
+impl Model {
+    /// Reads family, quantisation and dtype from a configuration and checks the options against them.
+    ///
+    /// # Errors
+    /// Unknown family or method, options that do not fit the model.
+    pub fn new(config: Config, options: ModelOptions) -> Result<Self, PlanError> {
+        let family = Family::from_config(&config)?;
+        let declared = Declared::from_config(&config)?;
+        let layout = Layout::resolve(options.kernel_layout, declared.scheme)?;
+        let dtype = model_dtype(&config)?;
+        for (flag, given) in [
+            ("--language-only", options.language_only),
+            ("--encoder-only", options.encoder_only),
+        ] {
+            if given {
+                let found = format!("family {}", family.name());
+                return Err(PlanError::unsupported(
+                    flag,
+                    found,
+                    "needs a model with a vision tower",
+                ));
+            }
+        }
+        Ok(Self {
+            family,
+            config,
+            declared,
+            layout,
+            options,
+            dtype,
+        })
+    }
+
+    /// Declares every parameter and tensor of the model.
+    ///
+    /// # Errors
+    /// A configuration key that is missing or wrong, or dimensions that the parallel layout cannot cut.
+    pub fn declare(
+        &self,
+        parallel: Parallel,
+        lookup: &dyn Lookup,
+    ) -> Result<Declaration, PlanError> {
+        let mut d = Declare::new(parallel, self.layout, self.dtype, lookup);
+        match self.family {
+            Family::Llama => llama::declare(&mut d, self)?,
+            Family::Qwen3 => qwen3::declare(&mut d, self)?,
+            Family::Qwen3Moe => qwen3_moe::declare(&mut d, self)?,
+            Family::DeepseekV3 => deepseek::declare(&mut d, self)?,
+        }
+        Ok(d.finish())
+    }
+
+    /// Copies of main-model tensors that a published prediction layer holds; never loaded.
+    ///
+    /// # Errors
+    /// A configuration key that is missing or wrong.
+    pub fn prediction_copies(&self) -> Result<Vec<Source>, PlanError> {
+        match self.family {
+            Family::DeepseekV3 => deepseek::prediction_copies(self),
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Why a tensor that no parameter wants is skipped without complaint; `None`: it is unknown.
+    ///
+    /// Source: contract §4, "skipped without complaint".
+    pub fn skip_reason(&self, canonical: &str) -> Option<&'static str> {
+        if canonical.ends_with("rotary_emb.inv_freq") {
+            return Some("computed, not loaded");
+        }
+        match self.family {
+            Family::Llama | Family::Qwen3 | Family::Qwen3Moe => {
+                let tied = self.config.flag("tie_word_embeddings").unwrap_or(false);
+                (tied && canonical == "lm_head.weight").then_some("tied to the embedding")
+            }
+            Family::DeepseekV3 => deepseek::skip_reason(self, canonical),
+        }
+    }
+}
+
+/// `torch_dtype` or `dtype`, BF16 when neither is given.
+fn model_dtype(config: &Config) -> Result<Dtype, PlanError> {
+    let nested = config.nested("text_config");
+    let places = [Some(config), nested.as_ref()];
+    for place in places.into_iter().flatten() {
+        for key in ["torch_dtype", "dtype"] {
+            if place.get(key).is_none() {
+                continue;
+            }
+            return match place.text(key) {
+                Some("bfloat16") => Ok(Dtype::BF16),
+                Some("float16") => Ok(Dtype::F16),
+                Some("float32") => Ok(Dtype::F32),
+                _ => Err(place.wrong(key, "bfloat16, float16 or float32")),
+            };
+        }
+    }
+    Ok(Dtype::BF16)
+}

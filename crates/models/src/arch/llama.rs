@@ -1,0 +1,11 @@
+//! Llama 2 and 3. Source: reference §1.5, §2.9.
+
+use crate::{
+    arch::{Model, dense},
+    declare::Declare,
+    error::PlanError,
+};
+
+pub(super) fn declare(d: &mut Declare<'_>, model: &Model) -> Result<(), PlanError> {
+    dense::decoder(d, model, false)
+}

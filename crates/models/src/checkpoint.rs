@@ -1,0 +1,147 @@
+//! A checkpoint: every tensor by name, with dtype, shape, file and absolute byte range.
+
+use std::collections::HashMap;
+
+use crate::dtype::Dtype;
+
+use crate::{
+    byte_range::ByteRange,
+    error::CheckpointError,
+    header::HeaderEntry,
+    index::{INDEX_FILE, Index},
+};
+
+/// Index of a tensor in [`Checkpoint::tensors`]; the order is that of files and of bytes within a file.
+pub type TensorId = u32;
+
+/// One tensor of a checkpoint.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    /// Its name in the checkpoint.
+    pub name: String,
+    /// Its element type.
+    pub dtype: Dtype,
+    /// Its shape; empty for a scalar.
+    pub shape: Vec<u64>,
+    /// The file that holds it (index into [`Checkpoint::files`]).
+    pub file: u32,
+    /// Its bytes in that file, absolute.
+    pub file_range: ByteRange,
+}
+
+/// One checkpoint file.
+#[derive(Debug, Clone)]
+pub struct CheckpointFile {
+    /// Name within the checkpoint directory.
+    pub name: String,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Bytes before the data section: the length word and the header.
+    pub header_bytes: u64,
+}
+
+/// The validated headers of all files of a checkpoint.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    /// The files, sorted by name.
+    pub files: Vec<CheckpointFile>,
+    /// All tensors, in the order in which they lie in the files.
+    pub tensors: Vec<Tensor>,
+    by_name: HashMap<String, TensorId>,
+}
+
+impl Checkpoint {
+    /// Joins the parsed headers of all files, checked against the index where there is one.
+    ///
+    /// # Errors
+    /// A tensor in two files, a tensor that is not where the index says, or one that the index does not list.
+    pub fn new(
+        headers: Vec<(CheckpointFile, Vec<HeaderEntry>)>,
+        index: Option<&Index>,
+    ) -> Result<Self, CheckpointError> {
+        let mut headers = headers;
+        headers.sort_by(|a, b| a.0.name.cmp(&b.0.name));
+        let count = headers.iter().map(|(_, entries)| entries.len()).sum();
+        let mut this = Self {
+            files: Vec::with_capacity(headers.len()),
+            tensors: Vec::with_capacity(count),
+            by_name: HashMap::with_capacity(count),
+        };
+        for (file, entries) in headers {
+            this.add_file(file, entries)?;
+        }
+        if let Some(index) = index {
+            this.check_index(index)?;
+        }
+        Ok(this)
+    }
+
+    fn add_file(
+        &mut self,
+        file: CheckpointFile,
+        entries: Vec<HeaderEntry>,
+    ) -> Result<(), CheckpointError> {
+        let number = self.files.len() as u32;
+        for e in entries {
+            let id = self.tensors.len() as TensorId;
+            if let Some(other) = self.by_name.insert(e.name.clone(), id) {
+                let first = self.tensors[other as usize].file as usize;
+                return Err(CheckpointError::DuplicateTensor {
+                    tensor: e.name,
+                    first: self.files[first].name.clone(),
+                    second: file.name,
+                });
+            }
+            let ByteRange { start, end } = e.data_offsets;
+            self.tensors.push(Tensor {
+                name: e.name,
+                dtype: e.dtype,
+                shape: e.shape,
+                file: number,
+                file_range: ByteRange::new(file.header_bytes + start, file.header_bytes + end),
+            });
+        }
+        self.files.push(file);
+        Ok(())
+    }
+
+    fn check_index(&self, index: &Index) -> Result<(), CheckpointError> {
+        for (tensor, file) in index.entries() {
+            let found = self.get(tensor).map(|t| self.file_name(t));
+            if found != Some(file) {
+                return Err(CheckpointError::IndexMissingTensor {
+                    index: INDEX_FILE.into(),
+                    tensor: tensor.into(),
+                    expected: file.into(),
+                });
+            }
+        }
+        match self
+            .tensors
+            .iter()
+            .find(|t| index.file_of(&t.name).is_none())
+        {
+            Some(t) => Err(CheckpointError::NotInIndex {
+                file: self.file_name(t).into(),
+                tensor: t.name.clone(),
+                listed: "not at all".into(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// The tensor of that name.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.by_name.get(name).map(|&id| &self.tensors[id as usize])
+    }
+
+    /// The name of the file that holds `tensor`.
+    pub fn file_name(&self, tensor: &Tensor) -> &str {
+        &self.files[tensor.file as usize].name
+    }
+
+    /// Bytes of data of all tensors, headers not counted.
+    pub fn data_bytes(&self) -> u64 {
+        self.tensors.iter().map(|t| t.file_range.len()).sum()
+    }
+}

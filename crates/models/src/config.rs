@@ -1,0 +1,154 @@
+//! `config.json`: the few fields that decide shapes, heads and quantisation, read from the raw JSON.
+//!
+//! Raw, because the defaults and renames of configuration classes have been wrong before (GLM-5's rope size, the
+//! vision sizes of Kimi-K2.5); a key means what the published file says.
+
+use serde_json::Value;
+
+use crate::error::PlanError;
+
+/// The name of the main configuration file.
+pub const CONFIG_FILE: &str = "config.json";
+
+/// A JSON object with typed access; errors name the file and the key.
+#[derive(Debug, Clone)]
+pub struct Config {
+    file: String,
+    /// Where this object lies in the file (`text_config.` for a nested one).
+    prefix: String,
+    value: Value,
+}
+
+impl Config {
+    /// Parses a configuration file.
+    ///
+    /// # Errors
+    /// Not JSON, or not an object.
+    pub fn parse(file: &str, json: &[u8]) -> Result<Self, PlanError> {
+        let value: Value = serde_json::from_slice(json).map_err(|e| PlanError::ConfigSyntax {
+            file: file.into(),
+            reason: e.to_string(),
+        })?;
+        let this = Self {
+            file: file.into(),
+            prefix: String::new(),
+            value,
+        };
+        match this.value {
+            Value::Object(_) => Ok(this),
+            _ => Err(this.wrong("(top level)", "an object")),
+        }
+    }
+
+    /// The file's name, for messages.
+    pub fn file(&self) -> &str {
+        &self.file
+    }
+
+    /// The nested object under `key`, if there is one.
+    pub fn nested(&self, key: &str) -> Option<Config> {
+        let value = self.value.get(key)?;
+        value.is_object().then(|| Config {
+            file: self.file.clone(),
+            prefix: format!("{}{key}.", self.prefix),
+            value: value.clone(),
+        })
+    }
+
+    /// The raw value under `key`; JSON `null` counts as absent.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.value.get(key).filter(|v| !v.is_null())
+    }
+
+    /// The whole object.
+    pub fn value(&self) -> &Value {
+        &self.value
+    }
+
+    /// A required positive integer, below 2^32 (a sane dimension; keeps all products within 64 bits).
+    ///
+    /// # Errors
+    /// Absent, not a whole number, zero or too large.
+    pub fn dim(&self, key: &str) -> Result<u64, PlanError> {
+        match self.get(key).and_then(Value::as_u64) {
+            Some(n) if n > 0 && n < 1 << 32 => Ok(n),
+            _ => Err(self.wrong(key, "a positive integer below 2^32")),
+        }
+    }
+
+    /// An optional count; absent or `null` is `None`, zero is allowed.
+    ///
+    /// # Errors
+    /// Present, but no whole number below 2^32.
+    pub fn opt_count(&self, key: &str) -> Result<Option<u64>, PlanError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(v) => match v.as_u64() {
+                Some(n) if n < 1 << 32 => Ok(Some(n)),
+                _ => Err(self.wrong(key, "an integer below 2^32, or null")),
+            },
+        }
+    }
+
+    /// An optional positive integer with a default.
+    ///
+    /// # Errors
+    /// Present, but not a positive integer.
+    pub fn dim_or(&self, key: &str, default: u64) -> Result<u64, PlanError> {
+        if self.get(key).is_none() {
+            Ok(default)
+        } else {
+            self.dim(key)
+        }
+    }
+
+    /// An optional switch; absent is `false`.
+    ///
+    /// # Errors
+    /// Present, but not a boolean.
+    pub fn flag(&self, key: &str) -> Result<bool, PlanError> {
+        match self.get(key) {
+            None => Ok(false),
+            Some(v) => v.as_bool().ok_or_else(|| self.wrong(key, "true or false")),
+        }
+    }
+
+    /// An optional string.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.get(key).and_then(Value::as_str)
+    }
+
+    /// An optional list of strings; entries of another kind are left out.
+    pub fn texts(&self, key: &str) -> Vec<String> {
+        let list = self.get(key).and_then(Value::as_array);
+        list.into_iter()
+            .flatten()
+            .filter_map(|v| v.as_str().map(str::to_owned))
+            .collect()
+    }
+
+    /// The error for a key whose value cannot be used.
+    pub fn wrong(&self, key: &str, expected: &str) -> PlanError {
+        let found = match self.value.get(key) {
+            None => "nothing".to_owned(),
+            Some(v) => {
+                let mut text = v.to_string();
+                if text.len() > 80 {
+                    let cut = (0..=80)
+                        .rev()
+                        .find(|&i| text.is_char_boundary(i))
+                        .unwrap_or(0);
+                    text.truncate(cut);
+                    text.push('…');
+                }
+                text
+            }
+        };
+        PlanError::ConfigValue {
+            file: self.file.clone(),
+            key: format!("{}{key}", self.prefix),
+            expected: expected.into(),
+            found,
+        }
+    }
+}

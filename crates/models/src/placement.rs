@@ -1,0 +1,375 @@
+//! Placement: for every runtime parameter of every rank, exactly which source bytes land where.
+//!
+//! A [`Placement`] is a declaration matched with a checkpoint and proven: every needed tensor is there, once, with the
+//! right shape and dtype; every byte of every parameter is written by exactly one piece. It is linear in the number of
+//! tensors: the spans of one rank are computed when they are asked for ([`Placement::spans`]), never stored.
+
+mod lookup;
+mod span;
+mod validate;
+
+use crate::{
+    arch::Model,
+    byte_range::ByteRange,
+    checkpoint::{Checkpoint, Tensor, TensorId},
+    declare::{Accept, Alias, Declaration, Param, ParamId, Source, Split, rows_of},
+    dtype::{Dtype, elem_bytes},
+    error::PlanError,
+    parallel::{Members, Parallel},
+    transform::Finish,
+};
+
+use self::lookup::Names;
+pub use self::span::Span;
+
+/// A tensor that no rank needs, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// The tensor.
+    pub tensor: TensorId,
+    /// Why it is left where it is.
+    pub why: &'static str,
+}
+
+/// A rectangle of one tensor that lands in one parameter of each member rank; sizes in bytes.
+#[derive(Debug, Clone)]
+pub struct PlacedPiece {
+    /// The parameter.
+    pub param: ParamId,
+    /// The tensor's element type.
+    pub from: Dtype,
+    /// The parameter's element type.
+    pub to: Dtype,
+    /// Bytes of one row of the tensor.
+    pub row_bytes: u64,
+    /// The rows of the tensor that belong to this piece.
+    pub rows: (u64, u64),
+    /// How they are cut; `Cols.per` is in source bytes here.
+    pub split: Split,
+    /// Who holds which part.
+    pub members: Members,
+    /// First byte within the parameter.
+    pub target_offset: u64,
+    /// Bytes from one row to the next within the parameter.
+    pub target_stride: u64,
+}
+
+/// Everything that a group of ranks has to bring about.
+#[derive(Debug, Clone)]
+pub struct Placement {
+    /// The group.
+    pub parallel: Parallel,
+    /// The parameters; the same on every rank.
+    pub params: Vec<Param>,
+    /// What is computed once parameters are complete.
+    pub finishes: Vec<Finish>,
+    /// Second names.
+    pub aliases: Vec<Alias>,
+    /// Tensors that no rank needs.
+    pub skipped: Vec<Skipped>,
+    /// What looked odd but did no harm.
+    pub warnings: Vec<String>,
+    /// All pieces, ordered by tensor.
+    pieces: Vec<PlacedPiece>,
+    /// `pieces[first_piece[t]..first_piece[t + 1]]` are those of tensor `t`.
+    first_piece: Vec<u32>,
+}
+
+impl Placement {
+    /// Matches a model with a checkpoint and proves the result.
+    ///
+    /// # Errors
+    /// Anything that would leave a parameter incomplete or a tensor unexplained: missing, unknown or doubly supplied
+    /// tensors, wrong shapes and dtypes, dimensions that cannot be cut.
+    pub fn new(
+        model: &Model,
+        checkpoint: &Checkpoint,
+        parallel: Parallel,
+    ) -> Result<Self, PlanError> {
+        let names = Names::new(model, checkpoint)?;
+        let declaration = model.declare(parallel, &names)?;
+        names.check_schemes()?;
+        let matched = match_sources(&declaration, &names, checkpoint)?;
+        let (skipped, warnings) = explain_rest(model, checkpoint, &names, &declaration, &matched)?;
+        let (pieces, first_piece) = place(&declaration, &matched, checkpoint);
+        let Declaration {
+            params,
+            finishes,
+            aliases,
+            ..
+        } = declaration;
+        let this = Self {
+            parallel,
+            params,
+            finishes,
+            aliases,
+            skipped,
+            warnings,
+            pieces,
+            first_piece,
+        };
+        validate::check(&this, checkpoint)?;
+        Ok(this)
+    }
+
+    /// The pieces that a tensor's bytes land in; empty for a tensor that is skipped.
+    pub fn pieces_of(&self, tensor: TensorId) -> &[PlacedPiece] {
+        let t = tensor as usize;
+        &self.pieces[self.first_piece[t] as usize..self.first_piece[t + 1] as usize]
+    }
+
+    /// All pieces, ordered by tensor.
+    pub fn pieces(&self) -> &[PlacedPiece] {
+        &self.pieces
+    }
+
+    /// Bytes of checkpoint data that any rank needs, each counted once.
+    pub fn needed_bytes(&self, checkpoint: &Checkpoint) -> u64 {
+        let needed = |(t, tensor): (usize, &Tensor)| {
+            if self.pieces_of(t as TensorId).is_empty() {
+                0
+            } else {
+                tensor.file_range.len()
+            }
+        };
+        checkpoint.tensors.iter().enumerate().map(needed).sum()
+    }
+
+    /// Bytes of the parameters that one rank holds; aliases count nothing.
+    pub fn parameter_bytes(&self) -> u64 {
+        self.params.iter().map(|p| p.bytes).sum()
+    }
+
+    /// How many bytes pieces will write into each parameter of `rank`; 0 for derived ones.
+    pub fn landing_bytes(&self, rank: u32) -> Vec<u64> {
+        let mut bytes = vec![0; self.params.len()];
+        for piece in &self.pieces {
+            if let Some(part) = piece.members.part(rank) {
+                bytes[piece.param as usize] += piece.part_target_bytes(part);
+            }
+        }
+        bytes
+    }
+
+    /// Calls `each` with every span that `range` of `tensor` contributes to the ranks that `wanted` accepts.
+    ///
+    /// `range` is relative to the tensor and cuts no element. Offsets in the spans are relative to `range.start`.
+    pub fn spans(
+        &self,
+        tensor: TensorId,
+        range: ByteRange,
+        wanted: impl Fn(u32) -> bool,
+        mut each: impl FnMut(Span),
+    ) {
+        for piece in self.pieces_of(tensor) {
+            for rank in piece.members.ranks().filter(|&r| wanted(r)) {
+                if let Some(part) = piece.members.part(rank) {
+                    piece.spans(rank, part, range, &mut each);
+                }
+            }
+        }
+    }
+}
+
+impl PlacedPiece {
+    /// The rows and the bytes of each row that part `part` covers.
+    pub fn part_rect(&self, part: u32) -> ((u64, u64), (u64, u64)) {
+        let part = u64::from(part);
+        match self.split {
+            Split::Rows { per } => {
+                let first = (self.rows.0 + part * per).min(self.rows.1);
+                ((first, (first + per).min(self.rows.1)), (0, self.row_bytes))
+            }
+            Split::Cols { per } => {
+                let first = (part * per).min(self.row_bytes);
+                (self.rows, (first, (first + per).min(self.row_bytes)))
+            }
+        }
+    }
+
+    /// Bytes of the tensor that part `part` covers.
+    pub fn part_bytes(&self, part: u32) -> u64 {
+        let ((r0, r1), (c0, c1)) = self.part_rect(part);
+        (r1 - r0) * (c1 - c0)
+    }
+
+    fn part_target_bytes(&self, part: u32) -> u64 {
+        self.target_bytes(self.part_bytes(part))
+    }
+
+    /// Parameter bytes that `source` bytes of the tensor become.
+    pub fn target_bytes(&self, source: u64) -> u64 {
+        if self.from == self.to {
+            return source;
+        }
+        source / elem_bytes(self.from) * elem_bytes(self.to)
+    }
+
+    /// Bytes of the parameter that are reserved for one part, clipped or not.
+    fn reserved_bytes(&self) -> u64 {
+        let rows = match self.split {
+            Split::Rows { per } => per,
+            Split::Cols { .. } => self.rows.1 - self.rows.0,
+        };
+        rows * self.target_stride
+    }
+}
+
+/// The tensor of each source; checks shape and dtype.
+fn match_sources(
+    declaration: &Declaration,
+    names: &Names<'_>,
+    checkpoint: &Checkpoint,
+) -> Result<Vec<TensorId>, PlanError> {
+    let mut matched = Vec::with_capacity(declaration.sources.len());
+    for (number, source) in declaration.sources.iter().enumerate() {
+        let Some(id) = names.tensor(&source.name) else {
+            let param = wanting_param(declaration, number as u32);
+            return Err(PlanError::MissingTensor {
+                tensor: source.name.clone(),
+                param,
+            });
+        };
+        check_form(source, &checkpoint.tensors[id as usize], checkpoint)?;
+        matched.push(id);
+    }
+    Ok(matched)
+}
+
+fn wanting_param(declaration: &Declaration, source: u32) -> String {
+    let piece = declaration.pieces.iter().find(|p| p.source == source);
+    piece.map_or_else(
+        || "(none; its fused partner)".to_owned(),
+        |p| declaration.params[p.param as usize].name.clone(),
+    )
+}
+
+fn check_form(source: &Source, tensor: &Tensor, checkpoint: &Checkpoint) -> Result<(), PlanError> {
+    let scalar = source.shape.is_empty() && tensor.shape == [1];
+    if tensor.shape != source.shape && !scalar {
+        return Err(PlanError::WrongShape {
+            file: checkpoint.file_name(tensor).into(),
+            tensor: tensor.name.clone(),
+            expected: source.shape.clone(),
+            found: tensor.shape.clone(),
+        });
+    }
+    let (fits, expected) = match source.accept {
+        Accept::Exactly(dtype) => (tensor.dtype == dtype, dtype.to_string()),
+        Accept::AnyFloat => (
+            matches!(
+                tensor.dtype,
+                Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64
+            ),
+            "BF16, F16, F32 or F64".to_owned(),
+        ),
+        Accept::AnyInt => (
+            matches!(tensor.dtype, Dtype::I32 | Dtype::I64),
+            "I64 or I32".to_owned(),
+        ),
+    };
+    if fits {
+        return Ok(());
+    }
+    Err(PlanError::WrongDtype {
+        file: checkpoint.file_name(tensor).into(),
+        tensor: tensor.name.clone(),
+        expected,
+        found: tensor.dtype,
+    })
+}
+
+/// Every tensor that nothing matched must have a reason to be there.
+fn explain_rest(
+    model: &Model,
+    checkpoint: &Checkpoint,
+    names: &Names<'_>,
+    declaration: &Declaration,
+    matched: &[TensorId],
+) -> Result<(Vec<Skipped>, Vec<String>), PlanError> {
+    let mut used = vec![false; checkpoint.tensors.len()];
+    for &id in matched {
+        used[id as usize] = true;
+    }
+    let mut skipped: Vec<Skipped> = declaration
+        .unplaced
+        .iter()
+        .map(|&(source, why)| Skipped {
+            tensor: matched[source as usize],
+            why,
+        })
+        .collect();
+    let mut warnings = Vec::new();
+    for (id, tensor) in checkpoint
+        .tensors
+        .iter()
+        .enumerate()
+        .filter(|(id, _)| !used[*id])
+    {
+        let tensor_id = id as TensorId;
+        if let Some(why) = model.skip_reason(names.canonical(tensor_id)) {
+            skipped.push(Skipped {
+                tensor: tensor_id,
+                why,
+            });
+        } else if model.options.allow_unknown {
+            skipped.push(Skipped {
+                tensor: tensor_id,
+                why: "unknown; allowed by --allow-unknown",
+            });
+            warnings.push(format!(
+                "tensor {} belongs to no parameter and is skipped",
+                tensor.name
+            ));
+        } else {
+            return Err(PlanError::UnknownTensor {
+                file: checkpoint.file_name(tensor).into(),
+                tensor: tensor.name.clone(),
+                dtype: tensor.dtype,
+                shape: tensor.shape.clone(),
+                family: model.family.name().into(),
+            });
+        }
+    }
+    skipped.sort_by_key(|s| s.tensor);
+    Ok((skipped, warnings))
+}
+
+/// Pieces in units of bytes, ordered by tensor.
+fn place(
+    declaration: &Declaration,
+    matched: &[TensorId],
+    checkpoint: &Checkpoint,
+) -> (Vec<PlacedPiece>, Vec<u32>) {
+    let tensor_of = |p: &crate::declare::Piece| matched[p.source as usize];
+    let mut order: Vec<u32> = (0..declaration.pieces.len() as u32).collect();
+    order.sort_by_key(|&i| tensor_of(&declaration.pieces[i as usize]));
+    let mut first_piece = vec![0u32; checkpoint.tensors.len() + 1];
+    let mut pieces = Vec::with_capacity(order.len());
+    for i in order {
+        let piece = &declaration.pieces[i as usize];
+        let id = tensor_of(piece) as usize;
+        let tensor = &checkpoint.tensors[id];
+        let elem = elem_bytes(tensor.dtype);
+        let split = match piece.split {
+            Split::Cols { per } => Split::Cols { per: per * elem },
+            rows => rows,
+        };
+        pieces.push(PlacedPiece {
+            param: piece.param,
+            from: tensor.dtype,
+            to: declaration.params[piece.param as usize].dtype,
+            row_bytes: tensor.file_range.len() / rows_of(&tensor.shape).max(1),
+            rows: piece.rows,
+            split,
+            members: piece.members,
+            target_offset: piece.target_offset,
+            target_stride: piece.target_stride,
+        });
+        first_piece[id + 1] += 1;
+    }
+    for t in 1..first_piece.len() {
+        first_piece[t] += first_piece[t - 1];
+    }
+    (pieces, first_piece)
+}

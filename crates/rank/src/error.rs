@@ -1,0 +1,78 @@
+//! What can go wrong on a rank, with file, range and numbers.
+
+use std::io;
+
+/// Why a rank gave up.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RankError {
+    /// A file cannot be opened.
+    #[error("{file}: cannot be opened")]
+    Open {
+        /// The checkpoint file.
+        file: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A read failed.
+    #[error("{file}: reading {bytes} bytes at offset {offset} failed")]
+    Read {
+        /// The checkpoint file.
+        file: String,
+        /// First byte of the read.
+        offset: u64,
+        /// Its length.
+        bytes: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file ended before the range did.
+    #[error("{file}: ends at offset {found}, {expected} bytes were there when its header was read")]
+    Truncated {
+        /// The checkpoint file.
+        file: String,
+        /// Where it ends now.
+        found: u64,
+        /// How long it was.
+        expected: u64,
+    },
+    /// Memory could not be had.
+    #[error("{what}: {bytes} bytes of memory could not be allocated")]
+    Memory {
+        /// What it was for.
+        what: &'static str,
+        /// How much.
+        bytes: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A thread could not be started.
+    #[error("a worker thread could not be started")]
+    Thread(#[source] io::Error),
+    /// More bytes landed in a parameter than belong there: a bug of ours.
+    #[error(
+        "{param}: {found} bytes landed where {expected} were still missing; please report this"
+    )]
+    OverfullParam {
+        /// The parameter.
+        param: String,
+        /// Bytes that landed.
+        found: u64,
+        /// Bytes that were missing.
+        expected: u64,
+    },
+    /// A conversion or transform that the plan should not contain: a bug of ours.
+    #[error("{param}: {what}; please report this")]
+    Transform {
+        /// The parameter.
+        param: String,
+        /// What is not known.
+        what: String,
+    },
+    /// A worker panicked: a bug of ours.
+    #[error("a worker of this rank panicked: {0}; please report this")]
+    Panicked(String),
+}

@@ -1,0 +1,30 @@
+//! One rank of a load: reads its assignment, places the bytes in its own and other ranks' parameters, finishes them.
+//!
+//! | stage | modules | in → out |
+//! |---|---|---|
+//! | words shared with the coordinator | [`protocol`] | commands down, events up, each with its generation |
+//! | memory | [`region`], [`params`], [`staging`] | placement → addresses that never change |
+//! | storage | [`storage`] | file and range → bytes |
+//! | streaming | [`stream`], [`scatter`] | assignment → bytes in parameters |
+//! | post-processing | [`post_process`] | complete parameters → derived ones |
+//! | the actor | [`state`], [`actor`] | events → decisions → effects |
+//!
+//! Invariants:
+//!
+//! * RNK-1: a byte of a parameter is written by one span only. The placement proves it; so ranks of one process may
+//!   write into each other's parameters without locks.
+//! * RNK-2: a parameter is read (post-processed, handed out) only after all its bytes have landed.
+//! * RNK-3: staging memory stays within its limit and is back at zero when a load ends, whichever way it ends.
+//! * RNK-4: a message of another generation changes nothing.
+
+pub mod actor;
+pub mod error;
+pub mod params;
+pub mod post_process;
+pub mod protocol;
+pub mod region;
+pub mod scatter;
+pub mod staging;
+pub mod state;
+pub mod storage;
+pub mod stream;

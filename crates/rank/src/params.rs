@@ -1,0 +1,183 @@
+//! Parameter memory of one rank: where each parameter lies and how many of its bytes are still missing.
+
+use std::{
+    ptr::NonNull,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use longshore_models::{
+    Dtype,
+    declare::ParamId,
+    placement::{Placement, Span},
+};
+
+use crate::{error::RankError, region::Region};
+
+/// Parameters start on this boundary: what vector loads and device copies like.
+const ALIGNMENT: u64 = 512;
+
+/// One rank's parameters in one region, allocated once; addresses never change.
+#[derive(Debug)]
+pub struct ParamMemory {
+    placement: Arc<Placement>,
+    region: Region,
+    offsets: Vec<u64>,
+    /// Bytes still to land, per parameter.
+    missing: Vec<AtomicU64>,
+}
+
+impl ParamMemory {
+    /// Allocates the parameters of `rank`.
+    ///
+    /// # Errors
+    /// The memory cannot be had.
+    pub fn new(placement: Arc<Placement>, rank: u32) -> Result<Self, RankError> {
+        let mut offsets = Vec::with_capacity(placement.params.len());
+        let mut end = 0u64;
+        for param in &placement.params {
+            offsets.push(end);
+            end = (end + param.bytes).next_multiple_of(ALIGNMENT);
+        }
+        let region = Region::new(end as usize)?;
+        let missing = placement
+            .landing_bytes(rank)
+            .into_iter()
+            .map(AtomicU64::new)
+            .collect();
+        Ok(Self {
+            placement,
+            region,
+            offsets,
+            missing,
+        })
+    }
+
+    /// The placement that this memory was made for.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// Bytes of `param` that have not landed yet.
+    pub fn missing(&self, param: ParamId) -> u64 {
+        self.missing[param as usize].load(Ordering::Acquire)
+    }
+
+    /// Records that `bytes` bytes of `param` have been written; `true` when they were the last ones.
+    ///
+    /// # Errors
+    /// More bytes than were missing: the plan or its execution is wrong, and the parameter must not be used.
+    pub fn landed(&self, param: ParamId, bytes: u64) -> Result<bool, RankError> {
+        // AcqRel: whoever lands the last byte sees all writes that landed before it
+        let before = self.missing[param as usize].fetch_sub(bytes, Ordering::AcqRel);
+        if before < bytes {
+            return Err(RankError::OverfullParam {
+                param: self.placement.params[param as usize].name.clone(),
+                found: bytes,
+                expected: before,
+            });
+        }
+        Ok(before == bytes && bytes > 0)
+    }
+
+    /// Where run `row` of `span` lands: address of its first byte.
+    ///
+    /// # Panics
+    /// When the run would leave its parameter.
+    pub fn run_target(&self, span: &Span, row: u64) -> NonNull<u8> {
+        let param = span.param as usize;
+        let (within, width) = (
+            span.target_offset + row * span.target_stride,
+            span.target_width(),
+        );
+        assert!(
+            within + width <= self.placement.params[param].bytes,
+            "span leaves its parameter"
+        );
+        self.region
+            .at((self.offsets[param] + within) as usize, width as usize)
+    }
+
+    /// The bytes of `param`.
+    ///
+    /// # Safety
+    /// No byte of the parameter may be written while the slice lives: it is complete (RNK-2), and nothing that writes
+    /// it again (post-processing in place, a reload) runs meanwhile.
+    pub unsafe fn bytes(&self, param: ParamId) -> &[u8] {
+        let bytes = self.placement.params[param as usize].bytes as usize;
+        let start = self.region.at(self.offsets[param as usize] as usize, bytes);
+        // SAFETY: the range is within the region (checked by `at`), initialised (anonymous memory is zeroed), and by
+        // the caller's promise not written.
+        unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes) }
+    }
+
+    /// The bytes of `param`, to be written.
+    ///
+    /// # Safety
+    /// Nothing else may read or write the parameter while the slice lives.
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "disjoint parts of one region; the caller promises exclusivity"
+    )]
+    pub unsafe fn bytes_mut(&self, param: ParamId) -> &mut [u8] {
+        let bytes = self.placement.params[param as usize].bytes as usize;
+        let start = self.region.at(self.offsets[param as usize] as usize, bytes);
+        // SAFETY: as in `bytes`; exclusivity is the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), bytes) }
+    }
+}
+
+/// One finished parameter.
+#[derive(Debug, Clone, Copy)]
+pub struct ParamView<'a> {
+    /// The runtime's name.
+    pub name: &'a str,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Rank-local shape.
+    pub shape: &'a [u64],
+    /// The bytes; their address stays the same as long as the parameters live.
+    pub bytes: &'a [u8],
+}
+
+/// The finished parameters of one rank. Exists only for a rank that is complete.
+#[derive(Debug, Clone)]
+pub struct ReadyParams {
+    /// The rank.
+    pub rank: u32,
+    memory: Arc<ParamMemory>,
+}
+
+impl ReadyParams {
+    /// Wraps the memory of a rank whose load has ended; `None` while any byte is missing.
+    pub(crate) fn new(rank: u32, memory: Arc<ParamMemory>) -> Option<Self> {
+        let complete = (0..memory.missing.len()).all(|p| memory.missing(p as ParamId) == 0);
+        complete.then_some(Self { rank, memory })
+    }
+
+    /// All parameters, in model order.
+    pub fn iter(&self) -> impl Iterator<Item = ParamView<'_>> {
+        let params = &self.memory.placement().params;
+        params.iter().enumerate().map(|(i, param)| ParamView {
+            name: &param.name,
+            dtype: param.dtype,
+            shape: &param.shape,
+            // SAFETY: `new` saw every byte landed, and a `ReadyParams` is only made when the rank's workers have
+            // nothing left to write.
+            bytes: unsafe { self.memory.bytes(i as ParamId) },
+        })
+    }
+
+    /// Second names: `(derived name, name of the parameter whose storage it shares)`.
+    pub fn aliases(&self) -> impl Iterator<Item = (&str, &str)> {
+        let placement = self.memory.placement();
+        placement.aliases.iter().map(|a| {
+            (
+                a.name.as_str(),
+                placement.params[a.source as usize].name.as_str(),
+            )
+        })
+    }
+}

@@ -1,0 +1,220 @@
+//! The words that a rank shares with the coordinator, and with the other ranks of its process.
+//!
+//! Commands go down, events come up; both carry the generation of the load that they belong to (RNK-4).
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use longshore_models::{
+    byte_range::ByteRange, checkpoint::Checkpoint, declare::ParamId, placement::Placement,
+};
+use ractor::ActorRef;
+
+use crate::{
+    error::RankError,
+    params::{ParamMemory, ReadyParams},
+    storage::CheckpointSource,
+};
+
+/// Numbers the attempts at a load; messages of older ones are ignored.
+pub type Generation = u64;
+
+/// One contiguous range that one rank reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Read {
+    /// The checkpoint file.
+    pub file: u32,
+    /// The bytes, absolute in that file.
+    pub range: ByteRange,
+    /// The exchange round that it belongs to; `None` when only the reader itself needs the bytes.
+    pub round: Option<u32>,
+}
+
+/// What all ranks of a load agree on.
+#[derive(Debug)]
+pub struct LoadPlan {
+    /// The checkpoint's headers.
+    pub checkpoint: Arc<Checkpoint>,
+    /// Where each byte belongs.
+    pub placement: Arc<Placement>,
+    /// What each rank reads, in order.
+    pub reads: Vec<Vec<Read>>,
+    /// Whether a rank hands bytes on to the others (otherwise it keeps only its own).
+    pub exchange: bool,
+    /// The longest read, in bytes.
+    pub read_bytes_max: u64,
+}
+
+/// A rank of this process as the others see it.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    /// Its parameters.
+    pub memory: Arc<ParamMemory>,
+    /// Its counters.
+    pub progress: Arc<Progress>,
+    /// Its mailbox.
+    pub actor: ActorRef<RankMessage>,
+}
+
+/// From the coordinator to a rank.
+#[derive(Debug)]
+pub enum RankCommand {
+    /// Allocate parameters.
+    Allocate {
+        /// The generation.
+        generation: Generation,
+        /// What to hold.
+        placement: Arc<Placement>,
+    },
+    /// Get ready to read, place, exchange and finish; other ranks may land bytes here from now on.
+    Load {
+        /// The generation.
+        generation: Generation,
+        /// The plan.
+        plan: Arc<LoadPlan>,
+        /// The open files.
+        sources: Arc<Vec<CheckpointSource>>,
+        /// All ranks of this process, this one included.
+        peers: Arc<Vec<Peer>>,
+        /// Reads in flight.
+        concurrency: usize,
+    },
+    /// Begin. Sent once every rank of the process has its `Load`, so that no news of landed bytes comes too early.
+    Start {
+        /// The generation.
+        generation: Generation,
+    },
+    /// Stop as soon as the reads in flight return.
+    Abort {
+        /// The generation.
+        generation: Generation,
+    },
+}
+
+/// What a rank's workers, and those of other ranks, tell its actor.
+#[derive(Debug)]
+pub enum WorkerEvent {
+    /// The last byte of a parameter has landed.
+    ParamLanded(ParamId),
+    /// The last read of the assignment has been placed.
+    ReadsDone,
+    /// A step of post-processing is done (index into the placement's finishes).
+    FinishDone(u32),
+    /// A worker gave up.
+    Failed(RankError),
+}
+
+/// Everything that arrives in a rank's mailbox.
+#[derive(Debug)]
+pub enum RankMessage {
+    /// From the coordinator.
+    Command(RankCommand),
+    /// From workers of that generation.
+    Worker(Generation, WorkerEvent),
+}
+
+/// From a rank to the coordinator.
+#[derive(Debug)]
+pub struct RankEvent {
+    /// The rank.
+    pub rank: u32,
+    /// The generation that it speaks of.
+    pub generation: Generation,
+    /// What happened.
+    pub kind: RankEventKind,
+}
+
+/// What happened on a rank.
+#[derive(Debug)]
+pub enum RankEventKind {
+    /// Parameters are allocated.
+    Allocated(Peer),
+    /// Every parameter is complete.
+    Ready(ReadyParams, RankReport),
+    /// The rank gave up.
+    Failed(RankError),
+}
+
+/// What a rank did, once it is ready. Sizes in bytes.
+#[derive(Debug, Clone, Default)]
+pub struct RankReport {
+    /// Weight bytes that it asked of storage.
+    pub storage_bytes_read: u64,
+    /// Bytes read beyond them because direct I/O works in blocks.
+    pub padding_bytes_read: u64,
+    /// Reads issued.
+    pub reads: u64,
+    /// Bytes that other ranks read and this one received.
+    pub received_bytes: u64,
+    /// Bytes that this rank read and others received.
+    pub sent_bytes: u64,
+    /// The most staging memory that it held.
+    pub peak_staging_bytes: u64,
+    /// Staging memory that it still held at the end (always 0).
+    pub final_staging_bytes: u64,
+    /// From the `Start` command until ready.
+    pub elapsed: Duration,
+}
+
+/// What a rank is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// Nothing yet.
+    Waiting,
+    /// Reading its assignment.
+    Reading,
+    /// Waiting for bytes from others, or finishing parameters.
+    Finishing,
+    /// Complete.
+    Ready,
+}
+
+impl Phase {
+    /// A word for tables and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Waiting => "waiting",
+            Phase::Reading => "reading",
+            Phase::Finishing => "finishing",
+            Phase::Ready => "ready",
+        }
+    }
+}
+
+/// A rank's counters, readable at any time by anyone.
+#[derive(Debug, Default)]
+pub struct Progress {
+    phase: AtomicU8,
+    /// Weight bytes read from storage.
+    pub read_bytes: AtomicU64,
+    /// Bytes read for alignment only.
+    pub padding_bytes: AtomicU64,
+    /// Reads issued.
+    pub reads: AtomicU64,
+    /// Bytes received from other ranks.
+    pub received_bytes: AtomicU64,
+    /// Bytes handed to other ranks.
+    pub sent_bytes: AtomicU64,
+}
+
+impl Progress {
+    /// What the rank is doing.
+    pub fn phase(&self) -> Phase {
+        match self.phase.load(Ordering::Relaxed) {
+            0 => Phase::Waiting,
+            1 => Phase::Reading,
+            2 => Phase::Finishing,
+            _ => Phase::Ready,
+        }
+    }
+
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+}

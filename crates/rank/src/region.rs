@@ -1,0 +1,125 @@
+//! Large memory regions whose addresses never change.
+
+use std::{io, ptr::NonNull};
+
+use crate::error::RankError;
+
+/// Size of a huge page on x86-64 and (with 4 KiB base pages) aarch64.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Zeroed anonymous memory, on huge pages where the system has them.
+///
+/// Huge pages because first-touch faults on 4 KiB pages cost more than the copy itself (measured on a 2-core x86-64
+/// machine: 3.6 GB/s on 4 KiB pages, 4.9 GB/s on huge ones, 7.5 GB/s into resident memory).
+///
+/// A region hands out raw pointers: who may write where and when is the placement's business (RNK-1, RNK-2).
+#[derive(Debug)]
+pub struct Region {
+    mapping: NonNull<u8>,
+    mapped: usize,
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: a region is plain memory; `Region` itself never dereferences it, and users of its pointers state why their
+// accesses do not race.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Maps `bytes` bytes of zeros, starting on a huge-page boundary. Nothing is resident until it is touched.
+    ///
+    /// # Errors
+    /// The system has no such address space to give.
+    pub fn new(bytes: usize) -> Result<Self, RankError> {
+        let mapped = bytes.max(1).saturating_add(HUGE_PAGE);
+        // SAFETY: an anonymous private mapping at an address of the kernel's choice touches no existing memory.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                mapped,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        let failed = |source| RankError::Memory {
+            what: "parameters",
+            bytes: bytes as u64,
+            source,
+        };
+        if address == libc::MAP_FAILED {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        let Some(mapping) = NonNull::new(address.cast::<u8>()) else {
+            return Err(failed(io::ErrorKind::OutOfMemory.into()));
+        };
+        let skip = mapping.align_offset(HUGE_PAGE).min(HUGE_PAGE);
+        // SAFETY: `skip` is at most HUGE_PAGE, which is what `mapped` has in excess of `bytes`.
+        let base = unsafe { mapping.add(skip) };
+        // SAFETY: `base..base + bytes` lies within the mapping made above. Advice only: an error changes nothing.
+        unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+        Ok(Self {
+            mapping,
+            mapped,
+            base,
+            bytes,
+        })
+    }
+
+    /// Size in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether the region has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Address of byte `offset`, checked to be followed by `bytes` bytes of the region.
+    ///
+    /// # Panics
+    /// When the range leaves the region.
+    pub fn at(&self, offset: usize, bytes: usize) -> NonNull<u8> {
+        let end = offset.checked_add(bytes);
+        assert!(
+            end.is_some_and(|end| end <= self.bytes),
+            "range leaves the region"
+        );
+        // SAFETY: `offset` is within the mapping, as just checked.
+        unsafe { self.base.add(offset) }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: this is the mapping made in `new`, unmapped once; pointers into it are only used by holders of the
+        // `Arc` that keeps this region alive.
+        unsafe { libc::munmap(self.mapping.as_ptr().cast(), self.mapped) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn region_is_zeroed_aligned_and_writable() {
+        let region = Region::new(3 << 20).unwrap();
+        let p = region.at(0, region.len());
+        assert_eq!(p.as_ptr() as usize % HUGE_PAGE, 0);
+        // SAFETY: the region is alive and nobody else uses it.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(p.as_ptr(), region.len()) };
+        assert!(bytes.iter().all(|&b| b == 0));
+        bytes.fill(7);
+    }
+
+    #[test]
+    #[should_panic(expected = "leaves the region")]
+    fn ranges_past_the_end_are_refused() {
+        Region::new(100).unwrap().at(90, 11);
+    }
+}

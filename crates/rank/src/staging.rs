@@ -1,0 +1,165 @@
+//! Staging memory: where bytes wait that cannot be read straight into a parameter.
+//!
+//! One slab size per load, as many slabs as the limit allows, made when first needed and kept until the load ends. A
+//! [`Lease`] is the right to use one slab; dropping it gives the slab back.
+
+use std::{
+    alloc::Layout,
+    ptr::NonNull,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use crate::error::RankError;
+
+/// Direct I/O wants addresses, offsets and lengths in multiples of the device's block size; a page always is one.
+pub const DIRECT_ALIGNMENT: u64 = 4096;
+
+/// The slabs of one rank.
+#[derive(Debug)]
+pub struct Staging {
+    slab_bytes: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    free: Vec<Slab>,
+    held_bytes: u64,
+    peak_bytes: u64,
+}
+
+impl Staging {
+    /// Slabs of `slab_bytes` each; how many exist at a time is bounded by the number of leases taken at a time.
+    pub fn new(slab_bytes: usize) -> Self {
+        Self {
+            slab_bytes,
+            state: Mutex::default(),
+        }
+    }
+
+    /// Takes a slab.
+    ///
+    /// # Errors
+    /// The memory cannot be had.
+    pub fn lease(&self) -> Result<Lease<'_>, RankError> {
+        if let Some(slab) = self.lock().free.pop() {
+            return Ok(Lease {
+                staging: self,
+                slab: Some(slab),
+            });
+        }
+        let slab = Slab::new(self.slab_bytes)?;
+        let mut state = self.lock();
+        state.held_bytes += self.slab_bytes as u64;
+        state.peak_bytes = state.peak_bytes.max(state.held_bytes);
+        drop(state);
+        Ok(Lease {
+            staging: self,
+            slab: Some(slab),
+        })
+    }
+
+    /// Gives all slabs back that are not leased.
+    pub fn release(&self) {
+        let mut state = self.lock();
+        state.held_bytes -= (state.free.len() * self.slab_bytes) as u64;
+        state.free.clear();
+    }
+
+    /// Bytes of staging that exist now, leased or not.
+    pub fn held_bytes(&self) -> u64 {
+        self.lock().held_bytes
+    }
+
+    /// The most bytes of staging that existed at a time.
+    pub fn peak_bytes(&self) -> u64 {
+        self.lock().peak_bytes
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // the state is consistent after every statement that changes it
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The right to use one slab.
+#[derive(Debug)]
+pub struct Lease<'a> {
+    staging: &'a Staging,
+    slab: Option<Slab>,
+}
+
+impl Lease<'_> {
+    /// The slab's bytes; their address is a multiple of [`DIRECT_ALIGNMENT`].
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match &mut self.slab {
+            // SAFETY: the allocation is `bytes` long, initialised to zero, and `&mut self` makes the access exclusive.
+            Some(slab) => unsafe {
+                std::slice::from_raw_parts_mut(slab.start.as_ptr(), slab.layout.size())
+            },
+            None => &mut [],
+        }
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        if let Some(slab) = self.slab.take() {
+            self.staging.lock().free.push(slab);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Slab {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: a slab is plain memory with one owner.
+unsafe impl Send for Slab {}
+
+impl Slab {
+    fn new(bytes: usize) -> Result<Self, RankError> {
+        let failed = || RankError::Memory {
+            what: "staging",
+            bytes: bytes as u64,
+            source: std::io::ErrorKind::OutOfMemory.into(),
+        };
+        let layout = Layout::from_size_align(bytes.max(1), DIRECT_ALIGNMENT as usize);
+        let layout = layout.map_err(|_| failed())?;
+        // SAFETY: the layout's size is not zero.
+        let start = unsafe { std::alloc::alloc_zeroed(layout) };
+        Ok(Self {
+            start: NonNull::new(start).ok_or_else(failed)?,
+            layout,
+        })
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout, freed once.
+        unsafe { std::alloc::dealloc(self.start.as_ptr(), self.layout) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RNK-3.
+    #[test]
+    fn slabs_are_reused_counted_and_given_back() {
+        let staging = Staging::new(8192);
+        {
+            let (mut a, _b) = (staging.lease().unwrap(), staging.lease().unwrap());
+            assert_eq!(a.bytes_mut().len(), 8192);
+            assert_eq!(a.bytes_mut().as_ptr() as u64 % DIRECT_ALIGNMENT, 0);
+        }
+        drop(staging.lease().unwrap());
+        assert_eq!((staging.held_bytes(), staging.peak_bytes()), (16384, 16384));
+        staging.release();
+        assert_eq!((staging.held_bytes(), staging.peak_bytes()), (0, 16384));
+    }
+}

@@ -1,0 +1,368 @@
+//! Checkpoint files on local storage: opened once, read at positions, buffered or direct.
+
+mod probe;
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    path::Path,
+};
+
+use longshore_models::byte_range::ByteRange;
+
+use crate::{error::RankError, staging::DIRECT_ALIGNMENT};
+
+/// What the user wants of the page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum IoChoice {
+    /// Through the page cache where a file is in it already, past it where not.
+    #[default]
+    Auto,
+    /// Through the page cache.
+    Buffered,
+    /// Past the page cache (`O_DIRECT`).
+    Direct,
+}
+
+/// How one file is read, and why.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct IoMode {
+    /// Whether the page cache is bypassed.
+    pub direct: bool,
+    /// What decided.
+    pub reason: &'static str,
+    /// The share of the file that was in the page cache, where that was asked.
+    pub resident: Option<f64>,
+}
+
+/// An open checkpoint file.
+#[derive(Debug)]
+pub struct CheckpointSource {
+    /// Name within the checkpoint, for messages.
+    pub name: String,
+    /// Length when it was opened.
+    pub bytes: u64,
+    /// How it is read.
+    pub mode: IoMode,
+    buffered: File,
+    direct: Option<File>,
+}
+
+/// A file counts as cached from this share on; below it, direct reads win (measured: a direct read of a cold file is
+/// 1.3 times as fast as a buffered one and needs a fiftieth of the CPU).
+const CACHED_SHARE: f64 = 0.5;
+
+impl CheckpointSource {
+    /// Opens `dir/name` and decides how to read it.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn open(dir: &Path, name: &str, choice: IoChoice) -> Result<Self, RankError> {
+        let path = dir.join(name);
+        let failed = |source| RankError::Open {
+            file: name.to_owned(),
+            source,
+        };
+        let buffered = File::open(&path).map_err(failed)?;
+        let bytes = buffered.metadata().map_err(failed)?.len();
+        let (mut mode, wanted) = match choice {
+            IoChoice::Buffered => (
+                IoMode {
+                    direct: false,
+                    reason: "asked for",
+                    resident: None,
+                },
+                false,
+            ),
+            IoChoice::Direct => (
+                IoMode {
+                    direct: true,
+                    reason: "asked for",
+                    resident: None,
+                },
+                true,
+            ),
+            IoChoice::Auto => {
+                let resident = probe::resident_share(&buffered, bytes);
+                let direct = resident.is_some_and(|share| share < CACHED_SHARE);
+                let reason = match (resident, direct) {
+                    (None, _) => "page cache cannot be asked",
+                    (_, true) => "not in the page cache",
+                    (_, false) => "in the page cache",
+                };
+                (
+                    IoMode {
+                        direct,
+                        reason,
+                        resident,
+                    },
+                    direct,
+                )
+            }
+        };
+        let mut direct = None;
+        if wanted {
+            match OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_DIRECT)
+                .open(&path)
+            {
+                Ok(file) => direct = Some(file),
+                // EINVAL: the file system has no direct I/O; reading through the cache is right then
+                Err(_) => {
+                    mode = IoMode {
+                        direct: false,
+                        reason: "no direct I/O on this file system",
+                        ..mode
+                    };
+                }
+            }
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            bytes,
+            mode,
+            buffered,
+            direct,
+        })
+    }
+
+    /// Fills `slab` with `range`, past the page cache if that is this file's mode.
+    ///
+    /// Returns where in the slab the range begins, and how many bytes were read beyond it for alignment. The slab must
+    /// be aligned to [`DIRECT_ALIGNMENT`] and hold the range plus twice that.
+    ///
+    /// # Errors
+    /// The read fails, or the file has become shorter.
+    pub fn read_staged(&self, range: ByteRange, slab: &mut [u8]) -> Result<Staged, RankError> {
+        let Some(direct) = &self.direct else {
+            let reads = self.read_full(range, &mut slab[..range.len() as usize])?;
+            return Ok(Staged {
+                begin: 0,
+                padding_bytes: 0,
+                reads,
+            });
+        };
+        let start = range.start - range.start % DIRECT_ALIGNMENT;
+        let end = range.end.next_multiple_of(DIRECT_ALIGNMENT);
+        let begin = (range.start - start) as usize;
+        let wanted = begin + range.len() as usize;
+        let slab = &mut slab[..(end - start) as usize];
+        let (mut got, mut reads) = (0, 0);
+        while got < wanted {
+            let n = pread(direct, &mut slab[got..], start + got as u64)
+                .map_err(|source| self.read_error(range, source))?;
+            reads += 1;
+            got += n;
+            if n == 0 || (got < wanted && got as u64 % DIRECT_ALIGNMENT != 0) {
+                return Err(self.truncated(start + got as u64));
+            }
+        }
+        Ok(Staged {
+            begin,
+            padding_bytes: (got.max(wanted) - range.len() as usize) as u64,
+            reads,
+        })
+    }
+
+    fn read_full(&self, range: ByteRange, target: &mut [u8]) -> Result<u64, RankError> {
+        let (mut got, mut reads) = (0, 0);
+        while got < target.len() {
+            let at = range.start + got as u64;
+            let n = pread(&self.buffered, &mut target[got..], at)
+                .map_err(|source| self.read_error(range, source))?;
+            reads += 1;
+            if n == 0 {
+                return Err(self.truncated(at));
+            }
+            got += n;
+        }
+        Ok(reads)
+    }
+
+    /// Reads `range` through the page cache into `targets`, one after the other; returns the number of reads.
+    ///
+    /// # Safety
+    /// Every target must be valid for writes of its length, and nothing else may access it meanwhile.
+    ///
+    /// # Errors
+    /// The read fails, or the file has become shorter.
+    pub unsafe fn read_scattered(
+        &self,
+        range: ByteRange,
+        targets: &mut [libc::iovec],
+    ) -> Result<u64, RankError> {
+        let (mut at, mut reads, mut first) = (range.start, 0, 0);
+        while first < targets.len() {
+            let batch = &targets[first..targets.len().min(first + IOV_MAX)];
+            // SAFETY: the iovecs point to memory that the caller vouches for; `batch` is at most IOV_MAX long.
+            let n = unsafe {
+                libc::preadv(
+                    self.buffered.as_raw_fd(),
+                    batch.as_ptr(),
+                    batch.len() as libc::c_int,
+                    at as libc::off_t,
+                )
+            };
+            if n < 0 {
+                let source = io::Error::last_os_error();
+                if source.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                return Err(self.read_error(range, source));
+            }
+            reads += 1;
+            if n == 0 {
+                return Err(self.truncated(at));
+            }
+            at += n as u64;
+            first += advance(&mut targets[first..], n as usize);
+        }
+        Ok(reads)
+    }
+
+    fn read_error(&self, range: ByteRange, source: io::Error) -> RankError {
+        RankError::Read {
+            file: self.name.clone(),
+            offset: range.start,
+            bytes: range.len(),
+            source,
+        }
+    }
+
+    fn truncated(&self, found: u64) -> RankError {
+        RankError::Truncated {
+            file: self.name.clone(),
+            found,
+            expected: self.bytes,
+        }
+    }
+}
+
+/// The most iovecs of one call (`UIO_MAXIOV` of Linux).
+pub const IOV_MAX: usize = 1024;
+
+/// What a staged read did.
+#[derive(Debug, Clone, Copy)]
+pub struct Staged {
+    /// Where in the slab the wanted range begins.
+    pub begin: usize,
+    /// Bytes read beyond the range.
+    pub padding_bytes: u64,
+    /// Reads that were issued.
+    pub reads: u64,
+}
+
+/// Skips `bytes` bytes of the targets: how many are full, and the next one shortened.
+fn advance(targets: &mut [libc::iovec], mut bytes: usize) -> usize {
+    let mut full = 0;
+    for target in targets {
+        if bytes < target.iov_len {
+            target.iov_base = target.iov_base.wrapping_byte_add(bytes);
+            target.iov_len -= bytes;
+            break;
+        }
+        bytes -= target.iov_len;
+        full += 1;
+    }
+    full
+}
+
+fn pread(file: &File, target: &mut [u8], at: u64) -> io::Result<usize> {
+    loop {
+        match std::os::unix::fs::FileExt::read_at(file, target, at) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::staging::Staging;
+
+    fn file(bytes: usize) -> (tempfile::TempDir, Vec<u8>) {
+        let dir = tempfile::tempdir().unwrap();
+        let data: Vec<u8> = (0..bytes).map(|i| (i % 251) as u8).collect();
+        File::create(dir.path().join("f"))
+            .unwrap()
+            .write_all(&data)
+            .unwrap();
+        (dir, data)
+    }
+
+    /// Ranges at any offset, up to the unaligned end of the file, read the same either way.
+    #[test]
+    fn direct_and_buffered_reads_return_the_same_bytes() {
+        let (dir, data) = file(50_001);
+        for choice in [IoChoice::Buffered, IoChoice::Direct] {
+            let source = CheckpointSource::open(dir.path(), "f", choice).unwrap();
+            let staging = Staging::new(65_536);
+            for (start, end) in [
+                (0, 1),
+                (1, 4096),
+                (4095, 4097),
+                (8192, 16384),
+                (49_000, 50_001),
+            ] {
+                let mut lease = staging.lease().unwrap();
+                let range = ByteRange::new(start, end);
+                let staged = source.read_staged(range, lease.bytes_mut()).unwrap();
+                let got = &lease.bytes_mut()[staged.begin..][..range.len() as usize];
+                assert_eq!(
+                    got,
+                    &data[start as usize..end as usize],
+                    "{choice:?} {range}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn scattered_read_fills_all_targets_in_order() {
+        let (dir, data) = file(10_000);
+        let source = CheckpointSource::open(dir.path(), "f", IoChoice::Buffered).unwrap();
+        let mut parts: Vec<Vec<u8>> = (0..1500).map(|i| vec![0; 1 + i % 5]).collect();
+        let total: usize = parts.iter().map(Vec::len).sum();
+        let mut iov: Vec<libc::iovec> = parts
+            .iter_mut()
+            .map(|p| libc::iovec {
+                iov_base: p.as_mut_ptr().cast(),
+                iov_len: p.len(),
+            })
+            .collect();
+        let range = ByteRange::new(17, 17 + total as u64);
+        // SAFETY: the vectors are alive and used by nobody else.
+        let reads = unsafe { source.read_scattered(range, &mut iov) }.unwrap();
+        assert_eq!(reads, 2);
+        assert_eq!(parts.concat(), &data[17..17 + total]);
+    }
+
+    #[test]
+    fn a_file_that_became_shorter_is_named_with_its_new_end() {
+        let (dir, _) = file(20_000);
+        for choice in [IoChoice::Buffered, IoChoice::Direct] {
+            let source = CheckpointSource::open(dir.path(), "f", choice).unwrap();
+            let shorter = OpenOptions::new()
+                .write(true)
+                .open(dir.path().join("f"))
+                .unwrap();
+            shorter.set_len(10_000).unwrap();
+            let staging = Staging::new(65_536);
+            let mut lease = staging.lease().unwrap();
+            let e = source
+                .read_staged(ByteRange::new(9_000, 12_000), lease.bytes_mut())
+                .unwrap_err();
+            let text = e.to_string();
+            assert!(
+                text.contains("10000") && text.contains("20000"),
+                "{choice:?}: {text}"
+            );
+            shorter.set_len(20_000).unwrap();
+        }
+    }
+}

@@ -1,0 +1,227 @@
+"""Puts the machine into a known state, then lets a loader run: page cache warm or cold, free memory ready for use.
+
+Every loader gets the same: its process is up and has imported what it needs, the checkpoint's pages are all in the page
+cache or all out of it, memory kept busy until now has just been freed, and only then does its clock start. It ends when
+every tensor lies in memory that the loader's user owns.
+"""
+import ctypes
+import glob
+import json
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+TIMEOUT_S = 300
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def checkpoint_files(ckpt):
+    return sorted(glob.glob(os.path.join(ckpt, "*.safetensors")))
+
+
+def tensor_bytes(ckpt):
+    with open(os.path.join(ckpt, "model.safetensors.index.json")) as f:
+        return json.load(f)["metadata"]["total_size"]
+
+
+# ---- page cache -----------------------------------------------------------------------------------------------------
+
+def read_through(files):
+    buffer = bytearray(1 << 20)
+    for path in files:
+        with open(path, "rb", buffering=0) as f:
+            while f.readinto(buffer):
+                pass
+
+
+def drop_from_cache(files):
+    for path in files:
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())  # dirty pages stay
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    try:  # root on a machine of its own: directory entries and block maps too
+        with open("/proc/sys/vm/drop_caches", "w") as f:
+            f.write("3")
+    except OSError:
+        pass
+
+
+def cached_fraction(files):
+    """Share of the files' pages that is in the page cache."""
+    libc, pages, cached = ctypes.CDLL(None, use_errno=True), 0, 0
+    for path in files:
+        size = os.path.getsize(path)
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), size, access=mmap.ACCESS_COPY) as m:
+            state = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+            at = ctypes.c_char.from_buffer(m)
+            if libc.mincore(ctypes.c_void_p(ctypes.addressof(at)), ctypes.c_size_t(size), state) == 0:
+                pages, cached = pages + len(state), cached + bytes(state).count(1)
+            del at
+    return round(cached / max(pages, 1), 4)
+
+
+def set_cache(files, state):
+    """-> the share of the files that is cached then."""
+    if state == "cold":
+        drop_from_cache(files)
+        return cached_fraction(files)
+    for _ in range(4):  # a page that is read a second time is kept longer
+        read_through(files)
+        cached = cached_fraction(files)
+        if cached == 1:
+            break
+    return cached
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+class HeldMemory:
+    """Memory that another process (hold.py) keeps faulted in and gives up bit by bit while a loader runs.
+
+    A virtual machine that returns free pages to its host (balloon with free page reporting) pays twenty times the price
+    for the first touch of a returned page. Which loader meets how many of those is chance; held memory takes it out.
+    """
+
+    def __init__(self, gib):
+        self.gib, self.process = gib, None
+
+    def __enter__(self):
+        if self.gib:
+            self.process = subprocess.Popen([sys.executable, os.path.join(HERE, "hold.py"), str(self.gib)],
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_):
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+
+    def ask(self, command):
+        if self.process:
+            print(command, file=self.process.stdin, flush=True)
+
+    def wait(self, answer):
+        if self.process and self.process.stdout.readline() != answer + "\n":
+            raise SystemExit("harness: the memory to hold was not there, try a smaller --hold-gib (0: none)")
+
+
+def default_hold_gib(ckpt_bytes):
+    """What is available, less the checkpoint in the page cache and 4 GiB for everybody else; four checkpoints suffice."""
+    for line in open("/proc/meminfo"):
+        if line.startswith("MemAvailable"):
+            spare = int(line.split()[1]) * 1024 - ckpt_bytes - (4 << 30)
+            return max(0.0, round(min(spare, 4 * ckpt_bytes) / 2**30, 1))
+    return 0.0
+
+
+# ---- processor ------------------------------------------------------------------------------------------------------
+
+def busy_seconds():
+    """Processor seconds that this machine has spent on anything, and those that its host took away."""
+    v = [int(x) for x in open("/proc/stat").readline().split()[1:9]]
+    return (v[0] + v[1] + v[2] + v[5] + v[6] + v[7]) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds(usage):
+    return usage.ru_utime + usage.ru_stime
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+def environment(**more):
+    """The caller's, less what would turn a loader's knobs; one copying thread per rank as servers set it."""
+    own = ("RUNAI_", "FASTSAFETENSORS_", "LONGSHORE_", "OMP_", "MKL_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    return env | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"} | more
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def error_tail(f):
+    f.seek(0)
+    return f.read()[-600:].strip()
+
+
+def run_peer(ckpt, peer, world, state, memory, verify=False):
+    """One run of peers.py with `world` processes that start together; the time is that of the last to be ready."""
+    files, port = checkpoint_files(ckpt), str(free_port())
+    memory.ask("hold")
+    command = [sys.executable, os.path.join(HERE, "peers.py"), *peer, ckpt] + ["--verify"] * verify
+    errors = tempfile.TemporaryFile("w+")
+    ranks = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                              env=environment(RANK=str(r), WORLD_SIZE=str(world), LOCAL_RANK=str(r), MASTER_PORT=port))
+             for r in range(world)]
+    watchdog = threading.Timer(TIMEOUT_S, lambda: [p.kill() for p in ranks])
+    watchdog.start()
+    try:
+        memory.wait("held")
+        for p in ranks:
+            if not any(line == "ready\n" for line in p.stdout):
+                return {"error": error_tail(errors) or "ended before it was ready"}
+        cached = set_cache(files, state)
+        memory.ask("feed")
+        memory.wait("feeding")
+        for p in ranks:
+            p.stdin.write("go\n")
+            p.stdin.flush()
+        found = [next((line for line in p.stdout if line.startswith("{")), None) for p in ranks]
+        if None in found:
+            return {"error": error_tail(errors) or "no result"}
+        return sum_up([json.loads(line) for line in found]) | {"cached_before": cached}
+    except BrokenPipeError:
+        return {"error": error_tail(errors) or "ended before its start"}
+    finally:
+        watchdog.cancel()
+        for p in ranks:  # a rank with its result out only waits for the others
+            p.kill()
+            p.communicate()
+        errors.close()
+
+
+def sum_up(ranks):
+    seconds = max(r["end"] for r in ranks) - min(r["start"] for r in ranks)
+    busy = max(r["busy_s"] for r in ranks) - sum(r["cpu_s"] for r in ranks)
+    out = {"seconds": round(seconds, 4), "disk_bytes": sum(r["disk_bytes"] for r in ranks),
+           "rank_bytes": [r["bytes"] for r in ranks], "rank_peak_rss_bytes": [r["peak_rss_bytes"] for r in ranks],
+           "cpu_s": round(sum(r["cpu_s"] for r in ranks), 3), "other_cores": round(max(0.0, busy / seconds), 2)}
+    verified = [r["verified"] for r in ranks if "verified" in r]
+    return out | ({"verified": "ok" if all(v == "ok" for v in verified) else verified} if verified else {})
+
+
+def run_program(command, files, state, memory):
+    """One run of a program of its own -> (its standard output, measures) or (None, {"error"})."""
+    memory.ask("hold")
+    memory.wait("held")
+    cached = set_cache(files, state)
+    read_through([command[0]])  # the program itself is warm, as the peers' imports are
+    memory.ask("feed")
+    memory.wait("feeding")
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        busy, start = busy_seconds(), time.monotonic()
+        p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment())
+        watchdog = threading.Timer(TIMEOUT_S, p.kill)
+        watchdog.start()
+        try:
+            _, status, usage = os.wait4(p.pid, 0)
+            p.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            watchdog.cancel()
+            if p.returncode is None:
+                p.kill()
+        wall = time.monotonic() - start
+        if p.returncode:
+            return None, {"error": f"exit code {p.returncode}: {error_tail(errors)}"}
+        out.seek(0)
+        other = (busy_seconds() - busy - cpu_seconds(usage)) / max(wall, 0.01)
+        return out.read(), {"wall_s": round(wall, 3), "cpu_s": round(cpu_seconds(usage), 3),
+                            "disk_bytes": usage.ru_inblock * 512, "process_peak_rss_bytes": usage.ru_maxrss * 1024,
+                            "other_cores": round(max(0.0, other), 2), "cached_before": cached}
