@@ -65,19 +65,6 @@ def cached_fraction(files):
     return round(cached / max(pages, 1), 4)
 
 
-def set_cache(files, state):
-    """-> the share of the files that is cached then."""
-    if state == "cold":
-        drop_from_cache(files)
-        return cached_fraction(files)
-    for _ in range(4):  # a page that is read a second time is kept longer
-        read_through(files)
-        cached = cached_fraction(files)
-        if cached == 1:
-            break
-    return cached
-
-
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 class HeldMemory:
@@ -101,13 +88,11 @@ class HeldMemory:
             self.process.kill()
             self.process.communicate()
 
-    def ask(self, command):
+    def ask(self, command, answer):
         if self.process:
             print(command, file=self.process.stdin, flush=True)
-
-    def wait(self, answer):
-        if self.process and self.process.stdout.readline() != answer + "\n":
-            raise SystemExit("harness: the memory to hold was not there, try a smaller --hold-gib (0: none)")
+            if self.process.stdout.readline() != answer + "\n":
+                raise SystemExit("harness: the memory to hold was not there, try a smaller --hold-gib (0: none)")
 
 
 def default_hold_gib(ckpt_bytes):
@@ -146,6 +131,23 @@ def free_port():
         return s.getsockname()[1]
 
 
+def prepare(files, state, memory, program=()):
+    """Everything but the go -> the share of the files that is cached."""
+    if state == "cold":
+        drop_from_cache(files)  # before memory is held, so that the pages which this frees are held too
+        read_through(program)  # what runs is warm, as the peers' imports are
+        memory.ask("hold", "held")
+    else:
+        memory.ask("hold", "held")
+        for _ in range(4):  # a page that is read a second time is kept longer
+            read_through(files)
+            if cached_fraction(files) == 1:
+                break
+    cached = cached_fraction(files)
+    memory.ask("feed", "feeding")
+    return cached
+
+
 def error_tail(f):
     f.seek(0)
     return f.read()[-600:].strip()
@@ -154,7 +156,6 @@ def error_tail(f):
 def run_peer(ckpt, peer, world, state, memory, verify=False):
     """One run of peers.py with `world` processes that start together; the time is that of the last to be ready."""
     files, port = checkpoint_files(ckpt), str(free_port())
-    memory.ask("hold")
     command = [sys.executable, os.path.join(HERE, "peers.py"), *peer, ckpt] + ["--verify"] * verify
     errors = tempfile.TemporaryFile("w+")
     ranks = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
@@ -163,13 +164,10 @@ def run_peer(ckpt, peer, world, state, memory, verify=False):
     watchdog = threading.Timer(TIMEOUT_S, lambda: [p.kill() for p in ranks])
     watchdog.start()
     try:
-        memory.wait("held")
         for p in ranks:
             if not any(line == "ready\n" for line in p.stdout):
                 return {"error": error_tail(errors) or "ended before it was ready"}
-        cached = set_cache(files, state)
-        memory.ask("feed")
-        memory.wait("feeding")
+        cached = prepare(files, state, memory)
         for p in ranks:
             p.stdin.write("go\n")
             p.stdin.flush()
@@ -199,12 +197,7 @@ def sum_up(ranks):
 
 def run_program(command, files, state, memory):
     """One run of a program of its own -> (its standard output, measures) or (None, {"error"})."""
-    memory.ask("hold")
-    memory.wait("held")
-    cached = set_cache(files, state)
-    read_through([command[0]])  # the program itself is warm, as the peers' imports are
-    memory.ask("feed")
-    memory.wait("feeding")
+    cached = prepare(files, state, memory, program=[command[0]])
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         busy, start = busy_seconds(), time.monotonic()
         p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment())

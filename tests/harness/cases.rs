@@ -44,9 +44,7 @@ impl Case {
 /// If `cases.json` is not what it should be.
 pub fn cases() -> Vec<Case> {
     let all: Value = serde_json::from_str(CASES).expect("cases.json is JSON");
-    let all = all["cases"]
-        .as_array()
-        .expect("cases.json has a list of cases");
+    let all = all["cases"].as_array().expect("cases.json has a list of cases");
     all.iter().map(case).collect()
 }
 
@@ -61,18 +59,9 @@ pub fn case_named(name: &str) -> Case {
 
 fn case(value: &Value) -> Case {
     let text = |key: &str| value[key].as_str();
-    let family = text("family")
-        .expect("a case has a family")
-        .parse()
-        .expect("a known family");
-    let scheme = text("scheme")
-        .expect("a case has a scheme")
-        .parse()
-        .expect("a known scheme");
-    let preset = text("preset")
-        .unwrap_or("tiny")
-        .parse()
-        .expect("a known preset");
+    let family = text("family").expect("a case has a family").parse().expect("a known family");
+    let scheme = text("scheme").expect("a case has a scheme").parse().expect("a known scheme");
+    let preset = text("preset").unwrap_or("tiny").parse().expect("a known preset");
     let seed = value["seed"].as_u64().unwrap_or(0);
     let mut checkpoint = Checkpoint::new(family, scheme).preset(preset).seed(seed);
     for (key, setting) in value["set"].as_object().into_iter().flatten() {

@@ -48,15 +48,9 @@ impl Tally {
         let count = self.lines.len();
         self.lines.truncate(Tally::LINES_MAX);
         let shown = self.lines.len();
-        let rest = if count > shown {
-            format!(", {} not shown", count - shown)
-        } else {
-            String::new()
-        };
-        self.lines.push(format!(
-            "{count} differences{rest}, {} parameters equal",
-            self.equal
-        ));
+        let rest =
+            if count > shown { format!(", {} not shown", count - shown) } else { String::new() };
+        self.lines.push(format!("{count} differences{rest}, {} parameters equal", self.equal));
         Err(self.lines.join("\n"))
     }
 
@@ -69,11 +63,7 @@ impl Tally {
                 Some(None) => self.equal += 1,
             }
         }
-        for name in got
-            .parameters
-            .keys()
-            .filter(|name| !want.parameters.contains_key(*name))
-        {
+        for name in got.parameters.keys().filter(|name| !want.parameters.contains_key(*name)) {
             self.lines.push(format!("{label}: {name}: not expected"));
         }
         self.aliases(&label, &want.aliases, &got.aliases);
@@ -89,8 +79,7 @@ impl Tally {
         for name in names {
             let (want, got) = (want.get(name), got.get(name));
             if want != got {
-                self.lines
-                    .push(format!("{label}: alias {name}: want {want:?}, got {got:?}"));
+                self.lines.push(format!("{label}: alias {name}: want {want:?}, got {got:?}"));
             }
         }
     }
@@ -99,10 +88,7 @@ impl Tally {
 fn difference(want: &ExpectedParam, got: &Param) -> Option<String> {
     if (&want.dtype, &want.shape) != (&got.dtype, &got.shape) {
         let (want, got) = ((&want.dtype, &want.shape), (&got.dtype, &got.shape));
-        return Some(format!(
-            "want {} {:?}, got {} {:?}",
-            want.0, want.1, got.0, got.1
-        ));
+        return Some(format!("want {} {:?}, got {} {:?}", want.0, want.1, got.0, got.1));
     }
     if want.sha256 == expectation::sha256(&got.bytes) {
         return None;
@@ -110,19 +96,8 @@ fn difference(want: &ExpectedParam, got: &Param) -> Option<String> {
     let Some(bytes) = &want.bytes else {
         return Some(format!("bytes differ ({} {:?})", want.dtype, want.shape));
     };
-    let same = bytes
-        .iter()
-        .zip(&got.bytes)
-        .take_while(|(w, g)| w == g)
-        .count();
-    let some = |bytes: &[u8]| {
-        bytes
-            .iter()
-            .skip(same)
-            .take(8)
-            .map(|b| format!("{b:02x}"))
-            .collect()
-    };
+    let same = bytes.iter().zip(&got.bytes).take_while(|(w, g)| w == g).count();
+    let some = |bytes: &[u8]| bytes.iter().skip(same).take(8).map(|b| format!("{b:02x}")).collect();
     let (want_some, got_some): (Vec<String>, Vec<String>) = (some(bytes), some(&got.bytes));
     let (dtype, shape, length) = (&want.dtype, &want.shape, bytes.len());
     let (want_some, got_some) = (want_some.join(" "), got_some.join(" "));
@@ -141,9 +116,7 @@ impl Expectation {
         for (number, want) in self.ranks.iter().enumerate() {
             match output::read_rank(&out_dir.join(&want.file)) {
                 Ok(got) => tally.rank(number, want, &got),
-                Err(error) => tally
-                    .lines
-                    .push(format!("rank {number}: {}: {error}", want.file)),
+                Err(error) => tally.lines.push(format!("rank {number}: {}: {error}", want.file)),
             }
         }
         let expected: BTreeSet<_> = self.ranks.iter().map(|rank| rank.file.clone()).collect();
@@ -164,9 +137,7 @@ impl Expectation {
     pub fn check_answer(&self, answer: &Answer) -> Result<usize, String> {
         let mut tally = Tally::default();
         let other = Expectation::from(answer);
-        tally
-            .lines
-            .extend(self.header_differences("answer", |key| other.header()[key].clone()));
+        tally.lines.extend(self.header_differences("answer", |key| other.header()[key].clone()));
         if self.ranks.len() != answer.ranks.len() {
             let (want, got) = (self.ranks.len(), answer.ranks.len());
             tally.lines.push(format!("want {want} ranks, got {got}"));

@@ -20,9 +20,7 @@ fn with_checkpoint(checkpoint: &Checkpoint, test: impl FnOnce(&Path)) {
 }
 
 fn digests(directory: &Path) -> BTreeMap<String, String> {
-    let entries = fs::read_dir(directory)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
+    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
     let digest = |path: std::path::PathBuf| {
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         (name, sha256(&fs::read(path).unwrap()))
@@ -39,10 +37,8 @@ fn every_generated_file_has_its_recorded_digest() {
             let expected = case.expected();
             let recorded = expected["checkpoint_sha256"].as_object().unwrap();
             let text = |v: &serde_json::Value| v.as_str().unwrap().to_owned();
-            let want: BTreeMap<_, _> = recorded
-                .iter()
-                .map(|(name, digest)| (name.clone(), text(digest)))
-                .collect();
+            let want: BTreeMap<_, _> =
+                recorded.iter().map(|(name, digest)| (name.clone(), text(digest))).collect();
             assert_eq!(digests(directory), want, "{}", case.name);
         });
     }
@@ -56,11 +52,7 @@ fn oracle_agrees_with_every_case() {
         with_checkpoint(&case.checkpoint, |directory| {
             let answer = oracle::answer(directory, &case.options).unwrap();
             let expectation = Expectation::of_case(&case);
-            let count: usize = expectation
-                .ranks
-                .iter()
-                .map(|rank| rank.parameters.len())
-                .sum();
+            let count: usize = expectation.ranks.iter().map(|rank| rank.parameters.len()).sum();
             match expectation.check_answer(&answer) {
                 Ok(equal) => assert_eq!(equal, count, "{}", case.name),
                 Err(lines) => failures.push(format!("{}\n{lines}", case.name)),
@@ -93,10 +85,7 @@ fn damaged_checkpoints_have_their_recorded_digests() {
             .break_with(*kind)
             .write(&scratch.join("checkpoint"))
             .unwrap();
-        assert_eq!(
-            written.message_names_one_of.is_empty(),
-            *kind == Break::NonfiniteOk
-        );
+        assert_eq!(written.message_names_one_of.is_empty(), *kind == Break::NonfiniteOk);
         for (name, digest) in digests(scratch.path()) {
             all.push_str(&format!("{} {name} {digest}\n", kind.name()));
         }
@@ -154,27 +143,14 @@ fn option_mix(scheme: Scheme) -> Vec<Options> {
     let layouts: &[Option<&str>] = match scheme {
         Scheme::Mxfp4 => &[None, Some("none"), Some("aiter")],
         Scheme::Int4 => &[None, Some("none")],
-        _ => &[
-            None,
-            Some("none"),
-            Some("flashinfer-cutlass"),
-            Some("trtllm"),
-        ],
+        _ => &[None, Some("none"), Some("flashinfer-cutlass"), Some("trtllm")],
     };
-    let plain = [
-        Options::tp(1),
-        Options::tp(2),
-        Options::tp(2).ep(2),
-        Options::tp(4).ep(2),
-    ];
+    let plain = [Options::tp(1), Options::tp(2), Options::tp(2).ep(2), Options::tp(4).ep(2)];
     let mut mix = Vec::new();
     for options in plain {
         for layout in layouts {
             let kernel_layout = layout.map(str::to_owned);
-            let options = Options {
-                kernel_layout,
-                ..options.clone()
-            };
+            let options = Options { kernel_layout, ..options.clone() };
             mix.push(options.clone().fuse_shared_experts());
             mix.push(options.clone().draft());
             mix.push(options);
@@ -207,10 +183,7 @@ fn what_does_not_fit_is_refused() {
     ];
     let refused = [
         (tiny(Llama, Bf16), Options::tp(3)),
-        (
-            tiny(Llama, Bf16).set("num_key_value_heads", 8),
-            Options::tp(16),
-        ),
+        (tiny(Llama, Bf16).set("num_key_value_heads", 8), Options::tp(16)),
         (tiny(Llama, Bf16), two().kernel_layout("aiter")),
         (tiny(Llama, Bf16), two().draft()),
         (tiny(Llama, Bf16), two().language_only()),
@@ -220,24 +193,12 @@ fn what_does_not_fit_is_refused() {
         (tiny(KimiK25, Bf16), two().encoder_only().language_only()),
         (tiny(KimiK25, Int4), two().fuse_shared_experts()),
         (tiny(KimiK25, Bf16), two().draft()),
-        (
-            tiny(DeepseekV3, Bf16).set("n_shared_experts", 2),
-            two().fuse_shared_experts(),
-        ),
-        (
-            tiny(DeepseekV3, Bf16).set("n_routed_experts", 5),
-            two().ep(2),
-        ),
+        (tiny(DeepseekV3, Bf16).set("n_shared_experts", 2), two().fuse_shared_experts()),
+        (tiny(DeepseekV3, Bf16).set("n_routed_experts", 5), two().ep(2)),
         (tiny(DeepseekV3, Fp8), Options::tp(4)),
         (tiny(DeepseekV3, Fp8).set("q_lora_rank", 192), two()),
-        (
-            tiny(DeepseekV3, Nvfp4).set("moe_intermediate_size", 96),
-            two(),
-        ),
-        (
-            tiny(GlmMoeDsa, Nvfp4).set("hidden_size", 192),
-            two().kernel_layout("trtllm"),
-        ),
+        (tiny(DeepseekV3, Nvfp4).set("moe_intermediate_size", 96), two()),
+        (tiny(GlmMoeDsa, Nvfp4).set("hidden_size", 192), two().kernel_layout("trtllm")),
     ];
     for (checkpoint, options) in accepted {
         with_checkpoint(&checkpoint, |directory| {

@@ -71,14 +71,7 @@ impl Checkpoint {
     /// A checkpoint of the preset `tiny` with seed 0.
     pub fn new(family: Family, scheme: Scheme) -> Checkpoint {
         let overrides = Vec::new();
-        Checkpoint {
-            family,
-            scheme,
-            preset: Preset::Tiny,
-            seed: 0,
-            overrides,
-            damage: None,
-        }
+        Checkpoint { family, scheme, preset: Preset::Tiny, seed: 0, overrides, damage: None }
     }
 
     /// Chooses the dimensions.
@@ -94,8 +87,7 @@ impl Checkpoint {
     /// Changes one dimension or switch; an unknown key makes [`write`](Self::write) fail with a
     /// list of the known ones.
     pub fn set(mut self, key: &str, value: impl Into<Value>) -> Checkpoint {
-        self.overrides
-            .push((key.to_owned(), Json::from(&value.into())));
+        self.overrides.push((key.to_owned(), Json::from(&value.into())));
         self
     }
 
@@ -106,10 +98,7 @@ impl Checkpoint {
 
     /// Writes it damaged.
     pub fn break_with(self, damage: Break) -> Checkpoint {
-        Checkpoint {
-            damage: Some(damage),
-            ..self
-        }
+        Checkpoint { damage: Some(damage), ..self }
     }
 
     /// The family that was asked for.

@@ -123,10 +123,6 @@ fn manifest_layout(layout: Layout, declared: Stored) -> &'static str {
 impl From<Tensor> for Param {
     fn from(tensor: Tensor) -> Param {
         let shape = tensor.shape.iter().map(|d| *d as u64).collect();
-        Param {
-            dtype: tensor.dtype,
-            shape,
-            bytes: tensor.bytes,
-        }
+        Param { dtype: tensor.dtype, shape, bytes: tensor.bytes }
     }
 }

@@ -72,10 +72,7 @@ fn with_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Policy
         reads.for_each(|range| share.give(run.file, range, run.owner));
     }
     let rounds = share.round + u32::from(share.any_round);
-    Assignment {
-        reads: share.reads,
-        rounds,
-    }
+    Assignment { reads: share.reads, rounds }
 }
 
 /// Reads given out so far.
@@ -97,9 +94,7 @@ impl Share {
     }
 
     fn least_loaded(&self) -> usize {
-        (0..self.loads.len())
-            .min_by_key(|&r| self.loads[r])
-            .unwrap_or(0)
+        (0..self.loads.len()).min_by_key(|&r| self.loads[r]).unwrap_or(0)
     }
 
     fn round_for(&mut self, reader: usize, bytes: u64) -> u32 {
@@ -124,14 +119,7 @@ fn runs(placement: &Placement, checkpoint: &Checkpoint, read_bytes: u64) -> Vec<
         let mut push = |start: u64, end: u64, owner| {
             let start = tensor.file_range.start + start;
             let range = ByteRange::new(start, tensor.file_range.start + end);
-            extend(
-                &mut runs,
-                Run {
-                    file: tensor.file,
-                    range,
-                    owner,
-                },
-            );
+            extend(&mut runs, Run { file: tensor.file, range, owner });
         };
         match ownership(pieces, read_bytes) {
             Ownership::Sole(rank) => push(0, tensor.file_range.len(), Some(rank)),
@@ -176,11 +164,7 @@ fn ownership(pieces: &[PlacedPiece], read_bytes: u64) -> Ownership<'_> {
     };
     let long = piece.members.is_exclusive()
         && matches!(piece.split, Split::Rows { per } if per * piece.row_bytes >= read_bytes);
-    if long {
-        Ownership::PerRank(piece)
-    } else {
-        Ownership::Shared
-    }
+    if long { Ownership::PerRank(piece) } else { Ownership::Shared }
 }
 
 /// Adds a run, joined to the one before where both touch and have the same owner.
@@ -223,31 +207,16 @@ fn without_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Pol
                 }
                 let range =
                     ByteRange::new(start + r0 * piece.row_bytes, start + r1 * piece.row_bytes);
-                join(
-                    &mut runs,
-                    Run {
-                        file,
-                        range,
-                        owner: Some(rank),
-                    },
-                    policy.gap_bytes,
-                );
+                join(&mut runs, Run { file, range, owner: Some(rank) }, policy.gap_bytes);
             }
         }
         let cuts = runs.iter().flat_map(|run| {
             let ranges = cut(checkpoint, run.file, run.range, policy.read_bytes);
-            ranges.map(|range| Read {
-                file: run.file,
-                range,
-                round: None,
-            })
+            ranges.map(|range| Read { file: run.file, range, round: None })
         });
         cuts.collect()
     });
-    Assignment {
-        reads: reads.collect(),
-        rounds: 0,
-    }
+    Assignment { reads: reads.collect(), rounds: 0 }
 }
 
 /// Adds a run, joined to the one before across a gap of at most `gap_bytes`.

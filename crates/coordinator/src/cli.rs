@@ -48,10 +48,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-#[expect(
-    clippy::print_stderr,
-    reason = "the one line that a failed command ends with"
-)]
+#[expect(clippy::print_stderr, reason = "the one line that a failed command ends with")]
 fn fail(line: &str, code: u8) -> ExitCode {
     eprintln!("longshore: {line}");
     ExitCode::from(code)
@@ -78,10 +75,7 @@ fn start_log(level: LevelFilter) {
 #[expect(clippy::print_stdout, reason = "this is the command's result")]
 fn print(value: &impl Serialize, json: bool, text: impl FnOnce() -> String) {
     if json {
-        println!(
-            "{}",
-            serde_json::to_string_pretty(value).unwrap_or_default()
-        );
+        println!("{}", serde_json::to_string_pretty(value).unwrap_or_default());
     } else {
         println!("{}", text());
     }
@@ -181,9 +175,6 @@ impl Phases {
 
     /// From the first header until every rank was ready.
     fn ready_seconds(&self) -> f64 {
-        ["headers", "plan", "load"]
-            .iter()
-            .filter_map(|name| self.0.get(name))
-            .sum()
+        ["headers", "plan", "load"].iter().filter_map(|name| self.0.get(name)).sum()
     }
 }

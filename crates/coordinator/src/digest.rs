@@ -18,13 +18,8 @@ pub fn group_digest(ranks: &[ReadyParams]) -> String {
     let hashes = each_param(ranks, |param| xxh3_128(param.bytes));
     for (rank, hashes) in ranks.iter().zip(hashes) {
         for (param, hash) in rank.iter().zip(hashes) {
-            let ParamView {
-                name, dtype, shape, ..
-            } = param;
-            all.update(format!(
-                "{} {name} {dtype} {shape:?} {hash:032x}\n",
-                rank.rank
-            ));
+            let ParamView { name, dtype, shape, .. } = param;
+            all.update(format!("{} {name} {dtype} {shape:?} {hash:032x}\n", rank.rank));
         }
     }
     hex(&all.finalize())
@@ -40,11 +35,8 @@ fn each_param<T: Send>(
     ranks: &[ReadyParams],
     hash: impl Fn(ParamView<'_>) -> T + Sync,
 ) -> Vec<Vec<T>> {
-    let work: Vec<(usize, ParamView<'_>)> = ranks
-        .iter()
-        .enumerate()
-        .flat_map(|(r, rank)| rank.iter().map(move |p| (r, p)))
-        .collect();
+    let work: Vec<(usize, ParamView<'_>)> =
+        ranks.iter().enumerate().flat_map(|(r, rank)| rank.iter().map(move |p| (r, p))).collect();
     let next = AtomicUsize::new(0);
     let results = Mutex::new(Vec::with_capacity(work.len()));
     std::thread::scope(|scope| {
@@ -56,10 +48,7 @@ fn each_param<T: Send>(
                         return;
                     };
                     let result = hash(*param);
-                    results
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .push((i, result));
+                    results.lock().unwrap_or_else(PoisonError::into_inner).push((i, result));
                 }
             });
         }

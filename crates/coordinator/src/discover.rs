@@ -49,14 +49,9 @@ const HEADERS_IN_FLIGHT: usize = 8;
 pub fn discover(dir: &Path) -> Result<Discovered, LoadError> {
     let config_path = dir.join(CONFIG_FILE);
     let json = std::fs::read(&config_path).map_err(|e| io_error(&config_path, "reading", e))?;
-    let config = Config::parse(CONFIG_FILE, &json).map_err(|source| LoadError::Plan {
-        path: dir.into(),
-        source,
-    })?;
-    let damaged = |source| LoadError::Checkpoint {
-        path: dir.into(),
-        source,
-    };
+    let config = Config::parse(CONFIG_FILE, &json)
+        .map_err(|source| LoadError::Plan { path: dir.into(), source })?;
+    let damaged = |source| LoadError::Checkpoint { path: dir.into(), source };
     let index = read_index(dir)?;
     let names = match &index {
         Some(index) => existing_files(dir, index).map_err(damaged)?,
@@ -64,19 +59,11 @@ pub fn discover(dir: &Path) -> Result<Discovered, LoadError> {
     };
     let headers = read_headers(dir, &names)?;
     let checkpoint = Checkpoint::new(headers, index.as_ref()).map_err(damaged)?;
-    Ok(Discovered {
-        dir: dir.into(),
-        config,
-        checkpoint,
-    })
+    Ok(Discovered { dir: dir.into(), config, checkpoint })
 }
 
 fn io_error(path: &Path, action: &'static str, source: io::Error) -> LoadError {
-    LoadError::Io {
-        path: path.into(),
-        action,
-        source,
-    }
+    LoadError::Io { path: path.into(), action, source }
 }
 
 fn read_index(dir: &Path) -> Result<Option<Index>, LoadError> {
@@ -84,10 +71,7 @@ fn read_index(dir: &Path) -> Result<Option<Index>, LoadError> {
     match std::fs::read(&path) {
         Ok(json) => Index::parse(&json)
             .map(Some)
-            .map_err(|source| LoadError::Checkpoint {
-                path: dir.into(),
-                source,
-            }),
+            .map_err(|source| LoadError::Checkpoint { path: dir.into(), source }),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(io_error(&path, "reading", e)),
     }
@@ -96,10 +80,7 @@ fn read_index(dir: &Path) -> Result<Option<Index>, LoadError> {
 fn existing_files(dir: &Path, index: &Index) -> Result<Vec<String>, CheckpointError> {
     let files = index.files();
     if let Some(missing) = files.iter().find(|f| !dir.join(f).is_file()) {
-        let tensor = index
-            .entries()
-            .find(|(_, file)| file == missing)
-            .map_or("", |(t, _)| t);
+        let tensor = index.entries().find(|(_, file)| file == missing).map_or("", |(t, _)| t);
         return Err(CheckpointError::IndexMissingFile {
             index: INDEX_FILE.into(),
             tensor: tensor.into(),
@@ -125,10 +106,7 @@ fn unindexed_files(dir: &Path) -> Result<Vec<String>, LoadError> {
     }
     if names.is_empty() {
         let source = CheckpointError::NoFiles;
-        return Err(LoadError::Checkpoint {
-            path: dir.into(),
-            source,
-        });
+        return Err(LoadError::Checkpoint { path: dir.into(), source });
     }
     names.sort();
     Ok(names)
@@ -145,10 +123,7 @@ fn read_headers(dir: &Path, names: &[String]) -> Result<Vec<Header>, LoadError> 
             scope.spawn(|| {
                 while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let header = read_header(dir, name);
-                    results
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .push((name, header));
+                    results.lock().unwrap_or_else(PoisonError::into_inner).push((name, header));
                 }
             });
         }
@@ -161,10 +136,7 @@ fn read_headers(dir: &Path, names: &[String]) -> Result<Vec<Header>, LoadError> 
 fn read_header(dir: &Path, name: &str) -> Result<Header, LoadError> {
     let path = dir.join(name);
     let failed = |e| io_error(&path, "reading the header", e);
-    let damaged = |source| LoadError::Checkpoint {
-        path: dir.into(),
-        source,
-    };
+    let damaged = |source| LoadError::Checkpoint { path: dir.into(), source };
     let file = File::open(&path).map_err(failed)?;
     let bytes = file.metadata().map_err(failed)?.len();
     let mut prefix = [0; 8];
@@ -178,12 +150,5 @@ fn read_header(dir: &Path, name: &str) -> Result<Header, LoadError> {
     file.read_exact_at(&mut json, 8).map_err(failed)?;
     let header_bytes = 8 + json_bytes;
     let entries = parse_header(name, &json, bytes - header_bytes).map_err(damaged)?;
-    Ok((
-        CheckpointFile {
-            name: name.to_owned(),
-            bytes,
-            header_bytes,
-        },
-        entries,
-    ))
+    Ok((CheckpointFile { name: name.to_owned(), bytes, header_bytes }, entries))
 }

@@ -54,6 +54,16 @@ pub enum LoadError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A file is not the one whose header was read.
+    #[error("{}: has {found} bytes now, {planned} when its header was read", .path.display())]
+    FileChanged {
+        /// The file.
+        path: PathBuf,
+        /// Its length at planning time.
+        planned: u64,
+        /// Its length now.
+        found: u64,
+    },
     /// The host has too little memory for what the plan needs.
     #[error(
         "{ranks} ranks need {needed} of host memory ({parameters} of parameters, {staging} of staging), {available} are available; use fewer ranks per host or a smaller --memory-limit"
@@ -98,6 +108,7 @@ impl LoadError {
         match self {
             LoadError::Rank { .. } | LoadError::RankDied { .. } | LoadError::Runtime(_) => 1,
             LoadError::Io { .. }
+            | LoadError::FileChanged { .. }
             | LoadError::Source { .. }
             | LoadError::Checkpoint { .. }
             | LoadError::Plan { .. }

@@ -90,11 +90,7 @@ impl Inspection {
             bytes_text(self.needed_bytes),
         )];
         let count = |name: &str, c: &Count| {
-            format!(
-                "  {name:<16} {:>8} tensors  {:>12}",
-                c.tensors,
-                bytes_text(c.bytes)
-            )
+            format!("  {name:<16} {:>8} tensors  {:>12}", c.tensors, bytes_text(c.bytes))
         };
         lines.push("by kind".into());
         lines.extend(self.kinds.iter().map(|(name, c)| count(name, c)));
@@ -104,11 +100,7 @@ impl Inspection {
         for s in &self.skipped {
             *reasons.entry(s.why).or_default() += 1;
         }
-        lines.extend(
-            reasons
-                .iter()
-                .map(|(why, count)| format!("skipped {count}: {why}")),
-        );
+        lines.extend(reasons.iter().map(|(why, count)| format!("skipped {count}: {why}")));
         lines.extend(self.warnings.iter().map(|w| format!("warning: {w}")));
         lines.join("\n")
     }
@@ -128,8 +120,5 @@ fn kind(name: &str) -> &'static str {
         ("embed_tokens", "embedding, head"),
         ("head", "embedding, head"),
     ];
-    KINDS
-        .iter()
-        .find(|(part, _)| name.contains(part))
-        .map_or("other", |(_, kind)| kind)
+    KINDS.iter().find(|(part, _)| name.contains(part)).map_or("other", |(_, kind)| kind)
 }

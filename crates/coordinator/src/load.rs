@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use longshore_rank::{
     params::ReadyParams,
-    protocol::{Progress, RankReport},
+    protocol::{LoadPlan, Progress, RankReport},
     storage::{CheckpointSource, IoChoice},
     stream::slab_bytes,
 };
@@ -44,48 +44,74 @@ pub fn progress_of(plan: &Plan) -> Vec<Arc<Progress>> {
     plan.load.reads.iter().map(|_| Arc::default()).collect()
 }
 
-/// Runs `plan`, with all ranks as actors of this process.
+/// A plan whose files are open; nothing has been read of the weights.
+#[derive(Debug)]
+pub struct Prepared {
+    plan: Arc<LoadPlan>,
+    sources: Arc<Vec<CheckpointSource>>,
+    concurrency: usize,
+    opening_seconds: f64,
+}
+
+/// Opens the files of `plan` and makes sure that the host has the memory for it.
+///
+/// # Errors
+/// A file cannot be opened or is not the one that was planned for, or memory is short.
+pub fn prepare(plan: &Plan, options: &RunOptions) -> Result<Prepared, LoadError> {
+    let started = Instant::now();
+    let sources = open_sources(plan, options.io)?;
+    let concurrency = concurrency(plan, options, &sources);
+    check_host_memory(plan, concurrency)?;
+    Ok(Prepared {
+        plan: Arc::clone(&plan.load),
+        sources: Arc::new(sources),
+        concurrency,
+        opening_seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+/// Runs a prepared load, with all ranks as actors of this process.
 ///
 /// Returns only when every parameter of every rank is complete. `progress` comes from [`progress_of`].
 ///
 /// # Errors
 /// The first failure of any rank; all ranks are stopped and nothing is handed out.
-pub async fn load(
-    plan: &Plan,
-    options: &RunOptions,
-    progress: Vec<Arc<Progress>>,
-) -> Result<Group, LoadError> {
+///
+/// # Cancel safety
+/// Dropping the future lets the ranks go on until they are done; their memory is freed then.
+pub async fn run(prepared: Prepared, progress: Vec<Arc<Progress>>) -> Result<Group, LoadError> {
     let started = Instant::now();
-    let sources = open_sources(plan, options.io)?;
-    let concurrency = concurrency(plan, options, &sources);
-    check_host_memory(plan, concurrency)?;
     let (done, outcome) = oneshot::channel();
     let arguments = SupervisorArguments {
         generation: 1,
-        plan: Arc::clone(&plan.load),
-        sources: Arc::new(sources),
-        concurrency,
+        plan: prepared.plan,
+        sources: prepared.sources,
+        concurrency: prepared.concurrency,
         progress,
         done,
     };
     let (_, handle) = Actor::spawn(None, Supervisor, arguments)
         .await
         .map_err(|e| LoadError::Runtime(e.to_string()))?;
-    let outcome = outcome
-        .await
-        .map_err(|e| LoadError::Runtime(e.to_string()))?;
+    let outcome = outcome.await.map_err(|e| LoadError::Runtime(e.to_string()))?;
     let ready = outcome?;
-    let seconds = started.elapsed().as_secs_f64();
+    let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
     // the actors have nothing left to do; only their mailboxes go away here
-    handle
-        .await
-        .map_err(|e| LoadError::Runtime(e.to_string()))?;
+    handle.await.map_err(|e| LoadError::Runtime(e.to_string()))?;
     let (ranks, reports) = ready.into_iter().unzip();
-    Ok(Group {
-        ranks,
-        reports,
-        seconds,
-    })
+    Ok(Group { ranks, reports, seconds })
+}
+
+/// [`prepare`], then [`run`].
+///
+/// # Errors
+/// As these two.
+pub async fn load(
+    plan: &Plan,
+    options: &RunOptions,
+    progress: Vec<Arc<Progress>>,
+) -> Result<Group, LoadError> {
+    run(prepare(plan, options)?, progress).await
 }
 
 fn open_sources(plan: &Plan, io: IoChoice) -> Result<Vec<CheckpointSource>, LoadError> {
@@ -95,15 +121,11 @@ fn open_sources(plan: &Plan, io: IoChoice) -> Result<Vec<CheckpointSource>, Load
         let source = CheckpointSource::open(&plan.dir, &file.name, io)
             .map_err(|source| LoadError::Rank { rank: 0, source })?;
         if source.bytes != file.bytes {
-            let (path, tensor) = (plan.dir.clone(), "(whole file)".to_owned());
-            let source = longshore_models::error::CheckpointError::FileLength {
-                file: file.name.clone(),
-                data_start: file.header_bytes,
-                expected: file.bytes - file.header_bytes,
-                found: source.bytes.saturating_sub(file.header_bytes),
-                tensor,
-            };
-            return Err(LoadError::Checkpoint { path, source });
+            return Err(LoadError::FileChanged {
+                path: plan.dir.join(&file.name),
+                planned: file.bytes,
+                found: source.bytes,
+            });
         }
         sources.push(source);
     }

@@ -53,13 +53,7 @@ pub fn write(
     ranks: &[ReadyParams],
     source: &str,
 ) -> Result<(), LoadError> {
-    let failed = |action| {
-        move |e| LoadError::Io {
-            path: dir.into(),
-            action,
-            source: e,
-        }
-    };
+    let failed = |action| move |e| LoadError::Io { path: dir.into(), action, source: e };
     fs::create_dir_all(dir).map_err(failed("creating the directory"))?;
     remove_if_there(&dir.join(MANIFEST_FILE)).map_err(failed("removing the old manifest"))?;
     let names: Vec<String> = (0..ranks.len())
@@ -69,32 +63,23 @@ pub fn write(
         write_rank(&temporary(dir, name), rank).map_err(failed("writing a rank's parameters"))?;
     }
     let identity = Identity::of(plan, source);
-    let manifest = Manifest {
-        identity: &identity,
-        ranks: manifest_ranks(ranks, &names),
-    };
+    let manifest = Manifest { identity: &identity, ranks: manifest_ranks(ranks, &names) };
     let json = serde_json::to_vec_pretty(&manifest).map_err(|e| failed("manifest")(e.into()))?;
     write_synced(&temporary(dir, MANIFEST_FILE), &json).map_err(failed("writing the manifest"))?;
     for name in names.iter().map(String::as_str).chain([MANIFEST_FILE]) {
         fs::rename(temporary(dir, name), dir.join(name)).map_err(failed("renaming"))?;
     }
-    File::open(dir)
-        .and_then(|d| d.sync_all())
-        .map_err(failed("syncing the directory"))
+    File::open(dir).and_then(|d| d.sync_all()).map_err(failed("syncing the directory"))
 }
 
 fn manifest_ranks<'a>(ranks: &'a [ReadyParams], names: &[String]) -> Vec<ManifestRank<'a>> {
     let hashes = digest::param_sha256(ranks);
-    let each = ranks
-        .iter()
-        .zip(names)
-        .zip(hashes)
-        .map(|((rank, file), hashes)| ManifestRank {
-            rank: rank.rank,
-            file: file.clone(),
-            aliases: rank.aliases().collect(),
-            parameters: rank.iter().zip(hashes).map(manifest_param).collect(),
-        });
+    let each = ranks.iter().zip(names).zip(hashes).map(|((rank, file), hashes)| ManifestRank {
+        rank: rank.rank,
+        file: file.clone(),
+        aliases: rank.aliases().collect(),
+        parameters: rank.iter().zip(hashes).map(manifest_param).collect(),
+    });
     each.collect()
 }
 
@@ -109,10 +94,8 @@ fn manifest_param<'a>((p, sha256): (ParamView<'a>, String)) -> (&'a str, Manifes
 }
 
 fn write_rank(path: &Path, rank: &ReadyParams) -> io::Result<()> {
-    let metadata: HashMap<String, String> = rank
-        .aliases()
-        .map(|(name, source)| (format!("alias:{name}"), source.to_owned()))
-        .collect();
+    let metadata: HashMap<String, String> =
+        rank.aliases().map(|(name, source)| (format!("alias:{name}"), source.to_owned())).collect();
     let views = rank.iter().map(|p| (p.name, Stored::new(p)));
     safetensors::serialize_to_file(views, Some(metadata), path).map_err(io::Error::other)?;
     File::open(path)?.sync_all()
@@ -126,10 +109,7 @@ struct Stored<'a> {
 
 impl<'a> Stored<'a> {
     fn new(param: ParamView<'a>) -> Self {
-        Self {
-            param,
-            shape: param.shape.iter().map(|&d| d as usize).collect(),
-        }
+        Self { param, shape: param.shape.iter().map(|&d| d as usize).collect() }
     }
 }
 

@@ -120,27 +120,15 @@ impl Plan {
     /// Whatever makes a complete and correct load impossible; see [`Placement::new`].
     pub fn new(discovered: Discovered, options: &PlanOptions) -> Result<Self, LoadError> {
         let header_bytes = discovered.header_bytes();
-        let Discovered {
-            dir,
-            config,
-            checkpoint,
-        } = discovered;
-        let refused = |source| LoadError::Plan {
-            path: dir.clone(),
-            source,
-        };
+        let Discovered { dir, config, checkpoint } = discovered;
+        let refused = |source| LoadError::Plan { path: dir.clone(), source };
         let parallel = Parallel::new(options.tp, options.ep).map_err(refused)?;
         let model = Model::new(config, options.model).map_err(refused)?;
         let placement = Placement::new(&model, &checkpoint, parallel).map_err(refused)?;
         let read_bytes = read_bytes(options)?;
         let needed_bytes = placement.needed_bytes(&checkpoint);
-        let (exchange, exchange_reason) = choose_exchange(
-            options.exchange,
-            &placement,
-            &checkpoint,
-            read_bytes,
-            needed_bytes,
-        );
+        let (exchange, exchange_reason) =
+            choose_exchange(options.exchange, &placement, &checkpoint, read_bytes, needed_bytes);
         let Assignment { reads, rounds } =
             assign(&placement, &checkpoint, &policy(exchange, read_bytes));
         let load = LoadPlan {
@@ -182,14 +170,9 @@ impl Plan {
 
 fn read_bytes(options: &PlanOptions) -> Result<u64, LoadError> {
     if options.memory_limit < MEMORY_LIMIT_MIN {
-        let reason = format!(
-            "{} bytes; at least {MEMORY_LIMIT_MIN} are needed",
-            options.memory_limit
-        );
-        return Err(LoadError::Option {
-            option: "--memory-limit",
-            reason,
-        });
+        let reason =
+            format!("{} bytes; at least {MEMORY_LIMIT_MIN} are needed", options.memory_limit);
+        return Err(LoadError::Option { option: "--memory-limit", reason });
     }
     let wanted = options.read_bytes.unwrap_or(READ_BYTES);
     // room for a handful of slabs where the limit allows it, for one in any case
@@ -199,12 +182,7 @@ fn read_bytes(options: &PlanOptions) -> Result<u64, LoadError> {
 }
 
 fn policy(exchange: bool, read_bytes: u64) -> Policy {
-    Policy {
-        exchange,
-        read_bytes,
-        gap_bytes: GAP_BYTES,
-        round_bytes: ROUND_BYTES,
-    }
+    Policy { exchange, read_bytes, gap_bytes: GAP_BYTES, round_bytes: ROUND_BYTES }
 }
 
 /// Storage costs at least as much per byte as handing it on within a host, so `auto` compares bytes read alone.
@@ -237,14 +215,10 @@ fn check_reads(load: &LoadPlan, needed_bytes: u64) {
     }
     let mut all: Vec<&Read> = load.reads.iter().flatten().collect();
     all.sort_by_key(|r| (r.file, r.range.start));
-    let overlap = all
-        .windows(2)
-        .any(|w| w[0].file == w[1].file && w[0].range.end > w[1].range.start);
+    let overlap =
+        all.windows(2).any(|w| w[0].file == w[1].file && w[0].range.end > w[1].range.start);
     let bytes: u64 = all.iter().map(|r| r.range.len()).sum();
-    assert!(
-        !overlap && bytes == needed_bytes,
-        "assignment reads {bytes} of {needed_bytes} bytes"
-    );
+    assert!(!overlap && bytes == needed_bytes, "assignment reads {bytes} of {needed_bytes} bytes");
 }
 
 fn forecast(load: &LoadPlan) -> Vec<RankForecast> {

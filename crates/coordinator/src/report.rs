@@ -212,14 +212,7 @@ impl Report {
         let loaded = self.seconds.is_some();
         let mut table = Table::new();
         table.load_style(UTF8_HORIZONTAL_ONLY);
-        let mut head = vec![
-            "rank",
-            "parameters",
-            "storage read",
-            "reads",
-            "received",
-            "sent",
-        ];
+        let mut head = vec!["rank", "parameters", "storage read", "reads", "received", "sent"];
         if loaded {
             head.extend(["seconds", "GB/s"]);
         }
@@ -235,10 +228,7 @@ impl Report {
             ];
             if let Some(seconds) = r.seconds {
                 row.push(format!("{seconds:.3}"));
-                row.push(format!(
-                    "{:.2}",
-                    r.parameter_bytes as f64 / seconds.max(1e-9) / 1e9
-                ));
+                row.push(format!("{:.2}", r.parameter_bytes as f64 / seconds.max(1e-9) / 1e9));
             }
             table.add_row(row);
         }
@@ -304,11 +294,7 @@ pub fn bytes_text(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 {
-        format!("{bytes} B")
-    } else {
-        format!("{value:.2} {}", UNITS[unit])
-    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.2} {}", UNITS[unit]) }
 }
 
 /// Peak resident memory of this process (`VmHWM`), in bytes.

@@ -15,10 +15,7 @@ use crate::{
 /// # Errors
 /// Not a directory, or a kind of source that is not supported.
 pub fn resolve(given: &str) -> Result<PathBuf, LoadError> {
-    let refuse = |reason: &str| LoadError::Source {
-        given: given.into(),
-        reason: reason.into(),
-    };
+    let refuse = |reason: &str| LoadError::Source { given: given.into(), reason: reason.into() };
     if let Some(model) = given.strip_prefix("synth:") {
         return synthetic(given, model);
     }
@@ -39,19 +36,15 @@ pub fn resolve(given: &str) -> Result<PathBuf, LoadError> {
 }
 
 fn synthetic(given: &str, model: &str) -> Result<PathBuf, LoadError> {
-    let refuse = |reason: String| LoadError::Source {
-        given: given.into(),
-        reason,
-    };
+    let refuse = |reason: String| LoadError::Source { given: given.into(), reason };
     let (family, scheme) = model.rsplit_once('-').ok_or_else(|| {
         refuse("expected synth:FAMILY-SCHEME, for example synth:llama-bf16".into())
     })?;
     let synth = Synth::new(family, scheme).scale(Scale::Tiny);
-    synth.check()?;
+    let fingerprint = synth.fingerprint()?;
     let dir = cache_dir().ok_or_else(|| refuse("neither XDG_CACHE_HOME nor HOME is set".into()))?;
-    // the version keeps a checkpoint of an older generator from being taken for this one's
-    let name = format!("{family}-{scheme}-tiny-{}", env!("CARGO_PKG_VERSION"));
-    let target = dir.join("longshore/synth").join(name);
+    // the fingerprint keeps a checkpoint of an older generator from being taken for this one's
+    let target = dir.join(format!("longshore/synth/{model}-{fingerprint}"));
     if target.is_dir() {
         return Ok(target);
     }
@@ -65,19 +58,11 @@ fn synthetic(given: &str, model: &str) -> Result<PathBuf, LoadError> {
             let _ = std::fs::remove_dir_all(&aside);
             Ok(target)
         }
-        Err(source) => Err(LoadError::Io {
-            path: target,
-            action: "renaming",
-            source,
-        }),
+        Err(source) => Err(LoadError::Io { path: target, action: "renaming", source }),
     }
 }
 
 fn cache_dir() -> Option<PathBuf> {
-    let set = |name| {
-        std::env::var_os(name)
-            .filter(|v| !v.is_empty())
-            .map(PathBuf::from)
-    };
+    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))
 }

@@ -62,11 +62,7 @@ impl Actor for Supervisor {
         let mut ranks = Vec::with_capacity(arguments.progress.len());
         for (rank, progress) in arguments.progress.into_iter().enumerate() {
             let events = myself.get_derived();
-            let start = RankArguments {
-                rank: rank as u32,
-                events,
-                progress,
-            };
+            let start = RankArguments { rank: rank as u32, events, progress };
             let (actor, _) = Actor::spawn_linked(None, RankActor, start, myself.get_cell()).await?;
             ranks.push(actor);
         }
@@ -124,10 +120,7 @@ impl Actor for Supervisor {
             _ => return Ok(()),
         };
         if let Some(rank) = state.ranks.iter().position(|r| r.get_id() == cell.get_id()) {
-            state.end(Err(LoadError::RankDied {
-                rank: rank as u32,
-                reason,
-            }));
+            state.end(Err(LoadError::RankDied { rank: rank as u32, reason }));
             myself.stop(None);
         }
         Ok(())
@@ -160,9 +153,7 @@ impl SupervisorState {
             concurrency: self.concurrency,
         });
         // every rank has its `Load` in the mailbox by now, so bytes that land from here on find a rank that counts them
-        self.tell_all(|| RankCommand::Start {
-            generation: self.generation,
-        });
+        self.tell_all(|| RankCommand::Start { generation: self.generation });
     }
 
     fn rank_ready(&mut self, rank: u32, params: ReadyParams, report: RankReport) {
@@ -177,9 +168,7 @@ impl SupervisorState {
     fn end(&mut self, outcome: Outcome) {
         let Some(done) = self.done.take() else { return };
         if outcome.is_err() {
-            self.tell_all(|| RankCommand::Abort {
-                generation: self.generation,
-            });
+            self.tell_all(|| RankCommand::Abort { generation: self.generation });
         }
         // whoever asked may have gone away
         let _ = done.send(outcome);

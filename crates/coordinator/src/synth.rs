@@ -116,26 +116,20 @@ impl Synth {
         self
     }
 
-    /// Whether this family and scheme can be written.
+    /// A short name for everything that decides the bytes: version, configuration and seed.
     ///
     /// # Errors
     /// An unknown family or scheme; the message lists the known ones.
-    pub fn check(&self) -> Result<(), LoadError> {
-        self.config().map(|_| ())
+    pub fn fingerprint(&self) -> Result<String, LoadError> {
+        let text = format!("{} {} {}", env!("CARGO_PKG_VERSION"), self.config()?, self.seed);
+        Ok(format!("{:016x}", xxhash_rust::xxh3::xxh3_64(text.as_bytes())))
     }
 
     fn config(&self) -> Result<Value, LoadError> {
-        let reason = |reason| LoadError::Option {
-            option: "synth",
-            reason,
-        };
+        let reason = |reason| LoadError::Option { option: "synth", reason };
         let family = Family::from_name(&self.family).ok_or_else(|| {
             let known: Vec<&str> = Family::names().collect();
-            reason(format!(
-                "unknown family {}; known: {}",
-                self.family,
-                known.join(", ")
-            ))
+            reason(format!("unknown family {}; known: {}", self.family, known.join(", ")))
         })?;
         configs::config(family, &self.scheme, self.scale).map_err(reason)
     }
@@ -146,24 +140,14 @@ impl Synth {
     /// An unknown family or scheme, or a file cannot be written.
     pub fn write(&self, dir: &Path) -> Result<Written, LoadError> {
         let config = serde_json::to_vec_pretty(&self.config()?).unwrap_or_default();
-        let failed = |action| {
-            move |source| LoadError::Io {
-                path: dir.into(),
-                action,
-                source,
-            }
-        };
-        let refused = |source| LoadError::Plan {
-            path: dir.into(),
-            source,
-        };
+        let failed = |action| move |source| LoadError::Io { path: dir.into(), action, source };
+        let refused = |source| LoadError::Plan { path: dir.into(), source };
         let tensors = tensors(&config).map_err(refused)?;
         fs::create_dir_all(dir).map_err(failed("creating the directory"))?;
         fs::write(dir.join(CONFIG_FILE), &config).map_err(failed("writing config.json"))?;
         let total: u64 = tensors.iter().map(|t| t.bytes).sum();
         let files = split(&tensors, total);
-        self.write_files(dir, &files)
-            .map_err(failed("writing a checkpoint file"))?;
+        self.write_files(dir, &files).map_err(failed("writing a checkpoint file"))?;
         if files.len() > 1 {
             write_index(dir, &files, total).map_err(failed("writing the index"))?;
         }
@@ -191,13 +175,7 @@ impl Synth {
             }
             let mut out = BufWriter::with_capacity(1 << 20, file);
             for tensor in *tensors {
-                data::write(
-                    &mut out,
-                    &tensor.name,
-                    tensor.dtype,
-                    tensor.bytes,
-                    self.seed,
-                )?;
+                data::write(&mut out, &tensor.name, tensor.dtype, tensor.bytes, self.seed)?;
             }
             out.flush()?;
         }
@@ -216,12 +194,7 @@ struct SynthTensor {
 impl SynthTensor {
     fn new(source: Source) -> Self {
         let bytes = tensor_bytes(source.usual, &source.shape).unwrap_or(0);
-        Self {
-            name: source.name,
-            dtype: source.usual,
-            shape: source.shape,
-            bytes,
-        }
+        Self { name: source.name, dtype: source.usual, shape: source.shape, bytes }
     }
 }
 
@@ -230,24 +203,13 @@ fn tensors(config: &[u8]) -> Result<Vec<SynthTensor>, PlanError> {
     let config = Config::parse(CONFIG_FILE, config)?;
     // layout none: the raw tensors; derived parameters need no sources
     let kernel_layout = Some(KernelLayout::None);
-    let options = ModelOptions {
-        kernel_layout,
-        ..ModelOptions::default()
-    };
+    let options = ModelOptions { kernel_layout, ..ModelOptions::default() };
     let model = Model::new(config.clone(), options)?;
-    let implied = Implied {
-        scheme: model.declared.scheme,
-    };
+    let implied = Implied { scheme: model.declared.scheme };
     let single = Parallel::new(1, 1)?;
     let mut sources = model.declare(single, &implied)?.sources;
     if config.opt_count("num_nextn_predict_layers")? == Some(1) {
-        let draft = Model::new(
-            config,
-            ModelOptions {
-                draft: true,
-                ..options
-            },
-        )?;
+        let draft = Model::new(config, ModelOptions { draft: true, ..options })?;
         sources.extend(draft.declare(single, &implied)?.sources);
         sources.extend(draft.prediction_copies()?);
     }

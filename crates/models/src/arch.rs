@@ -46,10 +46,7 @@ impl Family {
 
     /// The name used in manifest, JSON and `synth`.
     pub fn name(self) -> &'static str {
-        Self::ALL
-            .iter()
-            .find(|(f, ..)| *f == self)
-            .map_or("", |(_, _, name)| name)
+        Self::ALL.iter().find(|(f, ..)| *f == self).map_or("", |(_, _, name)| name)
     }
 
     /// All family names.
@@ -59,18 +56,12 @@ impl Family {
 
     /// The family of that name.
     pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL
-            .iter()
-            .find(|(_, _, n)| *n == name)
-            .map(|(f, ..)| *f)
+        Self::ALL.iter().find(|(_, _, n)| *n == name).map(|(f, ..)| *f)
     }
 
     /// The `architectures` entry of this family.
     pub fn architecture(self) -> &'static str {
-        Self::ALL
-            .iter()
-            .find(|(f, ..)| *f == self)
-            .map_or("", |(_, arch, _)| arch)
+        Self::ALL.iter().find(|(f, ..)| *f == self).map_or("", |(_, arch, _)| arch)
     }
 
     /// Chooses by `architectures[0]`, never by `model_type` (contract §4, "family").
@@ -78,27 +69,24 @@ impl Family {
     /// # Errors
     /// No architecture, or one that is not known.
     pub fn from_config(config: &Config) -> Result<Self, PlanError> {
-        let name = config
-            .get("architectures")
-            .and_then(|v| v.get(0))
-            .and_then(|v| v.as_str());
+        let name = config.get("architectures").and_then(|v| v.get(0)).and_then(|v| v.as_str());
         let found = name.and_then(|name| Self::ALL.iter().find(|(_, arch, _)| *arch == name));
         found.map(|(f, ..)| *f).ok_or_else(|| {
             let known: Vec<&str> = Self::ALL.iter().map(|(_, arch, _)| *arch).collect();
-            config.wrong(
-                "architectures",
-                &format!("first entry one of {}", known.join(", ")),
-            )
+            config.wrong("architectures", &format!("first entry one of {}", known.join(", ")))
         })
+    }
+
+    /// Whether the family has multi-head latent attention, shared experts and a prediction layer.
+    fn is_mla(self) -> bool {
+        matches!(self, Family::DeepseekV3)
     }
 
     /// The canonical spelling of a tensor name (contract §4: names without the leading `model.`).
     pub fn canonical(self, name: &str) -> Cow<'_, str> {
         match self {
             Family::Qwen3 | Family::Qwen3Moe
-                if ["layers.", "embed_tokens.", "norm."]
-                    .iter()
-                    .any(|p| name.starts_with(p)) =>
+                if ["layers.", "embed_tokens.", "norm."].iter().any(|p| name.starts_with(p)) =>
             {
                 Cow::Owned(format!("model.{name}"))
             }
@@ -134,27 +122,22 @@ impl Model {
         let declared = Declared::from_config(&config)?;
         let layout = Layout::resolve(options.kernel_layout, declared.scheme)?;
         let dtype = model_dtype(&config)?;
-        for (flag, given) in [
-            ("--language-only", options.language_only),
-            ("--encoder-only", options.encoder_only),
+        for (flag, given, needed) in [
+            ("--language-only", options.language_only, "a model with a vision tower"),
+            ("--encoder-only", options.encoder_only, "a model with a vision tower"),
+            ("--draft", options.draft && !family.is_mla(), "a model with a prediction layer"),
+            (
+                "--fuse-shared-experts",
+                options.fuse_shared_experts && !family.is_mla(),
+                "a model with one shared expert",
+            ),
         ] {
             if given {
                 let found = format!("family {}", family.name());
-                return Err(PlanError::unsupported(
-                    flag,
-                    found,
-                    "needs a model with a vision tower",
-                ));
+                return Err(PlanError::unsupported(flag, found, format!("needs {needed}")));
             }
         }
-        Ok(Self {
-            family,
-            config,
-            declared,
-            layout,
-            options,
-            dtype,
-        })
+        Ok(Self { family, config, declared, layout, options, dtype })
     }
 
     /// Declares every parameter and tensor of the model.

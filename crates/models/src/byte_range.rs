@@ -57,10 +57,7 @@ mod tests {
     #[test]
     fn intersection_is_what_both_hold() {
         let a = ByteRange::new(10, 20);
-        assert_eq!(
-            a.intersect(&ByteRange::new(15, 30)),
-            Some(ByteRange::new(15, 20))
-        );
+        assert_eq!(a.intersect(&ByteRange::new(15, 30)), Some(ByteRange::new(15, 20)));
         assert_eq!(a.intersect(&ByteRange::new(20, 30)), None);
         assert_eq!(a.intersect(&ByteRange::new(0, 100)), Some(a));
     }

@@ -116,11 +116,7 @@ impl Checkpoint {
                 });
             }
         }
-        match self
-            .tensors
-            .iter()
-            .find(|t| index.file_of(&t.name).is_none())
-        {
+        match self.tensors.iter().find(|t| index.file_of(&t.name).is_none()) {
             Some(t) => Err(CheckpointError::NotInIndex {
                 file: self.file_name(t).into(),
                 tensor: t.name.clone(),

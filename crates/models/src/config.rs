@@ -10,6 +10,13 @@ use crate::error::PlanError;
 /// The name of the main configuration file.
 pub const CONFIG_FILE: &str = "config.json";
 
+/// The largest dimension that is believed: eight times the largest published one (an MLP of 131 072), and small enough
+/// that the size of any parameter (three dimensions and an element) fits in 64 bits.
+pub const DIM_MAX: u64 = 1 << 20;
+
+/// The largest vocabulary that is believed.
+pub const VOCAB_MAX: u64 = 1 << 24;
+
 /// A JSON object with typed access; errors name the file and the key.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -25,15 +32,9 @@ impl Config {
     /// # Errors
     /// Not JSON, or not an object.
     pub fn parse(file: &str, json: &[u8]) -> Result<Self, PlanError> {
-        let value: Value = serde_json::from_slice(json).map_err(|e| PlanError::ConfigSyntax {
-            file: file.into(),
-            reason: e.to_string(),
-        })?;
-        let this = Self {
-            file: file.into(),
-            prefix: String::new(),
-            value,
-        };
+        let value: Value = serde_json::from_slice(json)
+            .map_err(|e| PlanError::ConfigSyntax { file: file.into(), reason: e.to_string() })?;
+        let this = Self { file: file.into(), prefix: String::new(), value };
         match this.value {
             Value::Object(_) => Ok(this),
             _ => Err(this.wrong("(top level)", "an object")),
@@ -65,27 +66,35 @@ impl Config {
         &self.value
     }
 
-    /// A required positive integer, below 2^32 (a sane dimension; keeps all products within 64 bits).
+    /// A required dimension: a positive integer up to [`DIM_MAX`].
     ///
     /// # Errors
     /// Absent, not a whole number, zero or too large.
     pub fn dim(&self, key: &str) -> Result<u64, PlanError> {
+        self.dim_up_to(key, DIM_MAX)
+    }
+
+    /// A required positive integer with a limit of its own.
+    ///
+    /// # Errors
+    /// As [`Config::dim`].
+    pub fn dim_up_to(&self, key: &str, max: u64) -> Result<u64, PlanError> {
         match self.get(key).and_then(Value::as_u64) {
-            Some(n) if n > 0 && n < 1 << 32 => Ok(n),
-            _ => Err(self.wrong(key, "a positive integer below 2^32")),
+            Some(n) if n > 0 && n <= max => Ok(n),
+            _ => Err(self.wrong(key, &format!("an integer from 1 to {max}"))),
         }
     }
 
     /// An optional count; absent or `null` is `None`, zero is allowed.
     ///
     /// # Errors
-    /// Present, but no whole number below 2^32.
+    /// Present, but no whole number up to [`DIM_MAX`].
     pub fn opt_count(&self, key: &str) -> Result<Option<u64>, PlanError> {
         match self.get(key) {
             None => Ok(None),
             Some(v) => match v.as_u64() {
-                Some(n) if n < 1 << 32 => Ok(Some(n)),
-                _ => Err(self.wrong(key, "an integer below 2^32, or null")),
+                Some(n) if n <= DIM_MAX => Ok(Some(n)),
+                _ => Err(self.wrong(key, &format!("an integer from 0 to {DIM_MAX}, or null"))),
             },
         }
     }
@@ -95,11 +104,7 @@ impl Config {
     /// # Errors
     /// Present, but not a positive integer.
     pub fn dim_or(&self, key: &str, default: u64) -> Result<u64, PlanError> {
-        if self.get(key).is_none() {
-            Ok(default)
-        } else {
-            self.dim(key)
-        }
+        if self.get(key).is_none() { Ok(default) } else { self.dim(key) }
     }
 
     /// An optional switch; absent is `false`.
@@ -121,10 +126,7 @@ impl Config {
     /// An optional list of strings; entries of another kind are left out.
     pub fn texts(&self, key: &str) -> Vec<String> {
         let list = self.get(key).and_then(Value::as_array);
-        list.into_iter()
-            .flatten()
-            .filter_map(|v| v.as_str().map(str::to_owned))
-            .collect()
+        list.into_iter().flatten().filter_map(|v| v.as_str().map(str::to_owned)).collect()
     }
 
     /// The error for a key whose value cannot be used.
@@ -134,10 +136,7 @@ impl Config {
             Some(v) => {
                 let mut text = v.to_string();
                 if text.len() > 80 {
-                    let cut = (0..=80)
-                        .rev()
-                        .find(|&i| text.is_char_boundary(i))
-                        .unwrap_or(0);
+                    let cut = (0..=80).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
                     text.truncate(cut);
                     text.push('…');
                 }

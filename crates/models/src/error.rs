@@ -330,10 +330,6 @@ impl PlanError {
         found: impl Into<String>,
         expected: impl Into<String>,
     ) -> Self {
-        Self::Unsupported {
-            what: what.into(),
-            found: found.into(),
-            expected: expected.into(),
-        }
+        Self::Unsupported { what: what.into(), found: found.into(), expected: expected.into() }
     }
 }

@@ -37,20 +37,12 @@ pub struct HeaderEntry {
 /// be longer than [`HEADER_BYTES_MAX`].
 pub fn header_bytes(file: &str, prefix: &[u8], file_bytes: u64) -> Result<u64, CheckpointError> {
     let Some(prefix) = prefix.first_chunk::<8>().filter(|_| file_bytes >= 8) else {
-        return Err(CheckpointError::NoHeader {
-            file: file.into(),
-            file_bytes,
-        });
+        return Err(CheckpointError::NoHeader { file: file.into(), file_bytes });
     };
     let found = u64::from_le_bytes(*prefix);
     let limit = HEADER_BYTES_MAX.min(file_bytes - 8);
     if found > limit {
-        return Err(CheckpointError::HeaderTooLong {
-            file: file.into(),
-            found,
-            limit,
-            file_bytes,
-        });
+        return Err(CheckpointError::HeaderTooLong { file: file.into(), found, limit, file_bytes });
     }
     Ok(found)
 }
@@ -67,11 +59,8 @@ pub fn parse_header(
     json: &[u8],
     data_bytes: u64,
 ) -> Result<Vec<HeaderEntry>, CheckpointError> {
-    let header: Header =
-        serde_json::from_slice(json).map_err(|e| CheckpointError::HeaderSyntax {
-            file: file.into(),
-            reason: e.to_string(),
-        })?;
+    let header: Header = serde_json::from_slice(json)
+        .map_err(|e| CheckpointError::HeaderSyntax { file: file.into(), reason: e.to_string() })?;
     let mut entries = Vec::with_capacity(header.0.len());
     for (name, raw) in header.0 {
         entries.push(checked_entry(file, name, raw)?);
@@ -83,11 +72,7 @@ pub fn parse_header(
 }
 
 fn checked_entry(file: &str, name: String, raw: RawEntry) -> Result<HeaderEntry, CheckpointError> {
-    let RawEntry {
-        dtype,
-        shape,
-        data_offsets: (begin, end),
-    } = raw;
+    let RawEntry { dtype, shape, data_offsets: (begin, end) } = raw;
     let Some(expected) = tensor_bytes(dtype, &shape) else {
         return Err(CheckpointError::SizeOverflow {
             file: file.into(),
@@ -115,12 +100,7 @@ fn checked_entry(file: &str, name: String, raw: RawEntry) -> Result<HeaderEntry,
             range,
         });
     }
-    Ok(HeaderEntry {
-        name,
-        dtype,
-        shape,
-        data_offsets: range,
-    })
+    Ok(HeaderEntry { name, dtype, shape, data_offsets: range })
 }
 
 /// Bytes of a tensor; `None` when they overflow or are no whole number (sub-byte types).
@@ -134,10 +114,9 @@ fn check_unique(file: &str, entries: &[HeaderEntry]) -> Result<(), CheckpointErr
     let mut names: Vec<&str> = entries.iter().map(|e| e.name.as_str()).collect();
     names.sort_unstable();
     match names.windows(2).find(|w| w[0] == w[1]) {
-        Some(w) => Err(CheckpointError::DuplicateInHeader {
-            file: file.into(),
-            tensor: w[0].into(),
-        }),
+        Some(w) => {
+            Err(CheckpointError::DuplicateInHeader { file: file.into(), tensor: w[0].into() })
+        }
         None => Ok(()),
     }
 }

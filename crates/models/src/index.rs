@@ -67,8 +67,6 @@ impl Index {
 
     /// All `(tensor, file)` entries, sorted by tensor name.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.weight_map
-            .iter()
-            .map(|(t, f)| (t.as_str(), f.as_str()))
+        self.weight_map.iter().map(|(t, f)| (t.as_str(), f.as_str()))
     }
 }

@@ -68,10 +68,7 @@ impl Layout {
         use KernelLayout::{Aiter, Cutlass, FlashinferCutlass, None as Plain, Trtllm};
         let kernels = match (scheme, chosen) {
             (_, Some(Plain)) => {
-                return Ok(Self {
-                    kernels: Plain,
-                    derive: false,
-                });
+                return Ok(Self { kernels: Plain, derive: false });
             }
             (Scheme::Nvfp4, None) => Cutlass,
             (Scheme::Nvfp4, Some(l @ (Cutlass | FlashinferCutlass | Trtllm))) => l,
@@ -93,10 +90,7 @@ impl Layout {
                 ));
             }
         };
-        Ok(Self {
-            kernels,
-            derive: true,
-        })
+        Ok(Self { kernels, derive: true })
     }
 }
 

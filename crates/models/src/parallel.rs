@@ -73,51 +73,27 @@ pub struct Members {
 impl Members {
     /// Every rank holds everything.
     pub fn replicated(p: Parallel) -> Self {
-        Self {
-            first: 0,
-            count: p.tp,
-            modulo: 1,
-            rep: 1,
-        }
+        Self { first: 0, count: p.tp, modulo: 1, rep: 1 }
     }
 
     /// Every rank holds a part of its own; `rep` neighbours share one.
     pub fn split(p: Parallel, rep: u32) -> Self {
-        Self {
-            first: 0,
-            count: p.tp,
-            modulo: p.tp,
-            rep,
-        }
+        Self { first: 0, count: p.tp, modulo: p.tp, rep }
     }
 
     /// The ranks of one expert group, each with its own part.
     pub fn expert_group(p: Parallel, group: u32) -> Self {
-        Self {
-            first: group * p.moe_tp(),
-            count: p.moe_tp(),
-            modulo: p.moe_tp(),
-            rep: 1,
-        }
+        Self { first: group * p.moe_tp(), count: p.moe_tp(), modulo: p.moe_tp(), rep: 1 }
     }
 
     /// Every rank, cut as an expert of its own group is.
     pub fn every_group(p: Parallel) -> Self {
-        Self {
-            first: 0,
-            count: p.tp,
-            modulo: p.moe_tp(),
-            rep: 1,
-        }
+        Self { first: 0, count: p.tp, modulo: p.moe_tp(), rep: 1 }
     }
 
     /// The same ranks, each holding everything.
     pub fn whole(self) -> Self {
-        Self {
-            modulo: 1,
-            rep: 1,
-            ..self
-        }
+        Self { modulo: 1, rep: 1, ..self }
     }
 
     /// The part that `rank` holds; `None` when it is no member.
@@ -164,23 +140,11 @@ mod tests {
     #[test]
     fn parts_follow_the_documented_table() {
         let p = Parallel::new(4, 2).unwrap();
-        assert_eq!(
-            parts(Members::split(p, 1), 4),
-            [Some(0), Some(1), Some(2), Some(3)]
-        );
+        assert_eq!(parts(Members::split(p, 1), 4), [Some(0), Some(1), Some(2), Some(3)]);
         assert_eq!(parts(Members::replicated(p), 4), [Some(0); 4]);
-        assert_eq!(
-            parts(Members::split(p, 2), 4),
-            [Some(0), Some(0), Some(1), Some(1)]
-        );
-        assert_eq!(
-            parts(Members::expert_group(p, 1), 4),
-            [None, None, Some(0), Some(1)]
-        );
-        assert_eq!(
-            parts(Members::every_group(p), 4),
-            [Some(0), Some(1), Some(0), Some(1)]
-        );
+        assert_eq!(parts(Members::split(p, 2), 4), [Some(0), Some(0), Some(1), Some(1)]);
+        assert_eq!(parts(Members::expert_group(p, 1), 4), [None, None, Some(0), Some(1)]);
+        assert_eq!(parts(Members::every_group(p), 4), [Some(0), Some(1), Some(0), Some(1)]);
         assert!(Members::split(p, 1).is_exclusive());
         assert!(!Members::split(p, 2).is_exclusive());
         assert_eq!(Members::every_group(p).copies(), 2);

@@ -92,22 +92,9 @@ impl Placement {
         let matched = match_sources(&declaration, &names, checkpoint)?;
         let (skipped, warnings) = explain_rest(model, checkpoint, &names, &declaration, &matched)?;
         let (pieces, first_piece) = place(&declaration, &matched, checkpoint);
-        let Declaration {
-            params,
-            finishes,
-            aliases,
-            ..
-        } = declaration;
-        let this = Self {
-            parallel,
-            params,
-            finishes,
-            aliases,
-            skipped,
-            warnings,
-            pieces,
-            first_piece,
-        };
+        let Declaration { params, finishes, aliases, .. } = declaration;
+        let this =
+            Self { parallel, params, finishes, aliases, skipped, warnings, pieces, first_piece };
         validate::check(&this, checkpoint)?;
         Ok(this)
     }
@@ -126,11 +113,7 @@ impl Placement {
     /// Bytes of checkpoint data that any rank needs, each counted once.
     pub fn needed_bytes(&self, checkpoint: &Checkpoint) -> u64 {
         let needed = |(t, tensor): (usize, &Tensor)| {
-            if self.pieces_of(t as TensorId).is_empty() {
-                0
-            } else {
-                tensor.file_range.len()
-            }
+            if self.pieces_of(t as TensorId).is_empty() { 0 } else { tensor.file_range.len() }
         };
         checkpoint.tensors.iter().enumerate().map(needed).sum()
     }
@@ -225,10 +208,7 @@ fn match_sources(
     for (number, source) in declaration.sources.iter().enumerate() {
         let Some(id) = names.tensor(&source.name) else {
             let param = wanting_param(declaration, number as u32);
-            return Err(PlanError::MissingTensor {
-                tensor: source.name.clone(),
-                param,
-            });
+            return Err(PlanError::MissingTensor { tensor: source.name.clone(), param });
         };
         check_form(source, &checkpoint.tensors[id as usize], checkpoint)?;
         matched.push(id);
@@ -257,16 +237,12 @@ fn check_form(source: &Source, tensor: &Tensor, checkpoint: &Checkpoint) -> Resu
     let (fits, expected) = match source.accept {
         Accept::Exactly(dtype) => (tensor.dtype == dtype, dtype.to_string()),
         Accept::AnyFloat => (
-            matches!(
-                tensor.dtype,
-                Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64
-            ),
+            matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64),
             "BF16, F16, F32 or F64".to_owned(),
         ),
-        Accept::AnyInt => (
-            matches!(tensor.dtype, Dtype::I32 | Dtype::I64),
-            "I64 or I32".to_owned(),
-        ),
+        Accept::AnyInt => {
+            (matches!(tensor.dtype, Dtype::I32 | Dtype::I64), "I64 or I32".to_owned())
+        }
     };
     if fits {
         return Ok(());
@@ -294,33 +270,16 @@ fn explain_rest(
     let mut skipped: Vec<Skipped> = declaration
         .unplaced
         .iter()
-        .map(|&(source, why)| Skipped {
-            tensor: matched[source as usize],
-            why,
-        })
+        .map(|&(source, why)| Skipped { tensor: matched[source as usize], why })
         .collect();
     let mut warnings = Vec::new();
-    for (id, tensor) in checkpoint
-        .tensors
-        .iter()
-        .enumerate()
-        .filter(|(id, _)| !used[*id])
-    {
+    for (id, tensor) in checkpoint.tensors.iter().enumerate().filter(|(id, _)| !used[*id]) {
         let tensor_id = id as TensorId;
         if let Some(why) = model.skip_reason(names.canonical(tensor_id)) {
-            skipped.push(Skipped {
-                tensor: tensor_id,
-                why,
-            });
+            skipped.push(Skipped { tensor: tensor_id, why });
         } else if model.options.allow_unknown {
-            skipped.push(Skipped {
-                tensor: tensor_id,
-                why: "unknown; allowed by --allow-unknown",
-            });
-            warnings.push(format!(
-                "tensor {} belongs to no parameter and is skipped",
-                tensor.name
-            ));
+            skipped.push(Skipped { tensor: tensor_id, why: "unknown; allowed by --allow-unknown" });
+            warnings.push(format!("tensor {} belongs to no parameter and is skipped", tensor.name));
         } else {
             return Err(PlanError::UnknownTensor {
                 file: checkpoint.file_name(tensor).into(),

@@ -48,12 +48,7 @@ impl Scheme {
         use Content::{Matrix, Scalar, Shape};
         use Dtype::{BF16, F8_E4M3, F32, I32, I64, U8};
         const fn row(suffix: &'static str, dtype: Dtype, content: Content, float: bool) -> Stored {
-            Stored {
-                suffix,
-                dtype,
-                content,
-                float,
-            }
+            Stored { suffix, dtype, content, float }
         }
         const fn matrix(row_unit: u64, col_unit: u64) -> Content {
             Matrix { row_unit, col_unit }
@@ -153,10 +148,7 @@ impl Declared {
             .or_else(|| nested.as_ref()?.nested("quantization_config"))
             .or_else(|| config.nested("compression_config"));
         match block {
-            None => Ok(Self {
-                scheme: Scheme::Bf16,
-                declared_in: config.file().into(),
-            }),
+            None => Ok(Self { scheme: Scheme::Bf16, declared_in: config.file().into() }),
             Some(block) => Self::from_block(&block, config.file()),
         }
     }
@@ -169,17 +161,11 @@ impl Declared {
                 let shape: Option<Vec<u64>> =
                     shape.and_then(|s| s.iter().map(|v| v.as_u64()).collect());
                 match shape.as_deref() {
-                    Some([128, 128]) => Ok(Self {
-                        scheme: Scheme::Fp8,
-                        declared_in,
-                    }),
+                    Some([128, 128]) => Ok(Self { scheme: Scheme::Fp8, declared_in }),
                     _ => Err(block.wrong("weight_block_size", "[128, 128]")),
                 }
             }
-            _ => Err(block.wrong(
-                "quant_method",
-                "fp8 (the other methods are not supported yet)",
-            )),
+            _ => Err(block.wrong("quant_method", "fp8 (the other methods are not supported yet)")),
         }
     }
 }

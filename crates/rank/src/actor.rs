@@ -58,11 +58,7 @@ impl Actor for RankActor {
         _myself: ActorRef<RankMessage>,
         arguments: RankArguments,
     ) -> Result<RankState, ActorProcessingErr> {
-        Ok(RankState {
-            arguments,
-            memory: None,
-            running: None,
-        })
+        Ok(RankState { arguments, memory: None, running: None })
     }
 
     async fn handle(
@@ -72,10 +68,7 @@ impl Actor for RankActor {
         state: &mut RankState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            RankMessage::Command(RankCommand::Allocate {
-                generation,
-                placement,
-            }) => {
+            RankMessage::Command(RankCommand::Allocate { generation, placement }) => {
                 state.allocate(myself, generation, placement);
             }
             RankMessage::Command(RankCommand::Load {
@@ -116,11 +109,7 @@ impl RankState {
                 let memory = Arc::new(memory);
                 self.memory = Some(Arc::clone(&memory));
                 let progress = Arc::clone(&self.arguments.progress);
-                RankEventKind::Allocated(Peer {
-                    memory,
-                    progress,
-                    actor: myself,
-                })
+                RankEventKind::Allocated(Peer { memory, progress, actor: myself })
             }
             Err(e) => RankEventKind::Failed(e),
         };
@@ -170,11 +159,7 @@ impl RankState {
 
     fn worker(&mut self, generation: Generation, event: WorkerEvent) {
         // RNK-4
-        if self
-            .running
-            .as_ref()
-            .is_none_or(|r| r.job.generation != generation)
-        {
+        if self.running.as_ref().is_none_or(|r| r.job.generation != generation) {
             return;
         }
         match event {
@@ -253,11 +238,7 @@ impl RankState {
     }
 
     fn report(&self, generation: Generation, kind: RankEventKind) {
-        let event = RankEvent {
-            rank: self.arguments.rank,
-            generation,
-            kind,
-        };
+        let event = RankEvent { rank: self.arguments.rank, generation, kind };
         // without a coordinator there is nobody to tell
         let _ = self.arguments.events.cast(event);
     }

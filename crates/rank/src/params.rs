@@ -42,17 +42,8 @@ impl ParamMemory {
             end = (end + param.bytes).next_multiple_of(ALIGNMENT);
         }
         let region = Region::new(end as usize)?;
-        let missing = placement
-            .landing_bytes(rank)
-            .into_iter()
-            .map(AtomicU64::new)
-            .collect();
-        Ok(Self {
-            placement,
-            region,
-            offsets,
-            missing,
-        })
+        let missing = placement.landing_bytes(rank).into_iter().map(AtomicU64::new).collect();
+        Ok(Self { placement, region, offsets, missing })
     }
 
     /// The placement that this memory was made for.
@@ -88,16 +79,9 @@ impl ParamMemory {
     /// When the run would leave its parameter.
     pub fn run_target(&self, span: &Span, row: u64) -> NonNull<u8> {
         let param = span.param as usize;
-        let (within, width) = (
-            span.target_offset + row * span.target_stride,
-            span.target_width(),
-        );
-        assert!(
-            within + width <= self.placement.params[param].bytes,
-            "span leaves its parameter"
-        );
-        self.region
-            .at((self.offsets[param] + within) as usize, width as usize)
+        let (within, width) = (span.target_offset + row * span.target_stride, span.target_width());
+        assert!(within + width <= self.placement.params[param].bytes, "span leaves its parameter");
+        self.region.at((self.offsets[param] + within) as usize, width as usize)
     }
 
     /// The bytes of `param`.
@@ -173,11 +157,9 @@ impl ReadyParams {
     /// Second names: `(derived name, name of the parameter whose storage it shares)`.
     pub fn aliases(&self) -> impl Iterator<Item = (&str, &str)> {
         let placement = self.memory.placement();
-        placement.aliases.iter().map(|a| {
-            (
-                a.name.as_str(),
-                placement.params[a.source as usize].name.as_str(),
-            )
-        })
+        placement
+            .aliases
+            .iter()
+            .map(|a| (a.name.as_str(), placement.params[a.source as usize].name.as_str()))
     }
 }

@@ -50,18 +50,12 @@ unsafe fn mla_split(split: &MlaSplit, memory: &ParamMemory) -> Result<(), RankEr
         )
     };
     let weight = match (split.scheme, scale) {
-        (Scheme::Bf16, _) => mla::Weight::Plain {
-            data,
-            dtype: param.dtype,
-        },
+        (Scheme::Bf16, _) => mla::Weight::Plain { data, dtype: param.dtype },
         (Scheme::Fp8, Some(scale)) => mla::Weight::Fp8 { data, scale },
         (Scheme::Mxfp4, Some(scale)) => mla::Weight::Mxfp4 { data, scale },
         (scheme, _) => {
             let what = format!("no MLA split of {}", scheme.name());
-            return Err(RankError::Transform {
-                param: param.name.clone(),
-                what,
-            });
+            return Err(RankError::Transform { param: param.name.clone(), what });
         }
     };
     let dims = mla::Dims {
@@ -80,10 +74,7 @@ unsafe fn expert_blocks(b: &ExpertBlocks, memory: &ParamMemory, workspace: &mut 
     let (rows, row_bytes) = (b.rows as usize, b.row_bytes as usize);
     // SAFETY: the caller promises exclusive access.
     let bytes = unsafe { memory.bytes_mut(b.param) };
-    for expert in bytes
-        .chunks_exact_mut(rows * row_bytes)
-        .take(b.experts as usize)
-    {
+    for expert in bytes.chunks_exact_mut(rows * row_bytes).take(b.experts as usize) {
         match b.order {
             RowOrder::Shuffled32 => {
                 blocks::into_blocks(expert, rows, row_bytes, shuffled32, workspace);

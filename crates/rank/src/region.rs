@@ -45,11 +45,7 @@ impl Region {
                 0,
             )
         };
-        let failed = |source| RankError::Memory {
-            what: "parameters",
-            bytes: bytes as u64,
-            source,
-        };
+        let failed = |source| RankError::Memory { what: "parameters", bytes: bytes as u64, source };
         if address == libc::MAP_FAILED {
             return Err(failed(io::Error::last_os_error()));
         }
@@ -61,12 +57,7 @@ impl Region {
         let base = unsafe { mapping.add(skip) };
         // SAFETY: `base..base + bytes` lies within the mapping made above. Advice only: an error changes nothing.
         unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
-        Ok(Self {
-            mapping,
-            mapped,
-            base,
-            bytes,
-        })
+        Ok(Self { mapping, mapped, base, bytes })
     }
 
     /// Size in bytes.
@@ -85,10 +76,7 @@ impl Region {
     /// When the range leaves the region.
     pub fn at(&self, offset: usize, bytes: usize) -> NonNull<u8> {
         let end = offset.checked_add(bytes);
-        assert!(
-            end.is_some_and(|end| end <= self.bytes),
-            "range leaves the region"
-        );
+        assert!(end.is_some_and(|end| end <= self.bytes), "range leaves the region");
         // SAFETY: `offset` is within the mapping, as just checked.
         unsafe { self.base.add(offset) }
     }

@@ -76,10 +76,7 @@ impl Scatter {
         for span in &self.spans {
             place(span, bytes, &peers[span.rank as usize])?;
         }
-        Ok(Outcome {
-            reads: staged.reads,
-            padding_bytes: staged.padding_bytes,
-        })
+        Ok(Outcome { reads: staged.reads, padding_bytes: staged.padding_bytes })
     }
 
     /// The spans of the last read.
@@ -110,10 +107,7 @@ impl Scatter {
                 self.runs.push(Run {
                     source_offset: span.source_offset + row * span.source_stride,
                     bytes: span.width,
-                    target: peers[span.rank as usize]
-                        .memory
-                        .run_target(span, row)
-                        .as_ptr(),
+                    target: peers[span.rank as usize].memory.run_target(span, row).as_ptr(),
                 });
             }
         }
@@ -163,10 +157,7 @@ impl Scatter {
             // `to` is a different run, so by RNK-1 the two do not overlap and nobody else touches them.
             unsafe { std::ptr::copy_nonoverlapping(from.target, to.target, to.bytes as usize) };
         }
-        Ok(Outcome {
-            reads,
-            padding_bytes: 0,
-        })
+        Ok(Outcome { reads, padding_bytes: 0 })
     }
 }
 
@@ -187,9 +178,7 @@ fn place(span: &Span, bytes: &[u8], peer: &Peer) -> Result<(), RankError> {
             unsafe { std::slice::from_raw_parts_mut(target, span.target_width() as usize) };
         if !cast(run, source_dtype, target, target_dtype) {
             return Err(RankError::Transform {
-                param: peer.memory.placement().params[span.param as usize]
-                    .name
-                    .clone(),
+                param: peer.memory.placement().params[span.param as usize].name.clone(),
                 what: format!("no conversion from {source_dtype} to {target_dtype}"),
             });
         }
@@ -221,13 +210,7 @@ pub fn tensors_in(
 pub(crate) fn count_exchange(spans: &[Span], reader: u32, peers: &[Peer]) {
     for span in spans.iter().filter(|s| s.rank != reader) {
         let bytes = span.source_bytes();
-        peers[reader as usize]
-            .progress
-            .sent_bytes
-            .fetch_add(bytes, Ordering::Relaxed);
-        peers[span.rank as usize]
-            .progress
-            .received_bytes
-            .fetch_add(bytes, Ordering::Relaxed);
+        peers[reader as usize].progress.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+        peers[span.rank as usize].progress.received_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 }

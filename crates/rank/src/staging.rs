@@ -31,10 +31,7 @@ struct State {
 impl Staging {
     /// Slabs of `slab_bytes` each; how many exist at a time is bounded by the number of leases taken at a time.
     pub fn new(slab_bytes: usize) -> Self {
-        Self {
-            slab_bytes,
-            state: Mutex::default(),
-        }
+        Self { slab_bytes, state: Mutex::default() }
     }
 
     /// Takes a slab.
@@ -43,20 +40,14 @@ impl Staging {
     /// The memory cannot be had.
     pub fn lease(&self) -> Result<Lease<'_>, RankError> {
         if let Some(slab) = self.lock().free.pop() {
-            return Ok(Lease {
-                staging: self,
-                slab: Some(slab),
-            });
+            return Ok(Lease { staging: self, slab: Some(slab) });
         }
         let slab = Slab::new(self.slab_bytes)?;
         let mut state = self.lock();
         state.held_bytes += self.slab_bytes as u64;
         state.peak_bytes = state.peak_bytes.max(state.held_bytes);
         drop(state);
-        Ok(Lease {
-            staging: self,
-            slab: Some(slab),
-        })
+        Ok(Lease { staging: self, slab: Some(slab) })
     }
 
     /// Gives all slabs back that are not leased.
@@ -130,10 +121,7 @@ impl Slab {
         let layout = layout.map_err(|_| failed())?;
         // SAFETY: the layout's size is not zero.
         let start = unsafe { std::alloc::alloc_zeroed(layout) };
-        Ok(Self {
-            start: NonNull::new(start).ok_or_else(failed)?,
-            layout,
-        })
+        Ok(Self { start: NonNull::new(start).ok_or_else(failed)?, layout })
     }
 }
 

@@ -48,10 +48,7 @@ impl LoadState {
             reads_done: false,
         };
         let mut effects = Vec::new();
-        for p in (0..placement.params.len())
-            .filter(raw)
-            .filter(|&p| landing_bytes[p] == 0)
-        {
+        for p in (0..placement.params.len()).filter(raw).filter(|&p| landing_bytes[p] == 0) {
             effects.extend(state.param_landed(p as ParamId));
         }
         (state, effects)

@@ -60,29 +60,16 @@ impl CheckpointSource {
     /// The file cannot be opened.
     pub fn open(dir: &Path, name: &str, choice: IoChoice) -> Result<Self, RankError> {
         let path = dir.join(name);
-        let failed = |source| RankError::Open {
-            file: name.to_owned(),
-            source,
-        };
+        let failed = |source| RankError::Open { file: name.to_owned(), source };
         let buffered = File::open(&path).map_err(failed)?;
         let bytes = buffered.metadata().map_err(failed)?.len();
         let (mut mode, wanted) = match choice {
-            IoChoice::Buffered => (
-                IoMode {
-                    direct: false,
-                    reason: "asked for",
-                    resident: None,
-                },
-                false,
-            ),
-            IoChoice::Direct => (
-                IoMode {
-                    direct: true,
-                    reason: "asked for",
-                    resident: None,
-                },
-                true,
-            ),
+            IoChoice::Buffered => {
+                (IoMode { direct: false, reason: "asked for", resident: None }, false)
+            }
+            IoChoice::Direct => {
+                (IoMode { direct: true, reason: "asked for", resident: None }, true)
+            }
             IoChoice::Auto => {
                 let resident = probe::resident_share(&buffered, bytes);
                 let direct = resident.is_some_and(|share| share < CACHED_SHARE);
@@ -91,23 +78,12 @@ impl CheckpointSource {
                     (_, true) => "not in the page cache",
                     (_, false) => "in the page cache",
                 };
-                (
-                    IoMode {
-                        direct,
-                        reason,
-                        resident,
-                    },
-                    direct,
-                )
+                (IoMode { direct, reason, resident }, direct)
             }
         };
         let mut direct = None;
         if wanted {
-            match OpenOptions::new()
-                .read(true)
-                .custom_flags(libc::O_DIRECT)
-                .open(&path)
-            {
+            match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path) {
                 Ok(file) => direct = Some(file),
                 // EINVAL: the file system has no direct I/O; reading through the cache is right then
                 Err(_) => {
@@ -119,13 +95,7 @@ impl CheckpointSource {
                 }
             }
         }
-        Ok(Self {
-            name: name.to_owned(),
-            bytes,
-            mode,
-            buffered,
-            direct,
-        })
+        Ok(Self { name: name.to_owned(), bytes, mode, buffered, direct })
     }
 
     /// Fills `slab` with `range`, past the page cache if that is this file's mode.
@@ -138,11 +108,7 @@ impl CheckpointSource {
     pub fn read_staged(&self, range: ByteRange, slab: &mut [u8]) -> Result<Staged, RankError> {
         let Some(direct) = &self.direct else {
             let reads = self.read_full(range, &mut slab[..range.len() as usize])?;
-            return Ok(Staged {
-                begin: 0,
-                padding_bytes: 0,
-                reads,
-            });
+            return Ok(Staged { begin: 0, padding_bytes: 0, reads });
         };
         let start = range.start - range.start % DIRECT_ALIGNMENT;
         let end = range.end.next_multiple_of(DIRECT_ALIGNMENT);
@@ -159,11 +125,7 @@ impl CheckpointSource {
                 return Err(self.truncated(start + got as u64));
             }
         }
-        Ok(Staged {
-            begin,
-            padding_bytes: (got.max(wanted) - range.len() as usize) as u64,
-            reads,
-        })
+        Ok(Staged { begin, padding_bytes: (got.max(wanted) - range.len() as usize) as u64, reads })
     }
 
     fn read_full(&self, range: ByteRange, target: &mut [u8]) -> Result<u64, RankError> {
@@ -223,20 +185,11 @@ impl CheckpointSource {
     }
 
     fn read_error(&self, range: ByteRange, source: io::Error) -> RankError {
-        RankError::Read {
-            file: self.name.clone(),
-            offset: range.start,
-            bytes: range.len(),
-            source,
-        }
+        RankError::Read { file: self.name.clone(), offset: range.start, bytes: range.len(), source }
     }
 
     fn truncated(&self, found: u64) -> RankError {
-        RankError::Truncated {
-            file: self.name.clone(),
-            found,
-            expected: self.bytes,
-        }
+        RankError::Truncated { file: self.name.clone(), found, expected: self.bytes }
     }
 }
 
@@ -288,10 +241,7 @@ mod tests {
     fn file(bytes: usize) -> (tempfile::TempDir, Vec<u8>) {
         let dir = tempfile::tempdir().unwrap();
         let data: Vec<u8> = (0..bytes).map(|i| (i % 251) as u8).collect();
-        File::create(dir.path().join("f"))
-            .unwrap()
-            .write_all(&data)
-            .unwrap();
+        File::create(dir.path().join("f")).unwrap().write_all(&data).unwrap();
         (dir, data)
     }
 
@@ -302,22 +252,12 @@ mod tests {
         for choice in [IoChoice::Buffered, IoChoice::Direct] {
             let source = CheckpointSource::open(dir.path(), "f", choice).unwrap();
             let staging = Staging::new(65_536);
-            for (start, end) in [
-                (0, 1),
-                (1, 4096),
-                (4095, 4097),
-                (8192, 16384),
-                (49_000, 50_001),
-            ] {
+            for (start, end) in [(0, 1), (1, 4096), (4095, 4097), (8192, 16384), (49_000, 50_001)] {
                 let mut lease = staging.lease().unwrap();
                 let range = ByteRange::new(start, end);
                 let staged = source.read_staged(range, lease.bytes_mut()).unwrap();
                 let got = &lease.bytes_mut()[staged.begin..][..range.len() as usize];
-                assert_eq!(
-                    got,
-                    &data[start as usize..end as usize],
-                    "{choice:?} {range}"
-                );
+                assert_eq!(got, &data[start as usize..end as usize], "{choice:?} {range}");
             }
         }
     }
@@ -330,10 +270,7 @@ mod tests {
         let total: usize = parts.iter().map(Vec::len).sum();
         let mut iov: Vec<libc::iovec> = parts
             .iter_mut()
-            .map(|p| libc::iovec {
-                iov_base: p.as_mut_ptr().cast(),
-                iov_len: p.len(),
-            })
+            .map(|p| libc::iovec { iov_base: p.as_mut_ptr().cast(), iov_len: p.len() })
             .collect();
         let range = ByteRange::new(17, 17 + total as u64);
         // SAFETY: the vectors are alive and used by nobody else.
@@ -347,21 +284,14 @@ mod tests {
         let (dir, _) = file(20_000);
         for choice in [IoChoice::Buffered, IoChoice::Direct] {
             let source = CheckpointSource::open(dir.path(), "f", choice).unwrap();
-            let shorter = OpenOptions::new()
-                .write(true)
-                .open(dir.path().join("f"))
-                .unwrap();
+            let shorter = OpenOptions::new().write(true).open(dir.path().join("f")).unwrap();
             shorter.set_len(10_000).unwrap();
             let staging = Staging::new(65_536);
             let mut lease = staging.lease().unwrap();
-            let e = source
-                .read_staged(ByteRange::new(9_000, 12_000), lease.bytes_mut())
-                .unwrap_err();
+            let e =
+                source.read_staged(ByteRange::new(9_000, 12_000), lease.bytes_mut()).unwrap_err();
             let text = e.to_string();
-            assert!(
-                text.contains("10000") && text.contains("20000"),
-                "{choice:?}: {text}"
-            );
+            assert!(text.contains("10000") && text.contains("20000"), "{choice:?}: {text}");
             shorter.set_len(20_000).unwrap();
         }
     }

@@ -81,9 +81,7 @@ impl Job {
         for number in 0..count {
             let job = Arc::clone(self);
             let name = format!("rank{}-worker{number}", self.rank);
-            let spawned = std::thread::Builder::new()
-                .name(name)
-                .spawn(move || job.work());
+            let spawned = std::thread::Builder::new().name(name).spawn(move || job.work());
             if let Err(e) = spawned {
                 self.stop();
                 return Err(RankError::Thread(e));
@@ -153,31 +151,18 @@ impl Job {
                 queue.next_read += 1;
                 return Work::Read(queue.next_read - 1);
             }
-            queue = self
-                .wake
-                .wait(queue)
-                .unwrap_or_else(PoisonError::into_inner);
+            queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     fn read(&self, number: usize, scatter: &mut Scatter) -> Result<(), RankError> {
         let read = &self.plan.reads[self.rank as usize][number];
         let source = &self.sources[read.file as usize];
-        let outcome = scatter.execute(
-            &self.plan,
-            self.rank,
-            read,
-            source,
-            &self.peers,
-            &self.staging,
-        )?;
+        let outcome =
+            scatter.execute(&self.plan, self.rank, read, source, &self.peers, &self.staging)?;
         let progress = self.progress();
-        progress
-            .read_bytes
-            .fetch_add(read.range.len(), Ordering::Relaxed);
-        progress
-            .padding_bytes
-            .fetch_add(outcome.padding_bytes, Ordering::Relaxed);
+        progress.read_bytes.fetch_add(read.range.len(), Ordering::Relaxed);
+        progress.padding_bytes.fetch_add(outcome.padding_bytes, Ordering::Relaxed);
         progress.reads.fetch_add(outcome.reads, Ordering::Relaxed);
         count_exchange(scatter.spans(), self.rank, &self.peers);
         for span in scatter.spans() {
@@ -215,6 +200,5 @@ pub fn slab_bytes(read_bytes: u64) -> u64 {
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".into())
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }

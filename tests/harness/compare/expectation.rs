@@ -56,11 +56,7 @@ impl Expectation {
     /// If the case's files are missing or damaged.
     pub fn of_case(case: &Case) -> Expectation {
         let value = case.expected();
-        let number = |key: &str| {
-            value[key]
-                .as_u64()
-                .expect("an expectation counts its ranks")
-        };
+        let number = |key: &str| value[key].as_u64().expect("an expectation counts its ranks");
         let mut expectation = Expectation {
             family: text(&value["family"]),
             quant: text(&value["quant"]),
@@ -116,17 +112,11 @@ impl Expectation {
         let place = "manifest.json";
         let mut lines = self.header_differences(place, |key| manifest[key].clone());
         if !manifest["source"].is_string() {
-            lines.push(format!(
-                "{place}: source: want a text, got {}",
-                manifest["source"]
-            ));
+            lines.push(format!("{place}: source: want a text, got {}", manifest["source"]));
         }
         let listed = manifest["ranks"].as_array().map_or(0, Vec::len);
         if listed != self.ranks.len() {
-            lines.push(format!(
-                "{place}: want {} ranks, got {listed}",
-                self.ranks.len()
-            ));
+            lines.push(format!("{place}: want {} ranks, got {listed}", self.ranks.len()));
         }
         for (i, want) in self.ranks.iter().enumerate() {
             let ranks = manifest["ranks"].as_array().into_iter().flatten();
@@ -134,10 +124,7 @@ impl Expectation {
             let got = found.unwrap_or(&Value::Null);
             for (key, want) in [("file", json!(want.file)), ("aliases", json!(want.aliases))] {
                 if got[key] != want {
-                    lines.push(format!(
-                        "{place}: rank {i}: {key}: want {want}, got {}",
-                        got[key]
-                    ));
+                    lines.push(format!("{place}: rank {i}: {key}: want {want}, got {}", got[key]));
                 }
             }
             lines.extend(want.manifest_differences(&format!("{place}: rank {i}"), got));
@@ -161,17 +148,11 @@ impl ExpectedRank {
             let got = listed.get(name).unwrap_or(&Value::Null);
             for (key, want) in want.as_object().into_iter().flatten() {
                 if got[key] != *want {
-                    lines.push(format!(
-                        "{place}: {name}: {key}: want {want}, got {}",
-                        got[key]
-                    ));
+                    lines.push(format!("{place}: {name}: {key}: want {want}, got {}", got[key]));
                 }
             }
         }
-        for name in listed
-            .keys()
-            .filter(|name| !self.parameters.contains_key(*name))
-        {
+        for name in listed.keys().filter(|name| !self.parameters.contains_key(*name)) {
             lines.push(format!("{place}: {name}: not expected"));
         }
         lines
@@ -223,10 +204,7 @@ fn rank_of_json(rank: &Value) -> ExpectedRank {
     let parameter = |(name, value): (&String, &Value)| {
         let expected = ExpectedParam {
             dtype: text(&value["dtype"]),
-            shape: list(&value["shape"])
-                .iter()
-                .filter_map(Value::as_u64)
-                .collect(),
+            shape: list(&value["shape"]).iter().filter_map(Value::as_u64).collect(),
             length: value["bytes"].as_u64().unwrap_or(0),
             sha256: text(&value["sha256"]),
             bytes: None,
@@ -243,10 +221,7 @@ fn rank_of_json(rank: &Value) -> ExpectedRank {
 }
 
 fn text(value: &Value) -> String {
-    value
-        .as_str()
-        .expect("an expectation has a text there")
-        .to_owned()
+    value.as_str().expect("an expectation has a text there").to_owned()
 }
 
 fn list(value: &Value) -> &[Value] {

@@ -53,15 +53,9 @@ fn write_rank(path: &Path, rank: &Rank) {
     };
     let views = rank.parameters.iter().map(|(name, p)| {
         let shape = p.shape.iter().map(|d| *d as usize).collect();
-        (
-            name.clone(),
-            TensorView::new(dtype(&p.dtype), shape, &p.bytes).unwrap(),
-        )
+        (name.clone(), TensorView::new(dtype(&p.dtype), shape, &p.bytes).unwrap())
     });
-    let aliases = rank
-        .aliases
-        .iter()
-        .map(|(d, s)| (format!("alias:{d}"), s.clone()));
+    let aliases = rank.aliases.iter().map(|(d, s)| (format!("alias:{d}"), s.clone()));
     let metadata: HashMap<String, String> = aliases.collect();
     let blob = safetensors::serialize(views.collect::<Vec<_>>(), Some(metadata)).unwrap();
     fs::write(path, blob).unwrap();
@@ -107,14 +101,8 @@ fn differences_are_found_and_named() {
             |a| drop(a.ranks[1].aliases.pop_first()),
             "rank 1: alias model.layers.0.mlp.down_proj.weight_scale_interleaved: want Some",
         ),
-        (
-            |a| a.kernel_layout = "trtllm".into(),
-            "kernel_layout: want \"cutlass\", got \"trtllm\"",
-        ),
-        (
-            |a| drop(a.ranks.pop()),
-            "rank-00000-of-00001.safetensors: not expected",
-        ),
+        (|a| a.kernel_layout = "trtllm".into(), "kernel_layout: want \"cutlass\", got \"trtllm\""),
+        (|a| drop(a.ranks.pop()), "rank-00000-of-00001.safetensors: not expected"),
     ];
     for (edit, message) in edits {
         fs::remove_dir_all(&out).unwrap();
@@ -142,9 +130,5 @@ fn a_lying_manifest_is_found() {
     let message = "manifest.json: rank 1: model.norm.weight: bytes: want 256, got 1";
     assert!(lines.contains(message), "{lines}");
     fs::remove_file(&path).unwrap();
-    assert!(
-        with_answer(scratch.path(), &answer)
-            .unwrap_err()
-            .contains("manifest.json")
-    );
+    assert!(with_answer(scratch.path(), &answer).unwrap_err().contains("manifest.json"));
 }

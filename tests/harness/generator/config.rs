@@ -61,10 +61,7 @@ fn config(family: Family, scheme: Scheme, p: &Settings, quantization: Option<Jso
         Family::GlmMoeDsa => ("GlmMoeDsaForCausalLM", "glm_moe_dsa"),
         _ => ("DeepseekV3ForCausalLM", "deepseek_v3"),
     };
-    text.update([
-        ("architectures", [architecture].into()),
-        ("model_type", kind.into()),
-    ]);
+    text.update([("architectures", [architecture].into()), ("model_type", kind.into())]);
     if family == Family::KimiK2 {
         text.update([
             ("rope_theta", 50000.0.into()),
@@ -149,14 +146,7 @@ fn mla(text: &mut Json, p: &Settings) {
     let shared = p.get("n_shared_experts");
     text.update([
         ("num_key_value_heads", p.get("num_attention_heads")),
-        (
-            "n_shared_experts",
-            if shared.is_truthy() {
-                shared
-            } else {
-                Json::Null
-            },
-        ),
+        ("n_shared_experts", if shared.is_truthy() { shared } else { Json::Null }),
         ("num_nextn_predict_layers", p.get("mtp")),
         ("moe_layer_freq", 1.into()),
         ("num_experts_per_tok", 2.into()),
@@ -185,10 +175,7 @@ fn mla(text: &mut Json, p: &Settings) {
 
 /// GLM-5's own keys: `head_dim` is not the head size of the projections.
 fn glm5(text: &mut Json, p: &Settings) {
-    let rope = Json::object([
-        ("rope_theta", 1_000_000.into()),
-        ("rope_type", "default".into()),
-    ]);
+    let rope = Json::object([("rope_theta", 1_000_000.into()), ("rope_type", "default".into())]);
     let head = p.size("qk_nope_head_dim") + p.size("qk_rope_head_dim");
     text.remove("rope_theta");
     text.update([
@@ -244,12 +231,8 @@ fn kimi_k25(
     with_quantization(config, quantization)
 }
 
-const PLAIN_VISION_KEYS: [&str; 4] = [
-    "hidden_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "intermediate_size",
-];
+const PLAIN_VISION_KEYS: [&str; 4] =
+    ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"];
 
 fn kimi_vision(p: &Settings) -> Json {
     let mut vision = Json::object([

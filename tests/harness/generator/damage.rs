@@ -72,24 +72,14 @@ pub(super) fn tensors(
             vec![take(groups, "layers.1.post_attention_layernorm.weight")?.name]
         }
         Break::ExtraTensor => {
-            let lead = if family == Family::KimiK25 {
-                "language_model."
-            } else {
-                ""
-            };
-            add_mystery(
-                groups,
-                format!("{lead}model.layers.0.self_attn.mystery_proj.weight"),
-            )
+            let lead = if family == Family::KimiK25 { "language_model." } else { "" };
+            add_mystery(groups, format!("{lead}model.layers.0.self_attn.mystery_proj.weight"))
         }
-        Break::UnknownVisionTensor if family == Family::KimiK25 => add_mystery(
-            groups,
-            "vision_tower.encoder.blocks.0.mystery.weight".into(),
-        ),
+        Break::UnknownVisionTensor if family == Family::KimiK25 => {
+            add_mystery(groups, "vision_tower.encoder.blocks.0.mystery.weight".into())
+        }
         Break::UnknownVisionTensor => {
-            return Err(refuse(
-                "unknown_vision_tensor needs the family kimi_k25".into(),
-            ));
+            return Err(refuse("unknown_vision_tensor needs the family kimi_k25".into()));
         }
         Break::WrongShape => {
             let tensor = find(groups, "layers.1.self_attn.o_proj.weight")?;
@@ -108,20 +98,12 @@ pub(super) fn tensors(
         Break::QAWithoutKvA => {
             let name = take(groups, "layers.1.self_attn.kv_a_proj_with_mqa.weight")?.name;
             let lead = before(&name, "kv_a_proj_with_mqa");
-            [
-                "kv_a_proj_with_mqa",
-                "q_a_proj",
-                "fused_qkv_a_proj_with_mqa",
-            ]
-            .map(|part| format!("{lead}{part}"))
-            .into()
+            ["kv_a_proj_with_mqa", "q_a_proj", "fused_qkv_a_proj_with_mqa"]
+                .map(|part| format!("{lead}{part}"))
+                .into()
         }
         Break::GateWithoutUp => {
-            let suffix = if scheme == Scheme::Int4 {
-                "weight_packed"
-            } else {
-                "weight"
-            };
+            let suffix = if scheme == Scheme::Int4 { "weight_packed" } else { "weight" };
             let name = take(groups, &format!("mlp.experts.3.up_proj.{suffix}"))?.name;
             let lead = before(&name, "experts.3");
             ["experts.3.up_proj", "experts.3.gate_proj", "experts.w13"]

@@ -35,17 +35,11 @@ pub(super) fn write(
         message_names = vec![copy.name.clone()];
         let other = (f + 1) % groups.len();
         groups[other].push(copy);
-        index = Index {
-            total_bytes: total_bytes(&groups),
-            ..index
-        };
+        index = Index { total_bytes: total_bytes(&groups), ..index };
     }
 
     let last = groups.len() - 1;
-    let mut blobs: Vec<_> = groups[..last]
-        .iter()
-        .map(|g| File::new(g).bytes())
-        .collect();
+    let mut blobs: Vec<_> = groups[..last].iter().map(|g| File::new(g).bytes()).collect();
     let mut file = File::new(&groups[last]);
     message_names.extend(damage_offsets(&mut file, &names[last], kind));
     let mut blob = file.bytes();
@@ -72,11 +66,7 @@ pub(super) fn write(
         configs.push(("model.safetensors.index.json", index.json()));
     }
     message_names.extend(write_configs(directory, configs, kind)?);
-    Ok(Directory {
-        files: targets,
-        bytes,
-        message_names,
-    })
+    Ok(Directory { files: targets, bytes, message_names })
 }
 
 fn write_configs(
@@ -103,21 +93,14 @@ fn write_configs(
 /// Lies in the header of the last file.
 fn damage_offsets(file: &mut File, file_name: &str, kind: Option<Break>) -> Vec<String> {
     let count = file.header.len();
-    let before = file
-        .header
-        .len()
-        .checked_sub(2)
-        .map(|i| file.header[i].name.clone());
+    let before = file.header.len().checked_sub(2).map(|i| file.header[i].name.clone());
     let entry = &mut file.header[count - 1];
     let [begin, end] = entry.data_offsets;
     let element = (end - begin) / entry.shape.iter().product::<u64>();
     let mut names = vec![file_name.to_owned(), entry.name.clone()];
     match kind {
         Some(Break::OverlappingOffsets) => {
-            assert!(
-                begin >= element,
-                "an overlap needs a tensor before the last one"
-            );
+            assert!(begin >= element, "an overlap needs a tensor before the last one");
             entry.data_offsets = [begin - element, end - element];
             file.data.truncate((end - element) as usize);
             names.extend(before);
@@ -159,10 +142,7 @@ fn damage_blob(blob: &mut Vec<u8>, file_name: &str, kind: Option<Break>) -> Vec<
 fn outside_of(directory: &Path) -> io::Result<String> {
     let path = std::path::absolute(directory)?;
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
-    Ok(format!(
-        "../{}-outside.safetensors",
-        name.unwrap_or_default()
-    ))
+    Ok(format!("../{}-outside.safetensors", name.unwrap_or_default()))
 }
 
 fn total_bytes(groups: &[Vec<Tensor>]) -> u64 {
@@ -181,10 +161,7 @@ impl Index {
         for (group, file) in groups.iter().zip(names) {
             weight_map.extend(group.iter().map(|t| (t.name.clone(), file.clone())));
         }
-        Index {
-            total_bytes: total_bytes(groups),
-            weight_map,
-        }
+        Index { total_bytes: total_bytes(groups), weight_map }
     }
 
     fn point_to_missing_file(&mut self, names: &[String]) -> Vec<String> {
@@ -196,11 +173,7 @@ impl Index {
     }
 
     fn point_outside(&mut self, file: &str, outside: String) -> Vec<String> {
-        for target in self
-            .weight_map
-            .values_mut()
-            .filter(|target| *target == file)
-        {
+        for target in self.weight_map.values_mut().filter(|target| *target == file) {
             *target = outside.clone();
         }
         vec![outside, "model.safetensors.index.json".to_owned()]

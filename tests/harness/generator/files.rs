@@ -53,9 +53,7 @@ fn file_of(name: &str, seed: u64) -> usize {
 pub(super) fn names(count: usize) -> Vec<String> {
     match count {
         1 => vec!["model.safetensors".to_owned()],
-        n => (1..=n)
-            .map(|i| format!("model-{i:05}-of-{n:05}.safetensors"))
-            .collect(),
+        n => (1..=n).map(|i| format!("model-{i:05}-of-{n:05}.safetensors")).collect(),
     }
 }
 
@@ -78,10 +76,7 @@ pub(super) struct File {
 impl File {
     /// The tensors one behind the other, without gaps.
     pub(super) fn new(tensors: &[Tensor]) -> File {
-        let mut file = File {
-            header: Vec::new(),
-            data: Vec::new(),
-        };
+        let mut file = File { header: Vec::new(), data: Vec::new() };
         for tensor in tensors {
             let begin = file.data.len() as u64;
             file.data.extend_from_slice(&tensor.data);

@@ -269,9 +269,7 @@ mod tests {
     #[test]
     fn floats_are_spelt_as_python_does() {
         let spelt = [1e-5, 1e-6, 0.0001, 0.02, 2.0, 500_000.0, 1e16, 1.5e300, 0.0].map(float);
-        let python = [
-            "1e-05", "1e-06", "0.0001", "0.02", "2.0", "500000.0", "1e+16", "1.5e+300",
-        ];
+        let python = ["1e-05", "1e-06", "0.0001", "0.02", "2.0", "500000.0", "1e+16", "1.5e+300"];
         assert_eq!(spelt[..8], python);
         assert_eq!(spelt[8], "0.0");
     }
@@ -281,10 +279,7 @@ mod tests {
     fn objects_keep_their_order() {
         let mut value = Json::object([("b", 1.into()), ("a", Json::List(vec![]))]);
         value.update([("c", vec!["é\n", "😀"].into()), ("b", Json::Null)]);
-        assert_eq!(
-            value.compact(),
-            r#"{"b":null,"a":[],"c":["\u00e9\n","\ud83d\ude00"]}"#
-        );
+        assert_eq!(value.compact(), r#"{"b":null,"a":[],"c":["\u00e9\n","\ud83d\ude00"]}"#);
         let pretty = "{\n  \"b\": null,\n  \"a\": [],\n  \"c\": [\n    \"\\u00e9\\n\",\n    \
                       \"\\ud83d\\ude00\"\n  ]\n}";
         assert_eq!(value.pretty(), pretty);

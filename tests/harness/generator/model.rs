@@ -52,11 +52,7 @@ impl Writer<'_> {
     /// Llama, Qwen3 and Qwen3-MoE.
     fn dense_decoder(&mut self) {
         let p = self.settings;
-        let m = if p.flag("strip_model_prefix") {
-            ""
-        } else {
-            "model."
-        };
+        let m = if p.flag("strip_model_prefix") { "" } else { "model." };
         let (h, vocab) = (p.size("hidden_size"), p.size("vocab_size"));
         self.weight(&format!("{m}embed_tokens.weight"), &[vocab, h]);
         for i in 0..p.size("num_hidden_layers") {
@@ -93,12 +89,7 @@ impl Writer<'_> {
                 self.mlp(&format!("{a}mlp.experts.{e}."), inner, Scheme::Bf16, None);
             }
         } else {
-            self.mlp(
-                &format!("{a}mlp."),
-                p.size("intermediate_size"),
-                Scheme::Bf16,
-                None,
-            );
+            self.mlp(&format!("{a}mlp."), p.size("intermediate_size"), Scheme::Bf16, None);
         }
     }
 
@@ -112,18 +103,8 @@ impl Writer<'_> {
     /// gate, up and down; `pair` names the input scale that gate and up share.
     fn mlp(&mut self, a: &str, inner: usize, scheme: Scheme, pair: Option<&str>) {
         let h = self.settings.size("hidden_size");
-        let wide = Linear {
-            rows: inner,
-            columns: h,
-            scheme,
-            input_scale_of: pair,
-        };
-        let narrow = Linear {
-            rows: h,
-            columns: inner,
-            scheme,
-            input_scale_of: None,
-        };
+        let wide = Linear { rows: inner, columns: h, scheme, input_scale_of: pair };
+        let narrow = Linear { rows: h, columns: inner, scheme, input_scale_of: None };
         self.linear(&format!("{a}gate_proj"), wide);
         self.linear(&format!("{a}up_proj"), wide);
         self.linear(&format!("{a}down_proj"), narrow);
@@ -186,12 +167,7 @@ impl Writer<'_> {
             }
         }
         if i < p.size("first_k_dense_replace") {
-            self.mlp(
-                &format!("{a}mlp."),
-                p.size("intermediate_size"),
-                schemes.dense,
-                None,
-            );
+            self.mlp(&format!("{a}mlp."), p.size("intermediate_size"), schemes.dense, None);
         } else {
             self.moe(&format!("{a}mlp."), &schemes);
         }
@@ -203,32 +179,18 @@ impl Writer<'_> {
         let (ql, kl) = (p.size("q_lora_rank"), p.size("kv_lora_rank"));
         let (dn, dr) = (p.size("qk_nope_head_dim"), p.size("qk_rope_head_dim"));
         let dv = p.size("v_head_dim");
-        let linear = |rows, columns, scheme| Linear {
-            rows,
-            columns,
-            scheme,
-            input_scale_of: None,
-        };
+        let linear = |rows, columns, scheme| Linear { rows, columns, scheme, input_scale_of: None };
         if ql > 0 {
             self.linear(&format!("{t}q_a_proj"), linear(ql, h, schemes.attention));
             self.norm(&format!("{t}q_a_layernorm"), ql);
             let q_b = linear(heads * (dn + dr), ql, schemes.attention);
             self.linear(&format!("{t}q_b_proj"), q_b);
         } else {
-            self.linear(
-                &format!("{t}q_proj"),
-                linear(heads * (dn + dr), h, schemes.attention),
-            );
+            self.linear(&format!("{t}q_proj"), linear(heads * (dn + dr), h, schemes.attention));
         }
-        self.linear(
-            &format!("{t}kv_a_proj_with_mqa"),
-            linear(kl + dr, h, schemes.attention),
-        );
+        self.linear(&format!("{t}kv_a_proj_with_mqa"), linear(kl + dr, h, schemes.attention));
         self.norm(&format!("{t}kv_a_layernorm"), kl);
-        self.linear(
-            &format!("{t}kv_b_proj"),
-            linear(heads * (dn + dv), kl, schemes.kv_b),
-        );
+        self.linear(&format!("{t}kv_b_proj"), linear(heads * (dn + dv), kl, schemes.kv_b));
         self.linear(&format!("{t}o_proj"), linear(h, heads * dv, schemes.o_proj));
     }
 
@@ -243,12 +205,7 @@ impl Writer<'_> {
             _ => Scheme::Bf16,
         };
         let (h, ql) = (p.size("hidden_size"), p.size("q_lora_rank"));
-        let linear = |rows, columns| Linear {
-            rows,
-            columns,
-            scheme,
-            input_scale_of: None,
-        };
+        let linear = |rows, columns| Linear { rows, columns, scheme, input_scale_of: None };
         self.linear(&format!("{t}wq_b"), linear(heads * dim, ql));
         self.linear(&format!("{t}wk"), linear(dim, h));
         self.biased_norm(&format!("{t}k_norm"), dim, p.text("indexer_norm_dtype"));
@@ -268,12 +225,7 @@ impl Writer<'_> {
         }
         let shared = p.size("n_shared_experts");
         if shared > 0 {
-            self.mlp(
-                &format!("{t}shared_experts."),
-                inner * shared,
-                schemes.shared,
-                None,
-            );
+            self.mlp(&format!("{t}shared_experts."), inner * shared, schemes.shared, None);
         }
     }
 
@@ -308,10 +260,7 @@ impl Writer<'_> {
         let (merged, position) = (4 * d, p.size("vt_pos_emb"));
         self.weight("vision_tower.patch_embed.proj.weight", &[d, 3, 14, 14]);
         self.weight("vision_tower.patch_embed.proj.bias", &[d]);
-        self.weight(
-            "vision_tower.patch_embed.pos_emb.weight",
-            &[position, position, d],
-        );
+        self.weight("vision_tower.patch_embed.pos_emb.weight", &[position, position, d]);
         for i in 0..p.size("vt_num_hidden_layers") {
             let b = format!("vision_tower.encoder.blocks.{i}.");
             self.biased_norm(&format!("{b}norm0"), d, None);

@@ -14,16 +14,10 @@ pub(super) fn declare(family: Family, p: &Settings) -> Result<Declared, String> 
     if style == "v3" {
         let exclude = v3_exclude(p);
         let nested = nested_form(p, "0.23.0", exclude);
-        return Ok(Declared {
-            in_config: None,
-            in_hf_quant_config: Some(nested),
-        });
+        return Ok(Declared { in_config: None, in_hf_quant_config: Some(nested) });
     }
     if style == "early" {
-        return Ok(Declared {
-            in_config: Some(early(p)),
-            in_hf_quant_config: None,
-        });
+        return Ok(Declared { in_config: Some(early(p)), in_hf_quant_config: None });
     }
     let exclude = match (style, p.flag("nvfp4_attention")) {
         ("v31", _) => v31_exclude(p),
@@ -42,10 +36,7 @@ pub(super) fn declare(family: Family, p: &Settings) -> Result<Declared, String> 
         (Family::KimiK25, _) => Some(flat_form(p, "0.44.0", exclude)),
         _ => None,
     };
-    Ok(Declared {
-        in_config,
-        in_hf_quant_config,
-    })
+    Ok(Declared { in_config, in_hf_quant_config })
 }
 
 fn producer(version: &str) -> Json {
@@ -53,21 +44,14 @@ fn producer(version: &str) -> Json {
 }
 
 fn nested_form(p: &Settings, version: &str, exclude: Vec<String>) -> Json {
-    let kv = if p.flag("kv_scales") {
-        Json::from("FP8")
-    } else {
-        Json::Null
-    };
+    let kv = if p.flag("kv_scales") { Json::from("FP8") } else { Json::Null };
     let quantization = Json::object([
         ("quant_algo", "NVFP4".into()),
         ("kv_cache_quant_algo", kv),
         ("group_size", 16.into()),
         ("exclude_modules", exclude.into()),
     ]);
-    Json::object([
-        ("producer", producer(version)),
-        ("quantization", quantization),
-    ])
+    Json::object([("producer", producer(version)), ("quantization", quantization)])
 }
 
 /// `config_groups` of ModelOpt's flat form.
@@ -127,14 +111,9 @@ fn early(p: &Settings) -> Json {
 
 /// DeepSeek-V3 and R1, first exports.
 fn v3_exclude(p: &Settings) -> Vec<String> {
-    let part = if p.flag("nvfp4_attention") {
-        ".kv_b_proj"
-    } else {
-        "*"
-    };
-    let mut exclude: Vec<_> = layers(p)
-        .map(|i| format!("model.layers.{i}.self_attn{part}"))
-        .collect();
+    let part = if p.flag("nvfp4_attention") { ".kv_b_proj" } else { "*" };
+    let mut exclude: Vec<_> =
+        layers(p).map(|i| format!("model.layers.{i}.self_attn{part}")).collect();
     exclude.extend(strings(["lm_head", "model.embed_tokens"]));
     exclude.push(format!("model.layers.{}*", p.size("num_hidden_layers")));
     let moe = p.size("first_k_dense_replace")..p.size("num_hidden_layers");
@@ -156,11 +135,7 @@ fn attention_parts(p: &Settings) -> Vec<&'static str> {
 }
 
 fn each_layer(p: &Settings, parts: &[&str]) -> Vec<String> {
-    let names = |i| {
-        parts
-            .iter()
-            .map(move |n| format!("model.layers.{i}.self_attn.{n}"))
-    };
+    let names = |i| parts.iter().map(move |n| format!("model.layers.{i}.self_attn.{n}"));
     layers(p).flat_map(names).collect()
 }
 
@@ -201,11 +176,7 @@ fn kimi_exclude(p: &Settings, style: &str) -> Vec<String> {
             exclude.remove(0);
         }
         exclude.push(format!("{lead}0*"));
-        exclude.extend(
-            layers(p)
-                .skip(1)
-                .map(|i| format!("{lead}{i}.mlp.shared_experts*")),
-        );
+        exclude.extend(layers(p).skip(1).map(|i| format!("{lead}{i}.mlp.shared_experts*")));
     }
     exclude.sort();
     exclude.insert(0, "language_model.lm_head".to_owned());

@@ -17,10 +17,8 @@ pub(super) fn words(seed: u64, name: &str) -> impl Iterator<Item = u64> {
 
 /// `n` bytes of the words.
 pub(super) fn random_bytes(seed: u64, name: &str, n: usize) -> Vec<u8> {
-    let mut bytes: Vec<u8> = words(seed, name)
-        .take(n.div_ceil(8))
-        .flat_map(u64::to_le_bytes)
-        .collect();
+    let mut bytes: Vec<u8> =
+        words(seed, name).take(n.div_ceil(8)).flat_map(u64::to_le_bytes).collect();
     bytes.truncate(n);
     bytes
 }
@@ -37,10 +35,7 @@ pub(super) fn bell(seed: u64, name: &str, n: usize) -> Vec<f64> {
 /// `n` numbers uniform in `[low, high)`.
 pub(super) fn flat(seed: u64, name: &str, n: usize, low: f64, high: f64) -> Vec<f64> {
     let unit = 2f64.powi(-53);
-    words(seed, name)
-        .take(n)
-        .map(|word| low + (word >> 11) as f64 * unit * (high - low))
-        .collect()
+    words(seed, name).take(n).map(|word| low + (word >> 11) as f64 * unit * (high - low)).collect()
 }
 
 /// Little-endian bytes of the values in a dtype; floats round to nearest even, integers truncate.
@@ -49,26 +44,11 @@ pub(super) fn flat(seed: u64, name: &str, n: usize, low: f64, high: f64) -> Vec<
 /// A dtype that the generator does not write.
 pub(super) fn encode(values: &[f64], dtype: &str) -> Result<Vec<u8>, String> {
     let bytes = match dtype {
-        "F32" => values
-            .iter()
-            .flat_map(|v| (*v as f32).to_le_bytes())
-            .collect(),
-        "F16" => values
-            .iter()
-            .flat_map(|v| f16_bits(*v).to_le_bytes())
-            .collect(),
-        "BF16" => values
-            .iter()
-            .flat_map(|v| bf16_bits(*v as f32).to_le_bytes())
-            .collect(),
-        "I64" => values
-            .iter()
-            .flat_map(|v| (*v as i64).to_le_bytes())
-            .collect(),
-        "I32" => values
-            .iter()
-            .flat_map(|v| (*v as i32).to_le_bytes())
-            .collect(),
+        "F32" => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
+        "F16" => values.iter().flat_map(|v| f16_bits(*v).to_le_bytes()).collect(),
+        "BF16" => values.iter().flat_map(|v| bf16_bits(*v as f32).to_le_bytes()).collect(),
+        "I64" => values.iter().flat_map(|v| (*v as i64).to_le_bytes()).collect(),
+        "I32" => values.iter().flat_map(|v| (*v as i32).to_le_bytes()).collect(),
         other => return Err(format!("cannot write numbers as {other}")),
     };
     Ok(bytes)
@@ -100,15 +80,7 @@ mod tests {
     /// Codes of F16 read off IEEE 754's tables.
     #[test]
     fn f16_codes_are_right() {
-        let codes = [
-            1.0,
-            -2.0,
-            0.1,
-            65504.0,
-            2f64.powi(-24),
-            2f64.powi(-14),
-            1.0 + 2f64.powi(-11),
-        ];
+        let codes = [1.0, -2.0, 0.1, 65504.0, 2f64.powi(-24), 2f64.powi(-14), 1.0 + 2f64.powi(-11)];
         let want = [0x3C00, 0xC000, 0x2E66, 0x7BFF, 0x0001, 0x0400, 0x3C00];
         assert_eq!(codes.map(f16_bits), want);
     }

@@ -26,10 +26,7 @@ pub(super) fn declare(family: Family, scheme: Scheme, p: &Settings) -> Result<De
         Scheme::Mxfp4 => Some(mxfp4(family, p)),
         Scheme::Int4 => Some(int4(p)),
     };
-    Ok(Declared {
-        in_config,
-        in_hf_quant_config: None,
-    })
+    Ok(Declared { in_config, in_hf_quant_config: None })
 }
 
 pub(super) fn layers(p: &Settings) -> Range<usize> {
@@ -62,10 +59,7 @@ fn fp8(family: Family, p: &Settings) -> Json {
         }
         kept.extend(moe_layers(p).map(|i| format!("model.layers.{i}.mlp.gate")));
         for name in ["eh_proj", "enorm", "hnorm", "shared_head.norm"] {
-            kept.push(format!(
-                "model.layers.{}.{name}",
-                p.size("num_hidden_layers")
-            ));
+            kept.push(format!("model.layers.{}.{name}", p.size("num_hidden_layers")));
         }
         q.set("modules_to_not_convert", kept);
     }
@@ -131,11 +125,7 @@ fn kimi_mxfp4_exclude(p: &Settings) -> Vec<String> {
         true => r"re:.*self_attn\.(q_a_proj|q_b_proj|q_proj|kv_a_proj_with_mqa|o_proj).*",
         false => "re:.*self_attn.*",
     };
-    let mut exclude = strings([
-        "re:vision_tower.*",
-        "re:mm_projector.*",
-        "language_model.lm_head",
-    ]);
+    let mut exclude = strings(["re:vision_tower.*", "re:mm_projector.*", "language_model.lm_head"]);
     exclude.extend(strings([attention, r"re:.*mlp\.gate$"]));
     if !p.flag("mxfp4_shared") {
         exclude.push("re:.*shared_experts.*".to_owned());
@@ -147,10 +137,7 @@ fn glm_mxfp4_exclude(p: &Settings) -> Vec<String> {
     let mut exclude = strings(["lm_head", r"re:model\.layers\.\d+\.self_attn.*"]);
     exclude.extend(moe_layers(p).map(|i| format!("model.layers.{i}.mlp.gate")));
     if p.flag("mtp") {
-        exclude.push(format!(
-            "model.layers.{}.eh_proj",
-            p.size("num_hidden_layers")
-        ));
+        exclude.push(format!("model.layers.{}.eh_proj", p.size("num_hidden_layers")));
     }
     if !p.flag("mxfp4_shared") {
         for i in moe_layers(p) {

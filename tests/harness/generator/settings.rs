@@ -28,10 +28,7 @@ impl Settings {
                 Some(old) => *old = value.clone(),
                 None => {
                     let known: Vec<_> = settings.0.keys().copied().collect();
-                    return Err(refuse(format!(
-                        "unknown key {key}; known: {}",
-                        known.join(", ")
-                    )));
+                    return Err(refuse(format!("unknown key {key}; known: {}", known.join(", "))));
                 }
             }
         }
@@ -51,10 +48,7 @@ impl Settings {
             p.update(["tie_word_embeddings", "attention_bias"].map(|key| (key, false.into())));
             p.update(["strip_model_prefix", "lm_head_although_tied"].map(|k| (k, false.into())));
             if family == Family::Qwen3Moe {
-                p.numbers(
-                    ["num_experts", "moe_intermediate_size"],
-                    qwen_moe_sizes(preset),
-                );
+                p.numbers(["num_experts", "moe_intermediate_size"], qwen_moe_sizes(preset));
             }
             return Ok(p);
         }
@@ -94,15 +88,10 @@ impl Settings {
             Some(other) => {
                 let (name, other) = (family.name(), other.compact());
                 let known = known.join(", ");
-                return Err(refuse(format!(
-                    "{name} has no quant_style {other}; known: {known}"
-                )));
+                return Err(refuse(format!("{name} has no quant_style {other}; known: {known}")));
             }
         };
-        self.update([
-            ("quant_style", style.into()),
-            ("kv_scales", (style != "v3").into()),
-        ]);
+        self.update([("quant_style", style.into()), ("kv_scales", (style != "v3").into())]);
         Ok(())
     }
 

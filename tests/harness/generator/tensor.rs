@@ -15,12 +15,7 @@ impl Tensor {
     pub(super) fn new(name: &str, dtype: &str, shape: &[usize], data: Vec<u8>) -> Tensor {
         let bytes = shape.iter().product::<usize>() * element_bytes(dtype);
         assert_eq!(data.len(), bytes, "{name} {dtype} {shape:?}");
-        Tensor {
-            name: name.to_owned(),
-            dtype: dtype.to_owned(),
-            shape: shape.to_vec(),
-            data,
-        }
+        Tensor { name: name.to_owned(), dtype: dtype.to_owned(), shape: shape.to_vec(), data }
     }
 
     /// Bytes of one element.

@@ -32,13 +32,7 @@ impl<'a> Writer<'a> {
         settings: &'a Settings,
         seed: u64,
     ) -> Writer<'a> {
-        Writer {
-            family,
-            scheme,
-            settings,
-            seed,
-            tensors: Vec::new(),
-        }
+        Writer { family, scheme, settings, seed, tensors: Vec::new() }
     }
 
     pub(super) fn raw(&mut self, name: &str, dtype: &str, shape: &[usize], data: Vec<u8>) {
@@ -88,12 +82,7 @@ impl<'a> Writer<'a> {
 
     /// One plain linear layer.
     pub(super) fn plain_linear(&mut self, name: &str, rows: usize, columns: usize) {
-        let plain = Linear {
-            rows,
-            columns,
-            scheme: Scheme::Bf16,
-            input_scale_of: None,
-        };
+        let plain = Linear { rows, columns, scheme: Scheme::Bf16, input_scale_of: None };
         self.linear(name, plain);
     }
 
@@ -140,10 +129,7 @@ impl<'a> Writer<'a> {
         let input_scale = format!("{name}.input_scale");
         let differs = self.settings.flag("input_scale_pair_differs");
         // gate and up of one expert see the same input, so their input scale is the same number
-        let of = linear
-            .input_scale_of
-            .filter(|_| !differs)
-            .unwrap_or(&input_scale);
+        let of = linear.input_scale_of.filter(|_| !differs).unwrap_or(&input_scale);
         self.scalar_of(&input_scale, of, &shape, [1e-3, 1e-2]);
     }
 
@@ -171,12 +157,7 @@ impl<'a> Writer<'a> {
         self.raw(&packed, "I32", &[rows, columns / 8], codes);
         let scale = format!("{name}.weight_scale");
         let values = flat(self.seed, &scale, rows * columns / 32, 1e-3, 2e-2);
-        self.raw(
-            &scale,
-            "BF16",
-            &[rows, columns / 32],
-            numbers(&values, "BF16"),
-        );
+        self.raw(&scale, "BF16", &[rows, columns / 32], numbers(&values, "BF16"));
         let shape = numbers(&[rows as f64, columns as f64], "I64");
         self.raw(&format!("{name}.weight_shape"), "I64", &[2], shape);
     }

@@ -13,10 +13,7 @@ impl Builder<'_> {
         let tp = self.options.tp;
         // fewer kv heads than ranks: neighbouring ranks hold the same one
         let kv = match kv_heads < tp {
-            true => Cut::Rows {
-                index: self.rank / (tp / kv_heads),
-                count: kv_heads,
-            },
+            true => Cut::Rows { index: self.rank / (tp / kv_heads), count: kv_heads },
             false => self.rows(),
         };
         let parts = [
@@ -25,11 +22,7 @@ impl Builder<'_> {
             Part::new(format!("{source}v_proj"), kv),
         ];
         self.linear(&format!("{target}qkv_proj"), &parts, 3);
-        self.linear_of(
-            &format!("{target}o_proj"),
-            &format!("{source}o_proj"),
-            self.columns(),
-        );
+        self.linear_of(&format!("{target}o_proj"), &format!("{source}o_proj"), self.columns());
         for norm in ["q_norm.weight", "k_norm.weight"] {
             if self.checkpoint.has(&format!("{source}{norm}")) {
                 self.put_plain(&format!("{target}{norm}"), &format!("{source}{norm}"));
@@ -67,17 +60,10 @@ impl Builder<'_> {
 
     fn indexer(&mut self, source: &str, target: &str) {
         for name in ["wq_b", "wk"] {
-            self.linear_of(
-                &format!("{target}{name}"),
-                &format!("{source}{name}"),
-                Cut::Whole,
-            );
+            self.linear_of(&format!("{target}{name}"), &format!("{source}{name}"), Cut::Whole);
         }
-        let kept = [
-            ("k_norm.weight", "F32"),
-            ("k_norm.bias", "F32"),
-            ("weights_proj.weight", "BF16"),
-        ];
+        let kept =
+            [("k_norm.weight", "F32"), ("k_norm.bias", "F32"), ("weights_proj.weight", "BF16")];
         for (name, dtype) in kept {
             let tensor = self.checkpoint.get(&format!("{source}{name}")).cast(dtype);
             self.put(format!("{target}{name}"), tensor);
@@ -87,10 +73,8 @@ impl Builder<'_> {
     /// `w_kc: [h, kl, dn]` and `w_vc: [h, dv, kl]` of the rank's own heads.
     fn split_kv_b(&mut self, module: &str, target: &str) {
         let heads = self.checkpoint.size("num_attention_heads") / self.options.tp;
-        let (dn, dv) = (
-            self.checkpoint.size("qk_nope_head_dim"),
-            self.checkpoint.size("v_head_dim"),
-        );
+        let (dn, dv) =
+            (self.checkpoint.size("qk_nope_head_dim"), self.checkpoint.size("v_head_dim"));
         let kl = self.checkpoint.size("kv_lora_rank");
         let weight = self.kv_b_numbers(module); // [h · (dn + dv), kl]
         let mut w_kc = Vec::new();
@@ -147,9 +131,7 @@ impl Builder<'_> {
     fn kv_scales(&mut self, source: &str, target: &str) {
         let scale = |name: &str| {
             let name = format!("{source}{name}");
-            self.checkpoint
-                .has(&name)
-                .then(|| self.checkpoint.scalar(&name))
+            self.checkpoint.has(&name).then(|| self.checkpoint.scalar(&name))
         };
         let (k, v) = (scale("k_proj.k_scale"), scale("v_proj.v_scale"));
         if k.is_none() && v.is_none() {

@@ -26,14 +26,7 @@ impl<'a> Builder<'a> {
         rank: usize,
     ) -> Builder<'a> {
         let (parameters, aliases) = (BTreeMap::new(), BTreeMap::new());
-        Builder {
-            checkpoint,
-            options,
-            layout,
-            rank,
-            parameters,
-            aliases,
-        }
+        Builder { checkpoint, options, layout, rank, parameters, aliases }
     }
 
     /// Adds a parameter.
@@ -49,10 +42,7 @@ impl<'a> Builder<'a> {
 
     /// A whole tensor in the model's dtype.
     pub(super) fn put_plain(&mut self, target: &str, source: &str) {
-        let tensor = self
-            .checkpoint
-            .get(source)
-            .cast(self.checkpoint.model_dtype());
+        let tensor = self.checkpoint.get(source).cast(self.checkpoint.model_dtype());
         self.put(target.to_owned(), tensor);
     }
 
@@ -74,14 +64,8 @@ impl<'a> Builder<'a> {
     /// The finished rank, with `prefix` before every name.
     pub(super) fn finish(self, prefix: &str) -> Rank {
         let name = |name: String| format!("{prefix}{name}");
-        let parameters = self
-            .parameters
-            .into_iter()
-            .map(|(n, t)| (name(n), Param::from(t)));
+        let parameters = self.parameters.into_iter().map(|(n, t)| (name(n), Param::from(t)));
         let aliases = self.aliases.into_iter().map(|(d, s)| (name(d), name(s)));
-        Rank {
-            parameters: parameters.collect(),
-            aliases: aliases.collect(),
-        }
+        Rank { parameters: parameters.collect(), aliases: aliases.collect() }
     }
 }

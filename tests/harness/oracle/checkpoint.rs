@@ -78,25 +78,14 @@ impl Checkpoint {
         for (in_file, tensor) in all_tensors(directory) {
             let name = model_name(&in_file);
             let twice = tensors.insert(name, (in_file.clone(), tensor));
-            assert!(
-                twice.is_none(),
-                "{in_file} lies in two files or under two names"
-            );
+            assert!(twice.is_none(), "{in_file} lies in two files or under two names");
         }
-        Checkpoint {
-            config,
-            text,
-            declared,
-            tensors,
-            used: RefCell::default(),
-        }
+        Checkpoint { config, text, declared, tensors, used: RefCell::default() }
     }
 
     /// `architectures[0]`
     pub(super) fn architecture(&self) -> &str {
-        self.config["architectures"][0]
-            .as_str()
-            .expect("config.json names an architecture")
+        self.config["architectures"][0].as_str().expect("config.json names an architecture")
     }
 
     /// Whether there is a tensor of that name.
@@ -106,10 +95,8 @@ impl Checkpoint {
 
     /// The tensor of that name.
     pub(super) fn get(&self, name: &str) -> &Tensor {
-        let (in_file, tensor) = self
-            .tensors
-            .get(name)
-            .unwrap_or_else(|| panic!("the checkpoint lacks {name}"));
+        let (in_file, tensor) =
+            self.tensors.get(name).unwrap_or_else(|| panic!("the checkpoint lacks {name}"));
         self.used.borrow_mut().insert(in_file.clone());
         tensor
     }
@@ -181,13 +168,8 @@ fn all_tensors(directory: &Path) -> Vec<(String, Tensor)> {
     let mut files = BTreeSet::new();
     if index.exists() {
         let index = json(&index);
-        let map = index["weight_map"]
-            .as_object()
-            .expect("an index has a weight_map");
-        files.extend(
-            map.values()
-                .map(|file| file.as_str().expect("a file name").to_owned()),
-        );
+        let map = index["weight_map"].as_object().expect("an index has a weight_map");
+        files.extend(map.values().map(|file| file.as_str().expect("a file name").to_owned()));
     } else {
         files.insert("model.safetensors".to_owned());
     }
@@ -197,10 +179,7 @@ fn all_tensors(directory: &Path) -> Vec<(String, Tensor)> {
         let tensors = SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{file}: {e}"));
         for (name, view) in tensors.tensors() {
             let dtype = view.dtype().to_string();
-            out.push((
-                name,
-                Tensor::new(&dtype, view.shape(), view.data().to_vec()),
-            ));
+            out.push((name, Tensor::new(&dtype, view.shape(), view.data().to_vec())));
         }
     }
     out
@@ -216,10 +195,7 @@ fn model_name(in_file: &str) -> String {
         name = format!("model.layers.{rest}");
     }
     name = name.replace("language_model.", "");
-    if ["layers.", "embed_tokens.", "norm."]
-        .iter()
-        .any(|lead| name.starts_with(lead))
-    {
+    if ["layers.", "embed_tokens.", "norm."].iter().any(|lead| name.starts_with(lead)) {
         name = format!("model.{name}");
     }
     name
@@ -238,9 +214,5 @@ fn declared(directory: &Path, config: &Value, text: &Value) -> Stored {
             other => panic!("unknown quantisation method {other:?}"),
         };
     }
-    if beside.exists() {
-        Stored::Nvfp4
-    } else {
-        Stored::Bf16
-    }
+    if beside.exists() { Stored::Nvfp4 } else { Stored::Bf16 }
 }

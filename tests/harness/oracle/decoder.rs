@@ -104,10 +104,7 @@ impl Builder<'_> {
     }
 
     fn sparse_mlp(&mut self, source: &str, target: &str) {
-        self.put_plain(
-            &format!("{target}gate.weight"),
-            &format!("{source}gate.weight"),
-        );
+        self.put_plain(&format!("{target}gate.weight"), &format!("{source}gate.weight"));
         if self.checkpoint.text["topk_method"].as_str() == Some("noaux_tc") {
             let bias = "gate.e_score_correction_bias";
             let tensor = self.checkpoint.get(&format!("{source}{bias}")).cast("F32");
@@ -116,23 +113,14 @@ impl Builder<'_> {
         self.experts(source, target);
         let shared = self.checkpoint.size("n_shared_experts") > 0;
         if shared && !self.options.fuse_shared_experts {
-            self.mlp(
-                &format!("{source}shared_experts."),
-                &format!("{target}shared_experts."),
-            );
+            self.mlp(&format!("{source}shared_experts."), &format!("{target}shared_experts."));
         }
     }
 
     /// Rows of the vocabulary, padded to a multiple of 64 and split; rows past its end are zero.
     fn vocabulary(&mut self, name: &str) {
-        let whole: Tensor = self
-            .checkpoint
-            .get(name)
-            .cast(self.checkpoint.model_dtype());
+        let whole: Tensor = self.checkpoint.get(name).cast(self.checkpoint.model_dtype());
         let share = whole.shape[0].next_multiple_of(64) / self.options.tp;
-        self.put(
-            name.to_owned(),
-            whole.rows_or_zeros(self.rank * share, share),
-        );
+        self.put(name.to_owned(), whole.rows_or_zeros(self.rank * share, share));
     }
 }

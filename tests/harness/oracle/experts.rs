@@ -12,9 +12,7 @@ use super::tensor::Tensor;
 impl<'a> Builder<'a> {
     /// The experts of a layer; `source` and `target` end in `mlp.`.
     pub(super) fn experts(&mut self, source: &str, target: &str) {
-        let stored = self
-            .checkpoint
-            .stored(&format!("{source}experts.0.gate_proj"));
+        let stored = self.checkpoint.stored(&format!("{source}experts.0.gate_proj"));
         let raw = self.raw_experts(source, stored);
         let out = format!("{target}experts.");
         match stored {
@@ -34,14 +32,8 @@ impl<'a> Builder<'a> {
                     w13_scale: raw.w13("weight_scale", 1),
                     w2: raw.w2("weight", 2),
                     w2_scale: raw.w2("weight_scale", 16),
-                    w13_scale_2: modules
-                        .iter()
-                        .map(|m| self.pair(m, "weight_scale_2"))
-                        .collect(),
-                    w2_scale_2: modules
-                        .iter()
-                        .map(|m| self.down(m, "weight_scale_2"))
-                        .collect(),
+                    w13_scale_2: modules.iter().map(|m| self.pair(m, "weight_scale_2")).collect(),
+                    w2_scale_2: modules.iter().map(|m| self.down(m, "weight_scale_2")).collect(),
                     w13_input: self.all_experts(source, |m| self.pair(m, "input_scale")),
                     w2_input: self.all_experts(source, |m| self.down(m, "input_scale")),
                     global: self.local_experts(),
@@ -66,11 +58,7 @@ impl<'a> Builder<'a> {
     /// Experts in the model, the fused shared one not counted.
     pub(super) fn routed_experts(&self) -> usize {
         let routed = self.checkpoint.size("n_routed_experts");
-        if routed > 0 {
-            routed
-        } else {
-            self.checkpoint.size("num_experts")
-        }
+        if routed > 0 { routed } else { self.checkpoint.size("num_experts") }
     }
 
     /// Numbers of the experts of this rank; a fused shared expert is the last one everywhere.
@@ -93,9 +81,7 @@ impl<'a> Builder<'a> {
 
     fn all_experts<T>(&self, source: &str, value: impl Fn(&str) -> T) -> Vec<T> {
         let count = self.routed_experts() + usize::from(self.options.fuse_shared_experts);
-        (0..count)
-            .map(|e| value(&self.expert_module(source, e)))
-            .collect()
+        (0..count).map(|e| value(&self.expert_module(source, e))).collect()
     }
 
     /// The scalars of gate and up in their slots: `trtllm` has up's in slot 0.
@@ -108,8 +94,7 @@ impl<'a> Builder<'a> {
     }
 
     fn down(&self, module: &str, suffix: &str) -> f32 {
-        self.checkpoint
-            .scalar(&format!("{module}down_proj.{suffix}"))
+        self.checkpoint.scalar(&format!("{module}down_proj.{suffix}"))
     }
 
     fn bf16_experts(&mut self, out: &str, raw: &RawExperts<'_>) {
@@ -121,14 +106,8 @@ impl<'a> Builder<'a> {
                 _ => tensor,
             }
         };
-        let w13 = raw
-            .w13("weight", 1)
-            .into_iter()
-            .map(|t| finish(&t, &interleave_and_shuffle));
-        let w2 = raw
-            .w2("weight", 1)
-            .into_iter()
-            .map(|t| finish(&t, &shuffle_rows_32));
+        let w13 = raw.w13("weight", 1).into_iter().map(|t| finish(&t, &interleave_and_shuffle));
+        let w2 = raw.w2("weight", 1).into_iter().map(|t| finish(&t, &shuffle_rows_32));
         let (w13, w2): (Vec<_>, Vec<_>) = (w13.collect(), w2.collect());
         self.put(format!("{out}w13_weight"), Tensor::batch(&w13));
         self.put(format!("{out}w2_weight"), Tensor::batch(&w2));
@@ -137,30 +116,18 @@ impl<'a> Builder<'a> {
     fn fp8_experts(&mut self, out: &str, raw: &RawExperts<'_>) {
         let w13_scale = Tensor::batch(&raw.w13("weight_scale_inv", 128)).cast("F32");
         let w2_scale = Tensor::batch(&raw.w2("weight_scale_inv", 128)).cast("F32");
-        self.put(
-            format!("{out}w13_weight"),
-            Tensor::batch(&raw.w13("weight", 1)),
-        );
+        self.put(format!("{out}w13_weight"), Tensor::batch(&raw.w13("weight", 1)));
         self.put(format!("{out}w13_weight_scale_inv"), w13_scale);
-        self.put(
-            format!("{out}w2_weight"),
-            Tensor::batch(&raw.w2("weight", 1)),
-        );
+        self.put(format!("{out}w2_weight"), Tensor::batch(&raw.w2("weight", 1)));
         self.put(format!("{out}w2_weight_scale_inv"), w2_scale);
     }
 
     fn int4_experts(&mut self, out: &str, raw: &RawExperts<'_>) {
         let w13_scale = Tensor::batch(&raw.w13("weight_scale", 1)).cast("BF16");
         let w2_scale = Tensor::batch(&raw.w2("weight_scale", 32)).cast("BF16");
-        self.put(
-            format!("{out}w13_weight_packed"),
-            Tensor::batch(&raw.w13("weight_packed", 1)),
-        );
+        self.put(format!("{out}w13_weight_packed"), Tensor::batch(&raw.w13("weight_packed", 1)));
         self.put(format!("{out}w13_weight_scale"), w13_scale);
-        self.put(
-            format!("{out}w2_weight_packed"),
-            Tensor::batch(&raw.w2("weight_packed", 8)),
-        );
+        self.put(format!("{out}w2_weight_packed"), Tensor::batch(&raw.w2("weight_packed", 8)));
         self.put(format!("{out}w2_weight_scale"), w2_scale);
         let shapes = |part: &str| {
             let shape = |m: &String| self.weight_shape(&format!("{m}{part}"));

@@ -53,28 +53,19 @@ pub(super) struct Part {
 
 impl Part {
     pub(super) fn new(module: impl Into<String>, cut: Cut) -> Part {
-        Part {
-            module: module.into(),
-            cut,
-        }
+        Part { module: module.into(), cut }
     }
 }
 
 impl Builder<'_> {
     /// An output-parallel cut for this rank.
     pub(super) fn rows(&self) -> Cut {
-        Cut::Rows {
-            index: self.rank,
-            count: self.options.tp,
-        }
+        Cut::Rows { index: self.rank, count: self.options.tp }
     }
 
     /// An input-parallel cut for this rank.
     pub(super) fn columns(&self) -> Cut {
-        Cut::Columns {
-            index: self.rank,
-            count: self.options.tp,
-        }
+        Cut::Columns { index: self.rank, count: self.options.tp }
     }
 
     /// A linear layer made of one module.

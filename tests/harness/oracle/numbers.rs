@@ -17,14 +17,8 @@ pub(super) fn decode_floats(dtype: &str, bytes: &[u8]) -> Vec<f32> {
 pub(super) fn encode_floats(dtype: &str, values: &[f32]) -> Vec<u8> {
     match dtype {
         "F32" => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        "BF16" => values
-            .iter()
-            .flat_map(|v| to_bf16(*v).to_le_bytes())
-            .collect(),
-        "F16" => values
-            .iter()
-            .flat_map(|v| to_f16(*v).to_le_bytes())
-            .collect(),
+        "BF16" => values.iter().flat_map(|v| to_bf16(*v).to_le_bytes()).collect(),
+        "F16" => values.iter().flat_map(|v| to_f16(*v).to_le_bytes()).collect(),
         other => panic!("{other} is no float that a model computes in"),
     }
 }
@@ -75,11 +69,7 @@ fn to_f16(value: f32) -> u16 {
         return sign | 0x7C00; // halfway between the largest number and 2^16 rounds to infinity
     }
     // one unit in the last place: 2^-24 for subnormals, else 2^(exponent - 10)
-    let exponent = if size < 2f64.powi(-14) {
-        -14
-    } else {
-        size.log2().floor() as i32
-    };
+    let exponent = if size < 2f64.powi(-14) { -14 } else { size.log2().floor() as i32 };
     let units = (size / 2f64.powi(exponent - 10)).round_ties_even() as i32;
     sign | ((exponent + 14) * 1024 + units) as u16
 }
@@ -117,14 +107,7 @@ mod tests {
     /// Ties go to the even code; a carry reaches the exponent; infinity and NaN stay themselves.
     #[test]
     fn bf16_rounds_to_nearest_even() {
-        let codes = [
-            0x3F80_8000,
-            0x3F81_8000,
-            0x3F80_8001,
-            0x3FFF_FFFF,
-            0x7F80_0000,
-            0xFF80_0001,
-        ];
+        let codes = [0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0x3FFF_FFFF, 0x7F80_0000, 0xFF80_0001];
         let want = [0x3F80, 0x3F82, 0x3F81, 0x4000, 0x7F80, 0xFFC0];
         assert_eq!(codes.map(|bits| to_bf16(f32::from_bits(bits))), want);
     }
@@ -143,12 +126,7 @@ mod tests {
     /// Ties between two F16 numbers go to the even one.
     #[test]
     fn f16_rounds_to_nearest_even() {
-        let values = [
-            1.0 + 2f32.powi(-11),
-            1.0 + 3.0 * 2f32.powi(-11),
-            65519.0,
-            2f32.powi(-25),
-        ];
+        let values = [1.0 + 2f32.powi(-11), 1.0 + 3.0 * 2f32.powi(-11), 65519.0, 2f32.powi(-25)];
         assert_eq!(values.map(to_f16), [0x3C00, 0x3C02, 0x7BFF, 0x0000]);
     }
 
@@ -156,16 +134,8 @@ mod tests {
     #[test]
     fn e4m3_decodes() {
         let codes = [0x00, 0x01, 0x07, 0x08, 0x38, 0x7E, 0xFE, 0x80];
-        let want = [
-            0.0,
-            2f32.powi(-9),
-            7.0 * 2f32.powi(-9),
-            2f32.powi(-6),
-            1.0,
-            448.0,
-            -448.0,
-            0.0,
-        ];
+        let want =
+            [0.0, 2f32.powi(-9), 7.0 * 2f32.powi(-9), 2f32.powi(-6), 1.0, 448.0, -448.0, 0.0];
         assert_eq!(codes.map(e4m3), want);
         assert!(e4m3(0x7F).is_nan() && e4m3(0xFF).is_nan());
     }

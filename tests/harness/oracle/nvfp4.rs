@@ -39,28 +39,16 @@ impl Builder<'_> {
         input_scale: &[f32],
     ) {
         let named = |suffix: &str| format!("{target}.{suffix}");
-        self.put(
-            named("weight_scale_2"),
-            Tensor::numbers(&[scale_2.len()], scale_2),
-        );
-        self.put(
-            named("input_scale"),
-            Tensor::numbers(&[input_scale.len()], input_scale),
-        );
+        self.put(named("weight_scale_2"), Tensor::numbers(&[scale_2.len()], scale_2));
+        self.put(named("input_scale"), Tensor::numbers(&[input_scale.len()], input_scale));
         if self.layout == Layout::None {
             self.put(named("weight"), weight);
             self.put(named("weight_scale"), scale);
             return;
         }
         let input = maximum(input_scale);
-        self.put(
-            named("alpha"),
-            Tensor::numbers(&[], &[input * maximum(scale_2)]),
-        );
-        self.put(
-            named("input_scale_inv"),
-            Tensor::numbers(&[], &[1.0 / input]),
-        );
+        self.put(named("alpha"), Tensor::numbers(&[], &[input * maximum(scale_2)]));
+        self.put(named("input_scale_inv"), Tensor::numbers(&[], &[1.0 / input]));
 
         let [rows, half_columns] = weight.matrix();
         let columns = 2 * half_columns;
@@ -114,10 +102,9 @@ impl Builder<'_> {
     }
 
     fn nvfp4_experts_cutlass(&mut self, target: &str, raw: &Nvfp4Experts) {
-        for (w, weight, scale) in [
-            ("w13", &raw.w13, &raw.w13_scale),
-            ("w2", &raw.w2, &raw.w2_scale),
-        ] {
+        for (w, weight, scale) in
+            [("w13", &raw.w13, &raw.w13_scale), ("w2", &raw.w2, &raw.w2_scale)]
+        {
             let derived: Vec<Tensor> = scale.iter().map(swizzle_128x4).collect();
             self.put(format!("{target}{w}_weight"), Tensor::batch(weight));
             self.alias_or_put(
@@ -134,20 +121,10 @@ impl Builder<'_> {
         let each = |tensors: &[Tensor], finish: &dyn Fn(&Tensor) -> Tensor| {
             Tensor::batch(&tensors.iter().map(finish).collect::<Vec<_>>())
         };
-        let w13_scale = each(&raw.w13_scale, &|s| {
-            swizzle_128x4(&interleave_and_shuffle(s))
-        });
+        let w13_scale = each(&raw.w13_scale, &|s| swizzle_128x4(&interleave_and_shuffle(s)));
         let w2_scale = each(&raw.w2_scale, &|s| swizzle_128x4(&shuffle_rows_32(s)));
-        assert_eq!(
-            w13_scale.shape[1..],
-            raw.w13_scale[0].shape,
-            "scales fill whole tiles"
-        );
-        assert_eq!(
-            w2_scale.shape[1..],
-            raw.w2_scale[0].shape,
-            "scales fill whole tiles"
-        );
+        assert_eq!(w13_scale.shape[1..], raw.w13_scale[0].shape, "scales fill whole tiles");
+        assert_eq!(w2_scale.shape[1..], raw.w2_scale[0].shape, "scales fill whole tiles");
         self.put(named("w13_weight"), each(&raw.w13, &interleave_and_shuffle));
         self.put(named("w13_weight_scale"), w13_scale);
         self.put(named("w2_weight"), each(&raw.w2, &shuffle_rows_32));
@@ -170,16 +147,9 @@ impl Builder<'_> {
             (own(w13_inputs), own(raw.w2_input.clone()))
         } else {
             let count = raw.global.len();
-            (
-                vec![maximum(&w13_inputs); count],
-                vec![maximum(&raw.w2_input); count],
-            )
+            (vec![maximum(&w13_inputs); count], vec![maximum(&raw.w2_input); count])
         };
-        let g1: Vec<f32> = a1
-            .iter()
-            .zip(&raw.w13_scale_2)
-            .map(|(a, s)| a * s[0])
-            .collect();
+        let g1: Vec<f32> = a1.iter().zip(&raw.w13_scale_2).map(|(a, s)| a * s[0]).collect();
         let g2: Vec<f32> = a2.iter().zip(&raw.w2_scale_2).map(|(a, s)| a * s).collect();
         self.put(named("g1_alphas"), singles(&g1));
         self.put(named("g2_alphas"), singles(&g2));

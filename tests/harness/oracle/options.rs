@@ -42,42 +42,27 @@ impl Options {
 
     /// Sets `--kernel-layout`.
     pub fn kernel_layout(self, layout: &str) -> Options {
-        Options {
-            kernel_layout: Some(layout.to_owned()),
-            ..self
-        }
+        Options { kernel_layout: Some(layout.to_owned()), ..self }
     }
 
     /// Sets `--fuse-shared-experts`.
     pub fn fuse_shared_experts(self) -> Options {
-        Options {
-            fuse_shared_experts: true,
-            ..self
-        }
+        Options { fuse_shared_experts: true, ..self }
     }
 
     /// Sets `--draft`.
     pub fn draft(self) -> Options {
-        Options {
-            draft: true,
-            ..self
-        }
+        Options { draft: true, ..self }
     }
 
     /// Sets `--language-only`.
     pub fn language_only(self) -> Options {
-        Options {
-            language_only: true,
-            ..self
-        }
+        Options { language_only: true, ..self }
     }
 
     /// Sets `--encoder-only`.
     pub fn encoder_only(self) -> Options {
-        Options {
-            encoder_only: true,
-            ..self
-        }
+        Options { encoder_only: true, ..self }
     }
 
     /// The same options as command-line arguments of `longshore load` and `longshore plan`.

@@ -57,11 +57,7 @@ fn gather_rows(weight: &Tensor, source: impl Fn(usize) -> usize) -> Tensor {
 /// `[M, K]` to `[K/block, M, block]`: the columns in blocks, one block after the other.
 pub(super) fn column_blocks(weight: &Tensor, block: usize) -> Tensor {
     let [_, columns] = weight.matrix();
-    assert_eq!(
-        columns % block,
-        0,
-        "{columns} columns are no whole blocks of {block}"
-    );
+    assert_eq!(columns % block, 0, "{columns} columns are no whole blocks of {block}");
     let blocks = (0..columns / block).map(|i| weight.columns(i * block, block));
     Tensor::batch(&blocks.collect::<Vec<_>>())
 }
@@ -69,10 +65,7 @@ pub(super) fn column_blocks(weight: &Tensor, block: usize) -> Tensor {
 /// E8M0 scales, all experts' rows below each other; rows are a multiple of 256, columns of 8.
 pub(super) fn shuffle_e8m0(scales: &Tensor) -> Tensor {
     let [rows, columns] = scales.matrix();
-    assert!(
-        rows % 256 == 0 && columns % 8 == 0,
-        "{rows} x {columns} scales"
-    );
+    assert!(rows % 256 == 0 && columns % 8 == 0, "{rows} x {columns} scales");
     let mut out = scales.clone();
     for m in 0..rows {
         for n in 0..columns {
@@ -87,10 +80,7 @@ pub(super) fn shuffle_e8m0(scales: &Tensor) -> Tensor {
 /// Bytes of one expert's weight; rows are a multiple of 16, bytes per row of 32.
 pub(super) fn shuffle_16x16(weight: &Tensor) -> Tensor {
     let [rows, columns] = weight.matrix();
-    assert!(
-        rows % 16 == 0 && columns % 32 == 0,
-        "{rows} x {columns} bytes"
-    );
+    assert!(rows % 16 == 0 && columns % 32 == 0, "{rows} x {columns} bytes");
     let mut out = weight.clone();
     for n in 0..rows {
         for k in 0..columns {
@@ -121,12 +111,7 @@ mod tests {
         let scales = Tensor::new("U8", &[3, 5], (1..=15).collect());
         let out = swizzle_128x4(&scales);
         assert_eq!(out.shape, [128, 8]);
-        let filled: Vec<_> = out
-            .bytes
-            .iter()
-            .enumerate()
-            .filter(|(_, b)| **b != 0)
-            .collect();
+        let filled: Vec<_> = out.bytes.iter().enumerate().filter(|(_, b)| **b != 0).collect();
         let want = [
             (0, 1),
             (1, 2),
@@ -144,10 +129,7 @@ mod tests {
             (528, 10),
             (544, 15),
         ];
-        assert_eq!(
-            filled,
-            want.iter().map(|(at, b)| (*at, b)).collect::<Vec<_>>()
-        );
+        assert_eq!(filled, want.iter().map(|(at, b)| (*at, b)).collect::<Vec<_>>());
     }
 
     /// The golden vector of one whole tile: rows 0, 32, 64 and 96 lie side by side.
@@ -155,18 +137,12 @@ mod tests {
     fn one_tile_is_swizzled() {
         let values: Vec<u16> = (0..512).collect();
         let low = swizzle_128x4(&counting(128, 4));
-        let high = Tensor::new(
-            "U8",
-            &[128, 4],
-            values.iter().map(|v| (v >> 8) as u8).collect(),
-        );
+        let high = Tensor::new("U8", &[128, 4], values.iter().map(|v| (v >> 8) as u8).collect());
         let high = swizzle_128x4(&high);
-        let out: Vec<u16> = (0..20)
-            .map(|i| u16::from(low.bytes[i]) + 256 * u16::from(high.bytes[i]))
-            .collect();
-        let want = [
-            0, 1, 2, 3, 128, 129, 130, 131, 256, 257, 258, 259, 384, 385, 386, 387, 4, 5, 6, 7,
-        ];
+        let out: Vec<u16> =
+            (0..20).map(|i| u16::from(low.bytes[i]) + 256 * u16::from(high.bytes[i])).collect();
+        let want =
+            [0, 1, 2, 3, 128, 129, 130, 131, 256, 257, 258, 259, 384, 385, 386, 387, 4, 5, 6, 7];
         assert_eq!(out, want);
     }
 
@@ -207,13 +183,7 @@ mod tests {
     #[test]
     fn e8m0_scales_are_shuffled() {
         let mut scales = Tensor::zeros("U8", &[256, 16]);
-        for (value, (m, n)) in [
-            (1, (0, 1)),
-            (2, (1, 0)),
-            (3, (16, 0)),
-            (4, (0, 4)),
-            (5, (0, 8)),
-        ] {
+        for (value, (m, n)) in [(1, (0, 1)), (2, (1, 0)), (3, (16, 0)), (4, (0, 4)), (5, (0, 8))] {
             scales.bytes[m * 16 + n] = value;
         }
         let out = shuffle_e8m0(&scales).bytes;
@@ -224,20 +194,12 @@ mod tests {
     #[test]
     fn weights_are_shuffled_in_16x16() {
         let mut weight = Tensor::zeros("U8", &[32, 64]);
-        for (value, (n, k)) in [
-            (1, (0, 1)),
-            (2, (1, 0)),
-            (3, (0, 16)),
-            (4, (0, 32)),
-            (5, (16, 0)),
-        ] {
+        for (value, (n, k)) in [(1, (0, 1)), (2, (1, 0)), (3, (0, 16)), (4, (0, 32)), (5, (16, 0))]
+        {
             weight.bytes[n * 64 + k] = value;
         }
         let out = shuffle_16x16(&weight).bytes;
-        assert_eq!(
-            [1, 16, 256, 512, 1024].map(|at: usize| out[at]),
-            [1, 2, 3, 4, 5]
-        );
+        assert_eq!([1, 16, 256, 512, 1024].map(|at: usize| out[at]), [1, 2, 3, 4, 5]);
     }
 
     /// Every byte goes somewhere, and no two to the same place.

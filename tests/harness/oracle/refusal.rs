@@ -20,20 +20,12 @@ pub(super) fn check(checkpoint: &Checkpoint, options: &Options) -> Result<(), St
     if options.encoder_only {
         return Ok(());
     }
-    divides(
-        "attention heads",
-        checkpoint.size("num_attention_heads"),
-        options.tp,
-    )?;
+    divides("attention heads", checkpoint.size("num_attention_heads"), options.tp)?;
     let layers = checkpoint.size("num_hidden_layers");
     if options.draft {
         return builder.check_layer(&format!("model.layers.{layers}."), true);
     }
-    divides(
-        "padded vocabulary",
-        checkpoint.size("vocab_size").next_multiple_of(64),
-        options.tp,
-    )?;
+    divides("padded vocabulary", checkpoint.size("vocab_size").next_multiple_of(64), options.tp)?;
     for i in 0..layers {
         builder.check_layer(&format!("model.layers.{i}."), is_sparse(checkpoint, i))?;
     }
@@ -42,9 +34,7 @@ pub(super) fn check(checkpoint: &Checkpoint, options: &Options) -> Result<(), St
 
 fn check_options(checkpoint: &Checkpoint, options: &Options) -> Result<(), String> {
     let one_sided = options.language_only || options.encoder_only;
-    refuse_if(one_sided && !vision::has_tower(checkpoint), || {
-        "no vision tower".into()
-    })?;
+    refuse_if(one_sided && !vision::has_tower(checkpoint), || "no vision tower".into())?;
     refuse_if(options.language_only && options.encoder_only, || {
         "language and encoder only".into()
     })?;
@@ -57,18 +47,12 @@ fn check_options(checkpoint: &Checkpoint, options: &Options) -> Result<(), Strin
             Stored::Int4 => &["none"],
         };
         let quant = checkpoint.declared.name();
-        refuse_if(!known.contains(&layout), || {
-            format!("{quant} has no layout {layout}")
-        })?;
+        refuse_if(!known.contains(&layout), || format!("{quant} has no layout {layout}"))?;
     }
     let predicted = checkpoint.size("num_nextn_predict_layers");
-    refuse_if(options.draft && predicted != 1, || {
-        format!("{predicted} prediction layers")
-    })?;
+    refuse_if(options.draft && predicted != 1, || format!("{predicted} prediction layers"))?;
     let shared = checkpoint.size("n_shared_experts");
-    refuse_if(options.fuse_shared_experts && shared != 1, || {
-        format!("{shared} shared experts")
-    })
+    refuse_if(options.fuse_shared_experts && shared != 1, || format!("{shared} shared experts"))
 }
 
 impl Builder<'_> {
@@ -102,9 +86,7 @@ impl Builder<'_> {
         let rank = self.checkpoint.size("q_lora_rank");
         let q_b = if rank > 0 { "q_b_proj" } else { "q_proj" };
         if rank > 0 && self.checkpoint.stored(&module("q_a_proj")) == Stored::Fp8 {
-            refuse_if(!rank.is_multiple_of(128), || {
-                format!("q_a of {rank} rows in FP8")
-            })?;
+            refuse_if(!rank.is_multiple_of(128), || format!("q_a of {rank} rows in FP8"))?;
         }
         self.check_column_parallel(&module(q_b))?;
         self.check_column_parallel(&module("kv_b_proj"))?;
@@ -121,18 +103,14 @@ impl Builder<'_> {
             self.checkpoint.has(&name) && self.checkpoint.scalar(&name) > 0.0
         };
         let lonely = positive("v_proj.v_scale") && !positive("k_proj.k_scale");
-        refuse_if(lonely && !self.options.is_raw(), || {
-            "v_scale without k_scale".into()
-        })
+        refuse_if(lonely && !self.options.is_raw(), || "v_scale without k_scale".into())
     }
 
     fn check_column_parallel(&self, module: &str) -> Result<(), String> {
         let ([rows, _], tp) = (self.checkpoint.linear_shape(module), self.options.tp);
         divides(module, rows, tp)?;
         let blocks = self.checkpoint.stored(module) == Stored::Fp8 && tp > 1;
-        refuse_if(blocks && !(rows / tp).is_multiple_of(128), || {
-            format!("rows of {module}")
-        })
+        refuse_if(blocks && !(rows / tp).is_multiple_of(128), || format!("rows of {module}"))
     }
 
     fn check_row_parallel(&self, module: &str) -> Result<(), String> {
@@ -148,33 +126,20 @@ impl Builder<'_> {
         let [rows, _] = self.checkpoint.linear_shape(&gate);
         divides(&gate, rows, tp)?;
         let blocks = self.checkpoint.stored(&gate) == Stored::Fp8;
-        refuse_if(blocks && !(rows / tp).is_multiple_of(128), || {
-            format!("rows of {gate}")
-        })?;
+        refuse_if(blocks && !(rows / tp).is_multiple_of(128), || format!("rows of {gate}"))?;
         self.check_row_parallel(&format!("{mlp}down_proj"))
     }
 
     fn check_experts(&self, mlp: &str) -> Result<(), String> {
         divides("ranks", self.options.tp, self.options.ep)?;
         divides("experts", self.routed_experts(), self.options.ep)?;
-        divides(
-            "expert size",
-            self.checkpoint.size("moe_intermediate_size"),
-            self.moe_tp(),
-        )?;
+        divides("expert size", self.checkpoint.size("moe_intermediate_size"), self.moe_tp())?;
         let stored = self.checkpoint.stored(&format!("{mlp}experts.0.gate_proj"));
         if self.options.fuse_shared_experts {
-            let shared = self
-                .checkpoint
-                .stored(&format!("{mlp}shared_experts.gate_proj"));
-            refuse_if(shared != stored, || {
-                format!("shared experts in {}", shared.name())
-            })?;
+            let shared = self.checkpoint.stored(&format!("{mlp}shared_experts.gate_proj"));
+            refuse_if(shared != stored, || format!("shared experts in {}", shared.name()))?;
         }
-        let (share, h) = (
-            self.inner_share(stored),
-            self.checkpoint.size("hidden_size"),
-        );
+        let (share, h) = (self.inner_share(stored), self.checkpoint.size("hidden_size"));
         let whole = share.is_multiple_of(stored.group());
         refuse_if(!whole, || format!("experts' share of {share}"))?;
         match (stored, self.layout) {
@@ -202,9 +167,7 @@ impl Builder<'_> {
 }
 
 fn divides(what: &str, size: usize, count: usize) -> Result<(), String> {
-    refuse_if(!size.is_multiple_of(count), || {
-        format!("{what}: {size} is no multiple of {count}")
-    })
+    refuse_if(!size.is_multiple_of(count), || format!("{what}: {size} is no multiple of {count}"))
 }
 
 fn refuse_if(refused: bool, reason: impl FnOnce() -> String) -> Result<(), String> {

@@ -12,26 +12,14 @@ pub(super) struct Tensor {
 
 impl Tensor {
     pub(super) fn new(dtype: &str, shape: &[usize], bytes: Vec<u8>) -> Tensor {
-        let tensor = Tensor {
-            dtype: dtype.to_owned(),
-            shape: shape.to_vec(),
-            bytes,
-        };
+        let tensor = Tensor { dtype: dtype.to_owned(), shape: shape.to_vec(), bytes };
         let count: usize = shape.iter().product();
-        assert_eq!(
-            tensor.bytes.len(),
-            count * tensor.element(),
-            "{dtype} {shape:?}"
-        );
+        assert_eq!(tensor.bytes.len(), count * tensor.element(), "{dtype} {shape:?}");
         tensor
     }
 
     pub(super) fn zeros(dtype: &str, shape: &[usize]) -> Tensor {
-        let mut tensor = Tensor {
-            dtype: dtype.to_owned(),
-            shape: shape.to_vec(),
-            bytes: vec![],
-        };
+        let mut tensor = Tensor { dtype: dtype.to_owned(), shape: shape.to_vec(), bytes: vec![] };
         tensor.bytes = vec![0; shape.iter().product::<usize>() * tensor.element()];
         tensor
     }
@@ -59,11 +47,7 @@ impl Tensor {
 
     /// Rows `start..start + count` of the first axis.
     pub(super) fn rows(&self, start: usize, count: usize) -> Tensor {
-        assert!(
-            start + count <= self.shape[0],
-            "rows {start}+{count} of {:?}",
-            self.shape
-        );
+        assert!(start + count <= self.shape[0], "rows {start}+{count} of {:?}", self.shape);
         self.rows_or_zeros(start, count)
     }
 
@@ -84,11 +68,7 @@ impl Tensor {
 
     /// Columns `start..start + count` of a matrix.
     pub(super) fn columns(&self, start: usize, count: usize) -> Tensor {
-        assert!(
-            start + count <= self.shape[1],
-            "columns {start}+{count} of {:?}",
-            self.shape
-        );
+        assert!(start + count <= self.shape[1], "columns {start}+{count} of {:?}", self.shape);
         self.columns_or_zeros(start, count)
     }
 
@@ -116,9 +96,7 @@ impl Tensor {
 
     /// Rows and columns of a matrix.
     pub(super) fn matrix(&self) -> [usize; 2] {
-        self.shape[..]
-            .try_into()
-            .unwrap_or_else(|_| panic!("{:?} is no matrix", self.shape))
+        self.shape[..].try_into().unwrap_or_else(|_| panic!("{:?} is no matrix", self.shape))
     }
 
     /// The same bytes under another shape.
@@ -131,10 +109,7 @@ impl Tensor {
         let mut shape = parts[0].shape.clone();
         shape[0] = parts.iter().map(|part| part.shape[0]).sum();
         let same = |part: &Tensor| part.dtype == parts[0].dtype && part.shape[1..] == shape[1..];
-        assert!(
-            parts.iter().all(same),
-            "parts of one parameter differ in dtype or width"
-        );
+        assert!(parts.iter().all(same), "parts of one parameter differ in dtype or width");
         let bytes = parts.iter().flat_map(|part| part.bytes.clone()).collect();
         Tensor::new(&parts[0].dtype, &shape, bytes)
     }
@@ -143,11 +118,7 @@ impl Tensor {
     pub(super) fn batch(parts: &[Tensor]) -> Tensor {
         let mut shape = vec![parts.len()];
         shape.extend(&parts[0].shape);
-        assert!(
-            parts
-                .iter()
-                .all(|p| p.shape == parts[0].shape && p.dtype == parts[0].dtype)
-        );
+        assert!(parts.iter().all(|p| p.shape == parts[0].shape && p.dtype == parts[0].dtype));
         let bytes = parts.iter().flat_map(|part| part.bytes.clone()).collect();
         Tensor::new(&parts[0].dtype, &shape, bytes)
     }

@@ -18,9 +18,7 @@ pub(super) fn has_tower(checkpoint: &Checkpoint) -> bool {
 /// A dimension of the tower: its `vt_` key, else the plain one, else the published value.
 pub(super) fn size(checkpoint: &Checkpoint, key: &str, published: usize) -> usize {
     let vision = &checkpoint.config["vision_config"];
-    let found = vision[format!("vt_{key}")]
-        .as_u64()
-        .or(vision[key].as_u64());
+    let found = vision[format!("vt_{key}")].as_u64().or(vision[key].as_u64());
     found.map_or(published, |size| size as usize)
 }
 
@@ -55,9 +53,7 @@ impl Builder<'_> {
                 self.replicated(&format!("{block}{name}.{kind}"));
             }
             let qkv = self.heads_of_each(&format!("{block}wqkv.{kind}"));
-            let proj = self
-                .columns()
-                .of(self.checkpoint.get(&format!("{block}wo.{kind}")));
+            let proj = self.columns().of(self.checkpoint.get(&format!("{block}wo.{kind}")));
             let dtype = self.checkpoint.model_dtype();
             self.put(format!("{block}attn.qkv_proj.{kind}"), qkv.cast(dtype));
             self.put(format!("{block}attn.proj.{kind}"), proj.cast(dtype));

@@ -153,17 +153,10 @@ enum IoArg {
 impl PlanArgs {
     /// Refuses what the contract names but this version cannot do.
     pub(super) fn check_supported(&self) -> Result<(), LoadError> {
-        let refuse = |option, reason: &str| {
-            Err(LoadError::Option {
-                option,
-                reason: reason.into(),
-            })
-        };
+        let refuse =
+            |option, reason: &str| Err(LoadError::Option { option, reason: reason.into() });
         if self.ranks == RanksArg::Processes {
-            return refuse(
-                "--ranks processes",
-                "not supported yet; use --ranks threads",
-            );
+            return refuse("--ranks processes", "not supported yet; use --ranks threads");
         }
         match self.device.as_str() {
             "cpu" => Ok(()),
@@ -227,13 +220,9 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         .iter()
         .find_map(|(name, size)| Some((text.strip_suffix(name)?, *size)))
         .unwrap_or((text, 1));
-    let number: u64 = number
-        .trim()
-        .parse()
-        .map_err(|_| "a number of bytes, for example 512MiB".to_owned())?;
-    number
-        .checked_mul(unit)
-        .ok_or_else(|| "too large".to_owned())
+    let number: u64 =
+        number.trim().parse().map_err(|_| "a number of bytes, for example 512MiB".to_owned())?;
+    number.checked_mul(unit).ok_or_else(|| "too large".to_owned())
 }
 
 fn parse_read_size(text: &str) -> Result<u64, String> {

@@ -28,27 +28,16 @@ pub(super) struct Watch {
 impl Watch {
     pub(super) fn start(plan: &Plan, progress: &[Arc<Progress>]) -> Self {
         let stop: Arc<(Mutex<bool>, Condvar)> = Arc::default();
-        let ranks: Vec<(u64, Arc<Progress>)> = plan
-            .forecast
-            .iter()
-            .map(|f| f.storage_bytes)
-            .zip(progress.iter().cloned())
-            .collect();
+        let ranks: Vec<(u64, Arc<Progress>)> =
+            plan.forecast.iter().map(|f| f.storage_bytes).zip(progress.iter().cloned()).collect();
         let bars = std::io::stderr().is_terminal()
             && tracing::level_filters::LevelFilter::current() >= tracing::Level::INFO;
         let stopped = Arc::clone(&stop);
         let run = move || {
-            if bars {
-                show_bars(&ranks, &stopped)
-            } else {
-                log_lines(&ranks, &stopped)
-            }
+            if bars { show_bars(&ranks, &stopped) } else { log_lines(&ranks, &stopped) }
         };
         // progress is a courtesy: without a thread the load goes on in silence
-        let thread = std::thread::Builder::new()
-            .name("progress".into())
-            .spawn(run)
-            .ok();
+        let thread = std::thread::Builder::new().name("progress".into()).spawn(run).ok();
         Self { stop, thread }
     }
 
@@ -65,9 +54,7 @@ impl Watch {
 /// Waits a tick; `true` once stopped.
 fn wait(stop: &(Mutex<bool>, Condvar)) -> bool {
     let stopped = stop.0.lock().unwrap_or_else(PoisonError::into_inner);
-    let result = stop
-        .1
-        .wait_timeout_while(stopped, TICK, |stopped| !*stopped);
+    let result = stop.1.wait_timeout_while(stopped, TICK, |stopped| !*stopped);
     *result.unwrap_or_else(PoisonError::into_inner).0
 }
 
@@ -106,14 +93,8 @@ fn log_lines(ranks: &[(u64, Arc<Progress>)], stop: &(Mutex<bool>, Condvar)) {
             continue;
         }
         last = Instant::now();
-        let read: u64 = ranks
-            .iter()
-            .map(|(_, p)| p.read_bytes.load(Ordering::Relaxed))
-            .sum();
-        let slowest = ranks
-            .iter()
-            .enumerate()
-            .min_by_key(|(_, (_, p))| p.phase() as u8);
+        let read: u64 = ranks.iter().map(|(_, p)| p.read_bytes.load(Ordering::Relaxed)).sum();
+        let slowest = ranks.iter().enumerate().min_by_key(|(_, (_, p))| p.phase() as u8);
         let (rank, phase) = slowest.map_or((0, "waiting"), |(r, (_, p))| (r, p.phase().name()));
         let rate = read as f64 / started.elapsed().as_secs_f64() / 1e9;
         info!(

@@ -35,9 +35,7 @@ mod tests {
     #[test]
     fn blocks_are_columns_of_permuted_rows() {
         let (rows, row_bytes) = (4, 256);
-        let source: Vec<u8> = (0..rows * row_bytes)
-            .map(|i| (i / BLOCK_BYTES) as u8)
-            .collect();
+        let source: Vec<u8> = (0..rows * row_bytes).map(|i| (i / BLOCK_BYTES) as u8).collect();
         let mut matrix = source.clone();
         into_blocks(&mut matrix, rows, row_bytes, |i| 3 - i, &mut Vec::new());
         let got: Vec<u8> = matrix.chunks(BLOCK_BYTES).map(|c| c[0]).collect();

@@ -17,9 +17,7 @@ pub fn cast(source: &[u8], from: Dtype, target: &mut [u8], to: Dtype) -> bool {
             });
         }
         (Dtype::BF16, Dtype::F32) => {
-            each(source, target, |b: [u8; 2]| {
-                bf16::from_le_bytes(b).to_f32().to_le_bytes()
-            });
+            each(source, target, |b: [u8; 2]| bf16::from_le_bytes(b).to_f32().to_le_bytes());
         }
         (Dtype::F16, Dtype::BF16) => {
             each(source, target, |b: [u8; 2]| {
@@ -27,39 +25,25 @@ pub fn cast(source: &[u8], from: Dtype, target: &mut [u8], to: Dtype) -> bool {
             });
         }
         (Dtype::F16, Dtype::F32) => {
-            each(source, target, |b: [u8; 2]| {
-                f16::from_le_bytes(b).to_f32().to_le_bytes()
-            });
+            each(source, target, |b: [u8; 2]| f16::from_le_bytes(b).to_f32().to_le_bytes());
         }
         (Dtype::F32, Dtype::BF16) => {
-            each(source, target, |b: [u8; 4]| {
-                bf16::from_f32(f32::from_le_bytes(b)).to_le_bytes()
-            });
+            each(source, target, |b: [u8; 4]| bf16::from_f32(f32::from_le_bytes(b)).to_le_bytes());
         }
         (Dtype::F32, Dtype::F16) => {
-            each(source, target, |b: [u8; 4]| {
-                f16::from_f32(f32::from_le_bytes(b)).to_le_bytes()
-            });
+            each(source, target, |b: [u8; 4]| f16::from_f32(f32::from_le_bytes(b)).to_le_bytes());
         }
         (Dtype::F64, Dtype::BF16) => {
-            each(source, target, |b: [u8; 8]| {
-                bf16::from_f64(f64::from_le_bytes(b)).to_le_bytes()
-            });
+            each(source, target, |b: [u8; 8]| bf16::from_f64(f64::from_le_bytes(b)).to_le_bytes());
         }
         (Dtype::F64, Dtype::F16) => {
-            each(source, target, |b: [u8; 8]| {
-                f16::from_f64(f64::from_le_bytes(b)).to_le_bytes()
-            });
+            each(source, target, |b: [u8; 8]| f16::from_f64(f64::from_le_bytes(b)).to_le_bytes());
         }
         (Dtype::F64, Dtype::F32) => {
-            each(source, target, |b: [u8; 8]| {
-                (f64::from_le_bytes(b) as f32).to_le_bytes()
-            });
+            each(source, target, |b: [u8; 8]| (f64::from_le_bytes(b) as f32).to_le_bytes());
         }
         (Dtype::I32, Dtype::I64) => {
-            each(source, target, |b: [u8; 4]| {
-                i64::from(i32::from_le_bytes(b)).to_le_bytes()
-            });
+            each(source, target, |b: [u8; 4]| i64::from(i32::from_le_bytes(b)).to_le_bytes());
         }
         _ => return false,
     }
@@ -103,20 +87,10 @@ mod tests {
     #[test]
     fn widening_is_exact_and_unknown_pairs_are_reported() {
         let mut out = [0; 4];
-        assert!(cast(
-            &0x4049u16.to_le_bytes(),
-            Dtype::BF16,
-            &mut out,
-            Dtype::F32
-        ));
+        assert!(cast(&0x4049u16.to_le_bytes(), Dtype::BF16, &mut out, Dtype::F32));
         assert_eq!(u32::from_le_bytes(out), 0x4049_0000);
         let mut out = [0; 8];
-        assert!(cast(
-            &(-5i32).to_le_bytes(),
-            Dtype::I32,
-            &mut out,
-            Dtype::I64
-        ));
+        assert!(cast(&(-5i32).to_le_bytes(), Dtype::I32, &mut out, Dtype::I64));
         assert_eq!(i64::from_le_bytes(out), -5);
         assert!(!cast(&[0; 4], Dtype::I32, &mut [0; 4], Dtype::F32));
     }

@@ -13,11 +13,7 @@ pub const fn e4m3_to_f32(code: u8) -> f32 {
         // 1.mmm · 2^(exponent − 7), put together as an f32
         f32::from_bits(((exponent + 120) as u32) << 23 | mantissa << 20)
     };
-    if code & 0x80 != 0 {
-        -magnitude
-    } else {
-        magnitude
-    }
+    if code & 0x80 != 0 { -magnitude } else { magnitude }
 }
 
 /// [`e4m3_to_f32`] of every code.
@@ -32,9 +28,8 @@ pub static E4M3: [f32; 256] = {
 };
 
 /// E2M1: codes 0 to 7, bit 3 is the sign. Source: reference §0.3.
-pub static E2M1: [f32; 16] = [
-    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
-];
+pub static E2M1: [f32; 16] =
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 /// E8M0: 2^(code − 127); 255 is NaN. Source: OCP microscaling formats specification, §5.4.1.
 pub fn e8m0_to_f32(code: u8) -> f32 {
@@ -56,13 +51,9 @@ mod tests {
 
     #[test]
     fn e4m3_has_the_values_of_the_standard() {
-        for (code, value) in [
-            (0x00, 0.0),
-            (0x01, 2f32.powi(-9)),
-            (0x08, 2f32.powi(-6)),
-            (0x38, 1.0),
-            (0x7e, 448.0),
-        ] {
+        for (code, value) in
+            [(0x00, 0.0), (0x01, 2f32.powi(-9)), (0x08, 2f32.powi(-6)), (0x38, 1.0), (0x7e, 448.0)]
+        {
             assert_eq!(E4M3[code], value);
             assert_eq!(E4M3[code | 0x80], -value);
         }

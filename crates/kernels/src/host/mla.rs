@@ -36,10 +36,7 @@ impl Weight<'_> {
     fn row(&self, r: usize, out: &mut [bf16]) {
         let cols = out.len();
         match *self {
-            Weight::Plain {
-                data,
-                dtype: Dtype::F32,
-            } => {
+            Weight::Plain { data, dtype: Dtype::F32 } => {
                 let (row, _) = data[r * cols * 4..][..cols * 4].as_chunks::<4>();
                 out.iter_mut()
                     .zip(row)
@@ -134,12 +131,7 @@ pub fn split(weight: Weight<'_>, dims: Dims, w_kc: &mut [u8], w_vc: &mut [u8]) {
 mod tests {
     use super::*;
 
-    const DIMS: Dims = Dims {
-        heads: 2,
-        dn: 3,
-        dv: 2,
-        kl: 5,
-    };
+    const DIMS: Dims = Dims { heads: 2, dn: 3, dv: 2, kl: 5 };
 
     fn at(bytes: &[u8], i: usize) -> f32 {
         bf16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32()
@@ -150,20 +142,9 @@ mod tests {
     fn plain_weight_is_split_by_head() {
         let Dims { heads, dn, dv, kl } = DIMS;
         let values: Vec<f32> = (0..heads * (dn + dv) * kl).map(|i| i as f32).collect();
-        let data: Vec<u8> = values
-            .iter()
-            .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
-            .collect();
+        let data: Vec<u8> = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
         let (mut kc, mut vc) = (vec![0; heads * kl * dn * 2], vec![0; heads * dv * kl * 2]);
-        split(
-            Weight::Plain {
-                data: &data,
-                dtype: Dtype::BF16,
-            },
-            DIMS,
-            &mut kc,
-            &mut vc,
-        );
+        split(Weight::Plain { data: &data, dtype: Dtype::BF16 }, DIMS, &mut kc, &mut vc);
         for h in 0..heads {
             for k in 0..kl {
                 for d in 0..dn {
@@ -181,31 +162,16 @@ mod tests {
     /// GLM-5's heads have 448 rows, so 128-row blocks straddle them; here heads of 100 rows.
     #[test]
     fn fp8_blocks_may_straddle_heads_and_be_partial() {
-        let dims = Dims {
-            heads: 3,
-            dn: 60,
-            dv: 40,
-            kl: 130,
-        };
+        let dims = Dims { heads: 3, dn: 60, dv: 40, kl: 130 };
         let rows = dims.heads * (dims.dn + dims.dv);
         let data: Vec<u8> = (0..rows * dims.kl).map(|i| (i * 7 % 0x7f) as u8).collect();
-        let factors: Vec<f32> = (0..rows.div_ceil(128) * 2)
-            .map(|i| 0.5 + i as f32)
-            .collect();
+        let factors: Vec<f32> = (0..rows.div_ceil(128) * 2).map(|i| 0.5 + i as f32).collect();
         let scale: Vec<u8> = factors.iter().flat_map(|f| f.to_le_bytes()).collect();
         let (mut kc, mut vc) = (
             vec![0; dims.heads * dims.kl * dims.dn * 2],
             vec![0; dims.heads * dims.dv * dims.kl * 2],
         );
-        split(
-            Weight::Fp8 {
-                data: &data,
-                scale: &scale,
-            },
-            dims,
-            &mut kc,
-            &mut vc,
-        );
+        split(Weight::Fp8 { data: &data, scale: &scale }, dims, &mut kc, &mut vc);
         for r in 0..rows {
             let (h, inner) = (r / 100, r % 100);
             for k in 0..dims.kl {
@@ -222,24 +188,11 @@ mod tests {
 
     #[test]
     fn mxfp4_low_nibble_comes_first() {
-        let dims = Dims {
-            heads: 1,
-            dn: 1,
-            dv: 1,
-            kl: 32,
-        };
+        let dims = Dims { heads: 1, dn: 1, dv: 1, kl: 32 };
         let mut data = vec![0x21; 16];
         data.extend([0x97; 16]);
         let (mut kc, mut vc) = (vec![0; 64], vec![0; 64]);
-        split(
-            Weight::Mxfp4 {
-                data: &data,
-                scale: &[128, 126],
-            },
-            dims,
-            &mut kc,
-            &mut vc,
-        );
+        split(Weight::Mxfp4 { data: &data, scale: &[128, 126] }, dims, &mut kc, &mut vc);
         assert_eq!((at(&kc, 0), at(&kc, 1)), (1.0, 2.0));
         assert_eq!((at(&vc, 0), at(&vc, 1)), (3.0, -0.25));
     }

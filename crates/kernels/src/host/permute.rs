@@ -20,14 +20,9 @@ mod tests {
     #[test]
     fn orders_begin_as_the_reference_says() {
         let first: Vec<usize> = (0..16).map(shuffled32).collect();
-        assert_eq!(
-            first,
-            [0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29]
-        );
+        assert_eq!(first, [0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29]);
         let gated: Vec<usize> = (0..20).map(|i| gated_shuffled32(i, 128)).collect();
-        let want = [
-            0, 2, 4, 6, 8, 10, 12, 14, 64, 66, 68, 70, 72, 74, 76, 78, 1, 3, 5, 7,
-        ];
+        let want = [0, 2, 4, 6, 8, 10, 12, 14, 64, 66, 68, 70, 72, 74, 76, 78, 1, 3, 5, 7];
         assert_eq!(gated, want);
     }
 

@@ -6,7 +6,12 @@ use crate::dtype::Dtype;
 
 use crate::{
     arch::{Model, dense, moe},
-    declare::{Accept, Declare, Experts, Input, Slots, Source},
+    config::VOCAB_MAX,
+    declare::{
+        Accept, Declare, Source,
+        experts::Experts,
+        linear::{Input, Slots},
+    },
     error::PlanError,
     quant::Scheme,
     transform::{Finish, MlaSplit},
@@ -59,7 +64,7 @@ impl Dims {
         Ok(Self {
             hidden: c.dim("hidden_size")?,
             layers: dense::layer_count(model)?,
-            vocab: c.dim("vocab_size")?,
+            vocab: c.dim_up_to("vocab_size", VOCAB_MAX)?,
             heads: c.dim("num_attention_heads")?,
             q_lora: c.opt_count("q_lora_rank")?.filter(|&n| n > 0),
             kv_lora: c.dim("kv_lora_rank")?,
@@ -75,19 +80,12 @@ impl Dims {
     /// The expert dimensions of layer `i` when it has experts (reference §1.1).
     fn experts_of(&self, i: u32) -> Option<&ExpertDims> {
         let i = u64::from(i);
-        self.experts
-            .as_ref()
-            .filter(|e| i >= e.first_layer && i % e.every == 0)
+        self.experts.as_ref().filter(|e| i >= e.first_layer && i % e.every == 0)
     }
 }
 
 fn prediction_layers(model: &Model) -> u64 {
-    model
-        .config
-        .opt_count("num_nextn_predict_layers")
-        .ok()
-        .flatten()
-        .unwrap_or(0)
+    model.config.opt_count("num_nextn_predict_layers").ok().flatten().unwrap_or(0)
 }
 
 pub(super) fn declare(d: &mut Declare<'_>, model: &Model) -> Result<(), PlanError> {
@@ -98,12 +96,7 @@ pub(super) fn declare(d: &mut Declare<'_>, model: &Model) -> Result<(), PlanErro
     if model.options.draft {
         return declare_draft(d, model, &dims);
     }
-    d.vocab(
-        "model.embed_tokens.weight",
-        "model.embed_tokens.weight",
-        dims.vocab,
-        dims.hidden,
-    )?;
+    d.vocab("model.embed_tokens.weight", "model.embed_tokens.weight", dims.vocab, dims.hidden)?;
     for i in 0..dims.layers {
         d.layer = Some(i);
         let a = format!("model.layers.{i}.");
@@ -119,11 +112,7 @@ pub(super) fn declare(d: &mut Declare<'_>, model: &Model) -> Result<(), PlanErro
 fn declare_draft(d: &mut Declare<'_>, model: &Model, dims: &Dims) -> Result<(), PlanError> {
     if dims.prediction_layers != 1 {
         let found = format!("num_nextn_predict_layers {}", dims.prediction_layers);
-        return Err(PlanError::unsupported(
-            "--draft",
-            found,
-            "needs exactly one prediction layer",
-        ));
+        return Err(PlanError::unsupported("--draft", found, "needs exactly one prediction layer"));
     }
     let source = format!("model.layers.{}.", dims.layers);
     d.layer = Some(dims.layers);
@@ -136,13 +125,7 @@ fn declare_draft(d: &mut Declare<'_>, model: &Model, dims: &Dims) -> Result<(), 
         d.replicated(&format!("model.{name}"), &format!("{source}{name}"), &shape);
     }
     // the prediction layer always has experts (reference §1.1)
-    decoder_layer(
-        d,
-        model,
-        dims,
-        ["model.decoder.", &source],
-        dims.experts.as_ref(),
-    )
+    decoder_layer(d, model, dims, ["model.decoder.", &source], dims.experts.as_ref())
 }
 
 /// One decoder layer; `to` and `from` are its prefixes at run time and in the checkpoint.
@@ -163,11 +146,7 @@ fn decoder_layer(
 }
 
 fn norm(d: &mut Declare<'_>, [to, from]: [&str; 2], module: &str, size: u64) {
-    d.replicated(
-        &format!("{to}{module}.weight"),
-        &format!("{from}{module}.weight"),
-        &[size],
-    );
+    d.replicated(&format!("{to}{module}.weight"), &format!("{from}{module}.weight"), &[size]);
 }
 
 fn attention(d: &mut Declare<'_>, dims: &Dims, [to, from]: [&str; 2]) -> Result<(), PlanError> {
@@ -175,19 +154,12 @@ fn attention(d: &mut Declare<'_>, dims: &Dims, [to, from]: [&str; 2]) -> Result<
     if dims.heads % tp != 0 {
         let found = format!("{} attention heads, tp {tp}", dims.heads);
         let expected = "tp must divide num_attention_heads";
-        return Err(PlanError::unsupported(
-            format!("{to}self_attn"),
-            found,
-            expected,
-        ));
+        return Err(PlanError::unsupported(format!("{to}self_attn"), found, expected));
     }
     let [to, from] = [format!("{to}self_attn."), format!("{from}self_attn.")];
     let both = [to.as_str(), from.as_str()];
     let query_rows = dims.heads * (dims.nope + dims.rope);
-    let kv_a = d.whole(
-        format!("{from}kv_a_proj_with_mqa"),
-        dims.kv_lora + dims.rope,
-    );
+    let kv_a = d.whole(format!("{from}kv_a_proj_with_mqa"), dims.kv_lora + dims.rope);
     match dims.q_lora {
         Some(q_lora) => {
             let parts = [d.whole(format!("{from}q_a_proj"), q_lora), kv_a];
@@ -226,17 +198,7 @@ fn kv_b(d: &mut Declare<'_>, dims: &Dims, [to, from]: [&str; 2]) -> Result<(), P
     let w_kc = d.derived(format!("{to}w_kc"), Dtype::BF16, vec![heads, kl, dn]);
     let w_vc = d.derived(format!("{to}w_vc"), Dtype::BF16, vec![heads, dv, kl]);
     let (weight, scale, scheme) = (made.weight, made.scale, made.scheme);
-    d.after(Finish::MlaSplit(MlaSplit {
-        weight,
-        scale,
-        scheme,
-        w_kc,
-        w_vc,
-        heads,
-        dn,
-        dv,
-        kl,
-    }));
+    d.after(Finish::MlaSplit(MlaSplit { weight, scale, scheme, w_kc, w_vc, heads, dn, dv, kl }));
     Ok(())
 }
 
@@ -248,13 +210,7 @@ fn column(
     k: u64,
 ) -> Result<(), PlanError> {
     let part = d.column(format!("{from}{module}"), rows)?;
-    d.linear(
-        &format!("{to}{module}"),
-        &[part],
-        k,
-        Input::Whole,
-        Slots::PerPart,
-    )?;
+    d.linear(&format!("{to}{module}"), &[part], k, Input::Whole, Slots::PerPart)?;
     Ok(())
 }
 
@@ -266,13 +222,7 @@ fn row(
     k: u64,
 ) -> Result<(), PlanError> {
     let part = d.whole(format!("{from}{module}"), rows);
-    d.linear(
-        &format!("{to}{module}"),
-        &[part],
-        k,
-        Input::Split,
-        Slots::PerPart,
-    )?;
+    d.linear(&format!("{to}{module}"), &[part], k, Input::Split, Slots::PerPart)?;
     Ok(())
 }
 
@@ -301,42 +251,21 @@ fn moe_block(
 ) -> Result<(), PlanError> {
     let (routed, hidden) = (experts.routed, dims.hidden);
     let router = "mlp.gate.weight";
-    d.replicated(
-        &format!("{to}{router}"),
-        &format!("{from}{router}"),
-        &[routed, hidden],
-    );
+    d.replicated(&format!("{to}{router}"), &format!("{from}{router}"), &[routed, hidden]);
     if experts.correction_bias {
         let bias = "mlp.gate.e_score_correction_bias";
         let (name, source) = (format!("{to}{bias}"), format!("{from}{bias}"));
         d.replicated_as(&name, &source, &[routed], Dtype::F32, Dtype::F32);
     }
     let fuse = model.options.fuse_shared_experts;
-    let mut sources: Vec<String> = (0..routed)
-        .map(|e| format!("{from}mlp.experts.{e}"))
-        .collect();
+    let mut sources: Vec<String> = (0..routed).map(|e| format!("{from}mlp.experts.{e}")).collect();
     if fuse {
         sources.push(format!("{from}mlp.shared_experts"));
     }
     let name = format!("{to}mlp.experts");
-    moe::experts(
-        d,
-        &Experts {
-            name,
-            sources,
-            routed,
-            inner: experts.inner,
-            hidden,
-        },
-    )?;
+    moe::experts(d, &Experts { name, sources, routed, inner: experts.inner, hidden })?;
     if experts.shared > 0 && !fuse {
-        mlp(
-            d,
-            [to, from],
-            "mlp.shared_experts.",
-            experts.inner * experts.shared,
-            hidden,
-        )?;
+        mlp(d, [to, from], "mlp.shared_experts.", experts.inner * experts.shared, hidden)?;
     }
     Ok(())
 }
@@ -358,11 +287,7 @@ fn check_fusion(dims: &Dims) -> Result<(), PlanError> {
     if shared != 1 {
         let found = format!("n_shared_experts {shared}");
         let expected = "needs exactly one shared expert";
-        return Err(PlanError::unsupported(
-            "--fuse-shared-experts",
-            found,
-            expected,
-        ));
+        return Err(PlanError::unsupported("--fuse-shared-experts", found, expected));
     }
     Ok(())
 }

@@ -2,7 +2,11 @@
 
 use crate::{
     arch::Model,
-    declare::{Declare, Input, Slots},
+    config::VOCAB_MAX,
+    declare::{
+        Declare,
+        linear::{Input, Slots},
+    },
     error::PlanError,
 };
 
@@ -27,7 +31,7 @@ impl Dims {
             heads,
             kv_heads: c.dim_or("num_key_value_heads", heads)?,
             head_dim: c.dim_or("head_dim", hidden / heads)?,
-            vocab: c.dim("vocab_size")?,
+            vocab: c.dim_up_to("vocab_size", VOCAB_MAX)?,
             tied: c.flag("tie_word_embeddings")?,
         })
     }
@@ -85,30 +89,16 @@ pub(crate) fn attention(
     }
     let name = format!("{a}self_attn.o_proj");
     let o = d.whole(name.clone(), dims.hidden);
-    d.linear(
-        &name,
-        &[o],
-        dims.heads * dims.head_dim,
-        Input::Split,
-        Slots::PerPart,
-    )?;
+    d.linear(&name, &[o], dims.heads * dims.head_dim, Input::Split, Slots::PerPart)?;
     norm(d, &format!("{a}post_attention_layernorm"), dims.hidden);
     Ok(())
 }
 
 /// A gated MLP under `a` (`model.layers.3.mlp.`): gate and up fused and column parallel, down row parallel.
 pub(crate) fn mlp(d: &mut Declare<'_>, a: &str, inner: u64, hidden: u64) -> Result<(), PlanError> {
-    let parts = [
-        d.column(format!("{a}gate_proj"), inner)?,
-        d.column(format!("{a}up_proj"), inner)?,
-    ];
-    d.linear(
-        &format!("{a}gate_up_proj"),
-        &parts,
-        hidden,
-        Input::Whole,
-        Slots::PerPart,
-    )?;
+    let parts =
+        [d.column(format!("{a}gate_proj"), inner)?, d.column(format!("{a}up_proj"), inner)?];
+    d.linear(&format!("{a}gate_up_proj"), &parts, hidden, Input::Whole, Slots::PerPart)?;
     let name = format!("{a}down_proj");
     let down = d.whole(name.clone(), hidden);
     d.linear(&name, &[down], inner, Input::Split, Slots::PerPart)?;

@@ -2,7 +2,7 @@
 
 use crate::{
     config::Config,
-    declare::{Declare, Experts},
+    declare::{Declare, experts::Experts},
     dtype::elem_bytes,
     error::PlanError,
     options::KernelLayout,
@@ -32,29 +32,16 @@ pub(crate) fn experts(d: &mut Declare<'_>, experts: &Experts) -> Result<(), Plan
     if experts.hidden % 64 != 0 {
         let found = format!("hidden_size {}", experts.hidden);
         let expected = "a multiple of 64 for --kernel-layout trtllm";
-        return Err(PlanError::unsupported(
-            experts.name.clone(),
-            found,
-            expected,
-        ));
+        return Err(PlanError::unsupported(experts.name.clone(), found, expected));
     }
     for (param, rows, cols, order) in [
-        (
-            made.w13,
-            2 * made.inner,
-            experts.hidden,
-            RowOrder::GatedShuffled32,
-        ),
+        (made.w13, 2 * made.inner, experts.hidden, RowOrder::GatedShuffled32),
         (made.w2, experts.hidden, made.inner, RowOrder::Shuffled32),
     ] {
         if rows % 32 != 0 {
             let found = format!("{rows} rows");
             let expected = "a multiple of 32 for --kernel-layout trtllm";
-            return Err(PlanError::unsupported(
-                experts.name.clone(),
-                found,
-                expected,
-            ));
+            return Err(PlanError::unsupported(experts.name.clone(), found, expected));
         }
         d.param_mut(param).shape = vec![made.local, cols / block_elems, rows, block_elems];
         d.after(Finish::ExpertBlocks(ExpertBlocks {

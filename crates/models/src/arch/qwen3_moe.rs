@@ -2,7 +2,7 @@
 
 use crate::{
     arch::{Model, dense, moe},
-    declare::{Declare, Experts},
+    declare::{Declare, experts::Experts},
     error::PlanError,
 };
 
@@ -18,13 +18,6 @@ pub(super) fn declare(d: &mut Declare<'_>, model: &Model) -> Result<(), PlanErro
         .map(|list| list.iter().filter_map(|v| v.as_u64()).collect())
         .unwrap_or_default();
     moe::check_experts(c, "num_experts", routed)?;
-    if model.options.fuse_shared_experts {
-        return Err(PlanError::unsupported(
-            "--fuse-shared-experts",
-            "family qwen3_moe",
-            "needs a model with one shared expert",
-        ));
-    }
 
     dense::embedding(d, &dims)?;
     for i in 0..dims.layers {
@@ -40,16 +33,7 @@ pub(super) fn declare(d: &mut Declare<'_>, model: &Model) -> Result<(), PlanErro
         d.replicated(&router, &router, &[routed, dims.hidden]);
         let name = format!("{a}mlp.experts");
         let sources = (0..routed).map(|e| format!("{name}.{e}")).collect();
-        moe::experts(
-            d,
-            &Experts {
-                name,
-                sources,
-                routed,
-                inner,
-                hidden: dims.hidden,
-            },
-        )?;
+        moe::experts(d, &Experts { name, sources, routed, inner, hidden: dims.hidden })?;
     }
     dense::head(d, &dims)
 }

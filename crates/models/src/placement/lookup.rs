@@ -37,13 +37,7 @@ impl<'a> Names<'a> {
             canonical.push(name);
         }
         let undeclared = RefCell::new(None);
-        Ok(Self {
-            checkpoint,
-            declared: &model.declared,
-            by_canonical,
-            canonical,
-            undeclared,
-        })
+        Ok(Self { checkpoint, declared: &model.declared, by_canonical, canonical, undeclared })
     }
 
     pub(super) fn tensor(&self, canonical: &str) -> Option<TensorId> {
@@ -68,8 +62,7 @@ impl<'a> Names<'a> {
     }
 
     fn dtype(&self, canonical: &str) -> Option<Dtype> {
-        self.tensor(canonical)
-            .map(|id| self.checkpoint.tensors[id as usize].dtype)
+        self.tensor(canonical).map(|id| self.checkpoint.tensors[id as usize].dtype)
     }
 
     fn stored_scheme(&self, module: &str) -> Option<Scheme> {
@@ -94,9 +87,7 @@ impl Lookup for Names<'_> {
     fn scheme(&self, module: &str) -> Option<Scheme> {
         let scheme = self.stored_scheme(module)?;
         if scheme != Scheme::Bf16 && scheme != self.declared.scheme {
-            self.undeclared
-                .borrow_mut()
-                .get_or_insert_with(|| (module.to_owned(), scheme));
+            self.undeclared.borrow_mut().get_or_insert_with(|| (module.to_owned(), scheme));
         }
         Some(scheme)
     }

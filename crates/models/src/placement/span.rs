@@ -68,13 +68,7 @@ impl PlacedPiece {
         if r0 >= r1 || c0 >= c1 {
             return;
         }
-        let cut = Cut {
-            piece: self,
-            rank,
-            first_row: r0,
-            first_col: c0,
-            range,
-        };
+        let cut = Cut { piece: self, rank, first_row: r0, first_col: c0, range };
         if c0 == 0 && c1 == self.row_bytes && self.target_bytes(c1) == self.target_stride {
             let whole = ByteRange::new(r0 * self.row_bytes, r1 * self.row_bytes);
             if let Some(run) = whole.intersect(&range) {
@@ -130,10 +124,7 @@ impl Cut<'_> {
             } else if from < to {
                 // the last row that ends within the range
                 let last = (b.saturating_sub(c1) / row_bytes).min(high - 1);
-                each(Span {
-                    rows: last - row + 1,
-                    ..self.run(start, c1 - self.first_col)
-                });
+                each(Span { rows: last - row + 1, ..self.run(start, c1 - self.first_col) });
                 row = last;
             }
             row += 1;

@@ -12,11 +12,7 @@ use crate::{
 
 pub(super) fn check(placement: &Placement, checkpoint: &Checkpoint) -> Result<(), PlanError> {
     for (id, tensor) in checkpoint.tensors.iter().enumerate() {
-        check_tensor(
-            &tensor.name,
-            placement.pieces_of(id as TensorId),
-            tensor.file_range.len(),
-        )?;
+        check_tensor(&tensor.name, placement.pieces_of(id as TensorId), tensor.file_range.len())?;
     }
     check_params(placement)
 }
@@ -25,17 +21,10 @@ pub(super) fn check(placement: &Placement, checkpoint: &Checkpoint) -> Result<()
 fn check_tensor(name: &str, pieces: &[PlacedPiece], bytes: u64) -> Result<(), PlanError> {
     let mut at = 0;
     for piece in pieces {
-        let wrong = |found: String| {
-            Err(PlanError::Inconsistent {
-                what: format!("tensor {name}"),
-                found,
-            })
-        };
+        let wrong =
+            |found: String| Err(PlanError::Inconsistent { what: format!("tensor {name}"), found });
         if piece.rows.0 * piece.row_bytes != at {
-            return wrong(format!(
-                "piece begins at row {}, byte {at} was next",
-                piece.rows.0
-            ));
+            return wrong(format!("piece begins at row {}, byte {at} was next", piece.rows.0));
         }
         at = piece.rows.1 * piece.row_bytes;
         let covered = match piece.split {
@@ -57,10 +46,7 @@ fn check_tensor(name: &str, pieces: &[PlacedPiece], bytes: u64) -> Result<(), Pl
     }
     if !pieces.is_empty() && at != bytes {
         let found = format!("pieces cover {at} of {bytes} bytes");
-        return Err(PlanError::Inconsistent {
-            what: format!("tensor {name}"),
-            found,
-        });
+        return Err(PlanError::Inconsistent { what: format!("tensor {name}"), found });
     }
     Ok(())
 }
@@ -77,11 +63,7 @@ fn check_params(placement: &Placement) -> Result<(), PlanError> {
         let pieces = || indices.iter().map(|&i| &placement.pieces[i as usize]);
         let everywhere =
             pieces().all(|p| p.members.ranks().len() as u32 == placement.parallel.tp());
-        let groups = if everywhere {
-            1
-        } else {
-            placement.parallel.ep()
-        };
+        let groups = if everywhere { 1 } else { placement.parallel.ep() };
         for group in 0..groups {
             let mine = pieces().filter(|p| p.members.part(group * moe_tp).is_some());
             let mut at = 0;

@@ -34,19 +34,13 @@ pub(super) fn resident_share(file: &File, bytes: u64) -> Option<f64> {
 
 fn sample(map: *mut libc::c_void, bytes: u64) -> Option<f64> {
     let (mut pages, mut resident) = (0usize, 0usize);
-    let step = (bytes / WINDOWS)
-        .max(WINDOW_BYTES)
-        .next_multiple_of(PAGE_BYTES);
+    let step = (bytes / WINDOWS).max(WINDOW_BYTES).next_multiple_of(PAGE_BYTES);
     for start in (0..bytes).step_by(step as usize) {
         let length = WINDOW_BYTES.min(bytes - start);
         let mut present = [0u8; (WINDOW_BYTES / PAGE_BYTES) as usize];
         // SAFETY: `start` is page-aligned and the window lies within the mapping; `present` has a byte per page of it.
         let rc = unsafe {
-            libc::mincore(
-                map.byte_add(start as usize),
-                length as usize,
-                present.as_mut_ptr(),
-            )
+            libc::mincore(map.byte_add(start as usize), length as usize, present.as_mut_ptr())
         };
         if rc != 0 {
             return None;

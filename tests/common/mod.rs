@@ -1,0 +1,63 @@
+//! What the stories share: planning and loading through the library.
+
+#![allow(dead_code, unreachable_pub, reason = "each story uses its part of this file")]
+
+use std::path::Path;
+
+use longshore::{
+    digest::group_digest,
+    discover::discover,
+    error::LoadError,
+    load::{RunOptions, load as run, progress_of},
+    plan::{Exchange, Plan, PlanOptions},
+};
+use longshore_harness::oracle;
+use longshore_models::options::ModelOptions;
+use longshore_rank::{params::ReadyParams, protocol::RankReport};
+
+/// The finished ranks of a load.
+pub struct Loaded {
+    pub ranks: Vec<ReadyParams>,
+    pub reports: Vec<RankReport>,
+}
+
+impl Loaded {
+    pub fn digest(&self) -> String {
+        group_digest(&self.ranks)
+    }
+}
+
+/// The loader's options for the oracle's.
+pub fn plan_options(options: &oracle::Options, exchange: Exchange) -> PlanOptions {
+    PlanOptions {
+        tp: options.tp as u32,
+        ep: options.ep as u32,
+        model: ModelOptions {
+            kernel_layout: options.kernel_layout.as_deref().map(|l| l.parse().unwrap()),
+            fuse_shared_experts: options.fuse_shared_experts,
+            draft: options.draft,
+            language_only: options.language_only,
+            encoder_only: options.encoder_only,
+            allow_unknown: false,
+        },
+        exchange,
+        ..PlanOptions::default()
+    }
+}
+
+pub fn plan(dir: &Path, options: &oracle::Options, exchange: Exchange) -> Result<Plan, LoadError> {
+    Plan::new(discover(dir)?, &plan_options(options, exchange))
+}
+
+pub fn load(plan: &Plan) -> Loaded {
+    load_with(plan, &RunOptions::default()).unwrap_or_else(|e| panic!("{}", e.line()))
+}
+
+pub fn load_with(plan: &Plan, options: &RunOptions) -> Result<Loaded, LoadError> {
+    let group = runtime().block_on(run(plan, options, progress_of(plan)))?;
+    Ok(Loaded { ranks: group.ranks, reports: group.reports })
+}
+
+pub fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap()
+}

@@ -1,0 +1,158 @@
+//! Every family × tensor-parallel size × expert-parallel size × dimensions against the oracle, bit for bit.
+
+use longshore_harness::{
+    generator::{Checkpoint, Family, Preset, Scheme},
+    oracle::{self, Answer},
+    scratch::Scratch,
+};
+
+mod common;
+
+use common::{Loaded, load, plan};
+use longshore::plan::Exchange;
+
+/// What every rank holds against what it must hold.
+fn compare(what: &str, loaded: &Loaded, answer: &Answer) {
+    assert_eq!(loaded.ranks.len(), answer.ranks.len(), "{what}: ranks");
+    for (rank, want) in loaded.ranks.iter().zip(&answer.ranks) {
+        let what = format!("{what}, rank {}", rank.rank);
+        let mut names: Vec<&str> = rank.iter().map(|p| p.name).collect();
+        names.sort_unstable();
+        let wanted: Vec<&str> = want.parameters.keys().map(String::as_str).collect();
+        assert_eq!(names, wanted, "{what}: parameters");
+        for param in rank.iter() {
+            let want = &want.parameters[param.name];
+            assert_eq!(param.dtype.to_string(), want.dtype, "{what}: {}", param.name);
+            assert_eq!(param.shape, want.shape, "{what}: {}", param.name);
+            let differs = param.bytes.iter().zip(&want.bytes).position(|(a, b)| a != b);
+            assert_eq!(differs, None, "{what}: {}: first differing byte", param.name);
+            assert_eq!(param.bytes.len(), want.bytes.len(), "{what}: {}", param.name);
+        }
+        let aliases: Vec<(String, String)> =
+            rank.aliases().map(|(a, b)| (a.to_owned(), b.to_owned())).collect();
+        let wanted: Vec<_> = want.aliases.iter().map(|(a, b)| (a.clone(), b.clone())).collect();
+        assert_eq!(aliases, wanted, "{what}: aliases");
+    }
+}
+
+/// Loads `checkpoint` under every combination of sizes and options; returns how many were loaded and how many refused.
+fn sweep(checkpoint: &Checkpoint, tps: &[usize], options: &[oracle::Options]) -> (usize, usize) {
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    checkpoint.write(&dir).unwrap();
+    let (mut loaded, mut refused) = (0, 0);
+    for &tp in tps {
+        for ep in (1..=tp).filter(|ep| tp % ep == 0) {
+            for base in options {
+                let options = oracle::Options { tp, ep, ..base.clone() };
+                let what = format!("{checkpoint:?} {:?}", options.arguments());
+                match (oracle::answer(&dir, &options), plan(&dir, &options, Exchange::On)) {
+                    (Ok(answer), Ok(with)) => {
+                        let result = load(&with);
+                        compare(&what, &result, &answer);
+                        let alone = plan(&dir, &options, Exchange::Off).unwrap();
+                        let other = load(&alone);
+                        assert_eq!(result.digest(), other.digest(), "{what}: exchange on and off");
+                        loaded += 1;
+                    }
+                    (Err(_), Err(_)) => refused += 1,
+                    (Err(e), Ok(_)) => panic!("{what}: should be refused: {e}"),
+                    (Ok(_), Err(e)) => panic!("{what}: should load: {}", e.line()),
+                }
+            }
+        }
+    }
+    (loaded, refused)
+}
+
+fn both_presets(family: Family, scheme: Scheme, set: &[(&str, u64)]) -> [Checkpoint; 2] {
+    [Preset::Tiny, Preset::Odd].map(|preset| {
+        let start = Checkpoint::new(family, scheme).preset(preset).set("num_hidden_layers", 2);
+        set.iter().fold(start, |c, (key, value)| c.set(key, *value))
+    })
+}
+
+fn plain() -> Vec<oracle::Options> {
+    vec![oracle::Options::tp(1), oracle::Options::tp(1).kernel_layout("none")]
+}
+
+#[test]
+fn llama_and_qwen3_equal_the_oracle() {
+    let mut loaded = 0;
+    for family in [Family::Llama, Family::Qwen3] {
+        for checkpoint in both_presets(family, Scheme::Bf16, &[]) {
+            loaded += sweep(&checkpoint, &[1, 2, 4, 8], &plain()).0;
+            let biased = checkpoint.set("attention_bias", true).set("tie_word_embeddings", true);
+            loaded += sweep(&biased, &[1, 4], &plain()[..1]).0;
+        }
+    }
+    assert!(loaded >= 60, "only {loaded} combinations were loaded");
+}
+
+#[test]
+fn qwen3_moe_equals_the_oracle_in_every_layout() {
+    let mut loaded = 0;
+    let mut options = plain();
+    options.push(oracle::Options::tp(1).kernel_layout("trtllm"));
+    options.push(oracle::Options::tp(1).kernel_layout("flashinfer-cutlass"));
+    for checkpoint in both_presets(Family::Qwen3Moe, Scheme::Bf16, &[]) {
+        loaded += sweep(&checkpoint, &[1, 2, 4, 8], &options).0;
+    }
+    assert!(loaded >= 30, "only {loaded} combinations were loaded");
+}
+
+#[test]
+fn deepseek_v3_in_bf16_equals_the_oracle() {
+    let mut loaded = 0;
+    let mut options = plain();
+    options.push(oracle::Options::tp(1).fuse_shared_experts());
+    options.push(oracle::Options::tp(1).draft());
+    for checkpoint in both_presets(Family::DeepseekV3, Scheme::Bf16, &[("num_attention_heads", 8)])
+    {
+        loaded += sweep(&checkpoint, &[1, 2, 4, 8], &options).0;
+    }
+    let no_q_lora = Checkpoint::new(Family::DeepseekV3, Scheme::Bf16)
+        .set("q_lora_rank", serde_json::Value::Null)
+        .set("norm_dtype", "F32")
+        .set("unaligned", true);
+    loaded += sweep(&no_q_lora, &[1, 2], &plain()).0;
+    assert!(loaded >= 40, "only {loaded} combinations were loaded");
+}
+
+#[test]
+fn deepseek_v3_in_fp8_equals_the_oracle() {
+    let mut loaded = 0;
+    let mut options = plain();
+    options.push(oracle::Options::tp(1).fuse_shared_experts());
+    options.push(oracle::Options::tp(1).kernel_layout("trtllm"));
+    // dimensions that eight ranks can share in whole blocks
+    let wide = [
+        ("num_attention_heads", 16),
+        ("intermediate_size", 1024),
+        ("moe_intermediate_size", 1024),
+        ("n_routed_experts", 8),
+    ];
+    for checkpoint in both_presets(Family::DeepseekV3, Scheme::Fp8, &wide) {
+        loaded += sweep(&checkpoint, &[1, 2, 4, 8], &options).0;
+    }
+    loaded += sweep(&Checkpoint::new(Family::KimiK2, Scheme::Fp8), &[1, 2], &plain()).0;
+    assert!(loaded >= 20, "only {loaded} combinations were loaded");
+}
+
+/// A size that is no power of two, with dimensions that it divides.
+#[test]
+fn three_ranks_equal_the_oracle() {
+    let llama = Checkpoint::new(Family::Llama, Scheme::Bf16)
+        .set("num_attention_heads", 12)
+        .set("num_key_value_heads", 3)
+        .set("intermediate_size", 384)
+        .set("vocab_size", 570);
+    assert_eq!(sweep(&llama, &[3, 6], &plain()), (12, 0));
+    let deepseek = Checkpoint::new(Family::DeepseekV3, Scheme::Bf16)
+        .set("num_attention_heads", 6)
+        .set("intermediate_size", 192)
+        .set("moe_intermediate_size", 96)
+        .set("n_routed_experts", 6)
+        .set("vocab_size", 190);
+    assert_eq!(sweep(&deepseek, &[3, 6], &plain()), (12, 0));
+}

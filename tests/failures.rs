@@ -1,0 +1,60 @@
+//! A rank that fails ends the load at once, with the first cause named; nothing is handed out.
+
+use std::{
+    fs::OpenOptions,
+    time::{Duration, Instant},
+};
+
+use longshore::{
+    error::LoadError,
+    load::{RunOptions, prepare, progress_of, run},
+    plan::{Exchange, Plan},
+};
+use longshore_harness::{
+    generator::{Checkpoint, Family, Scheme},
+    oracle,
+    scratch::Scratch,
+};
+use longshore_rank::storage::IoChoice;
+
+mod common;
+
+use common::{load_with, plan, runtime};
+
+fn checkpoint(scratch: &Scratch) -> Plan {
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::DeepseekV3, Scheme::Fp8).write(&dir).unwrap();
+    plan(&dir, &oracle::Options::tp(2), Exchange::On).unwrap()
+}
+
+/// A file that shrinks between planning and reading fails the rank that reads there.
+#[test]
+fn a_file_that_shrinks_during_the_load_is_named_within_a_second() {
+    for io in [IoChoice::Buffered, IoChoice::Direct] {
+        let scratch = Scratch::new().unwrap();
+        let plan = checkpoint(&scratch);
+        let prepared = prepare(&plan, &RunOptions { io, concurrency: None }).unwrap();
+        let file = &plan.checkpoint().files[1];
+        let path = plan.dir.join(&file.name);
+        OpenOptions::new().write(true).open(path).unwrap().set_len(file.bytes / 2).unwrap();
+        let started = Instant::now();
+        let error = runtime().block_on(run(prepared, progress_of(&plan))).unwrap_err();
+        assert!(started.elapsed() < Duration::from_secs(1), "took {:?}", started.elapsed());
+        assert!(matches!(error, LoadError::Rank { .. }), "{error:?}");
+        let line = error.line();
+        assert!(line.contains(&file.name), "{line}");
+        assert!(line.contains(&file.bytes.to_string()), "{line}");
+        assert_eq!(error.exit_code(), 1);
+    }
+}
+
+#[test]
+fn a_file_that_changed_since_planning_is_refused_before_the_first_read() {
+    let scratch = Scratch::new().unwrap();
+    let plan = checkpoint(&scratch);
+    let file = &plan.checkpoint().files[0];
+    let path = plan.dir.join(&file.name);
+    OpenOptions::new().write(true).open(path).unwrap().set_len(file.bytes + 1).unwrap();
+    let error = load_with(&plan, &RunOptions::default()).err().unwrap();
+    assert!(matches!(error, LoadError::FileChanged { .. }), "{error:?}");
+}
