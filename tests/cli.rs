@@ -1,5 +1,7 @@
 //! The command line: JSON alone on stdout, exit codes, one line for bad input.
 
+#![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
+
 use std::process::{Command, Output};
 
 use longshore_harness::scratch::Scratch;

@@ -1,5 +1,7 @@
 //! What a load costs, counted: bytes read, bytes exchanged, staging held, reads issued.
 
+#![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
+
 use longshore::{
     load::RunOptions,
     plan::{Exchange, Plan},

@@ -1,5 +1,7 @@
 //! Every family × tensor-parallel size × expert-parallel size × dimensions against the oracle, bit for bit.
 
+#![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
+
 use longshore_harness::{
     generator::{Checkpoint, Family, Preset, Scheme},
     oracle::{self, Answer},

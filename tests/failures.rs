@@ -1,5 +1,7 @@
 //! A rank that fails ends the load at once, with the first cause named; nothing is handed out.
 
+#![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
+
 use std::{
     fs::OpenOptions,
     time::{Duration, Instant},

@@ -1,5 +1,7 @@
 //! Damaged checkpoints: exit code 2, one line that names the culprit, nothing under its final name.
 
+#![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
+
 use std::{fs, process::Command};
 
 use longshore_harness::{

@@ -1,7 +1,7 @@
 """Puts the machine into a known state, then lets a loader run: page cache warm or cold, free memory ready for use.
 
 Every loader gets the same: its process is up and has imported what it needs, the checkpoint's pages are all in the page
-cache or all out of it, memory kept busy until now has just been freed, and only then does its clock start. It ends when
+cache or all out of it, memory that was in use until now has just been freed, and only then does its clock start. It ends when
 every tensor lies in memory that the loader's user owns.
 """
 import ctypes
@@ -68,40 +68,45 @@ def cached_fraction(files):
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 class HeldMemory:
-    """Memory that another process (hold.py) keeps faulted in and gives up bit by bit while a loader runs.
+    """Memory that another process (hold.py) keeps faulted in between runs and gives up just before a clock starts.
 
     A virtual machine that returns free pages to its host (balloon with free page reporting) pays twenty times the price
-    for the first touch of a returned page. Which loader meets how many of those is chance; held memory takes it out.
+    for the first touch of a returned page. Which loader meets how many of those is chance; pages that were in use a
+    moment ago are still there. All is given up at once, as a loader may look at how much is available.
     """
 
-    def __init__(self, gib):
-        self.gib, self.process = gib, None
+    def __init__(self, gib, ckpt_bytes):
+        """Four checkpoints where `gib` is None; the page cache keeps room for one, everybody else 4 GiB."""
+        most = 4 * ckpt_bytes if gib is None else int(gib * 2**30)
+        self.command = [sys.executable, os.path.join(HERE, "hold.py"), str(most), str(ckpt_bytes + (4 << 30))]
+        self.wanted, self.process = most > 0, None
 
     def __enter__(self):
-        if self.gib:
-            self.process = subprocess.Popen([sys.executable, os.path.join(HERE, "hold.py"), str(self.gib)],
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
 
     def __exit__(self, *_):
         if self.process:
             self.process.kill()
             self.process.communicate()
+            self.process = None
 
-    def ask(self, command, answer):
+    def hold(self):
+        if self.wanted and not (self.process and self.ask("hold")):  # not started yet, or out of memory since
+            self.__exit__()
+            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            if not self.ask("hold"):
+                raise SystemExit("harness: cannot hold memory, try a smaller --hold-gib (0: none)")
+
+    def free(self):
         if self.process:
+            self.ask("free")
+
+    def ask(self, command):
+        try:
             print(command, file=self.process.stdin, flush=True)
-            if self.process.stdout.readline() != answer + "\n":
-                raise SystemExit("harness: the memory to hold was not there, try a smaller --hold-gib (0: none)")
-
-
-def default_hold_gib(ckpt_bytes):
-    """What is available, less the checkpoint in the page cache and 4 GiB for everybody else; four checkpoints suffice."""
-    for line in open("/proc/meminfo"):
-        if line.startswith("MemAvailable"):
-            spare = int(line.split()[1]) * 1024 - ckpt_bytes - (4 << 30)
-            return max(0.0, round(min(spare, 4 * ckpt_bytes) / 2**30, 1))
-    return 0.0
+            return self.process.stdout.readline() != ""
+        except BrokenPipeError:
+            return False
 
 
 # ---- processor ------------------------------------------------------------------------------------------------------
@@ -131,20 +136,27 @@ def free_port():
         return s.getsockname()[1]
 
 
+class NotPrepared(Exception):
+    pass
+
+
 def prepare(files, state, memory, program=()):
     """Everything but the go -> the share of the files that is cached."""
     if state == "cold":
         drop_from_cache(files)  # before memory is held, so that the pages which this frees are held too
         read_through(program)  # what runs is warm, as the peers' imports are
-        memory.ask("hold", "held")
-    else:
-        memory.ask("hold", "held")
-        for _ in range(4):  # a page that is read a second time is kept longer
-            read_through(files)
-            if cached_fraction(files) == 1:
-                break
-    cached = cached_fraction(files)
-    memory.ask("feed", "feeding")
+    memory.hold()
+    for _ in range(4):
+        cached = cached_fraction(files)
+        if cached == (state == "warm"):
+            break
+        if state == "cold":
+            drop_from_cache(files)
+        else:
+            read_through(files)  # a page that is read a second time is kept longer
+    if abs(cached - (state == "warm")) > 0.01:
+        raise NotPrepared(f"{cached:.0%} of the checkpoint is cached before a {state} run: does another program use it?")
+    memory.free()
     return cached
 
 
@@ -177,6 +189,8 @@ def run_peer(ckpt, peer, world, state, memory, verify=False):
         return sum_up([json.loads(line) for line in found]) | {"cached_before": cached}
     except BrokenPipeError:
         return {"error": error_tail(errors) or "ended before its start"}
+    except NotPrepared as e:
+        return {"error": str(e)}
     finally:
         watchdog.cancel()
         for p in ranks:  # a rank with its result out only waits for the others
@@ -197,7 +211,10 @@ def sum_up(ranks):
 
 def run_program(command, files, state, memory):
     """One run of a program of its own -> (its standard output, measures) or (None, {"error"})."""
-    cached = prepare(files, state, memory, program=[command[0]])
+    try:
+        cached = prepare(files, state, memory, program=[command[0]])
+    except NotPrepared as e:
+        return None, {"error": str(e)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         busy, start = busy_seconds(), time.monotonic()
         p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment())

@@ -60,8 +60,7 @@ def main():
     ap.add_argument("--hold-gib", type=float)
     ap.add_argument("options", nargs="*", help="more options of `longshore load`, after --")
     a = ap.parse_args()
-    hold = harness.default_hold_gib(harness.tensor_bytes(a.ckpt)) if a.hold_gib is None else a.hold_gib
-    with harness.HeldMemory(hold) as memory:
+    with harness.HeldMemory(a.hold_gib, harness.tensor_bytes(a.ckpt)) as memory:
         line = run(a.bin, a.ckpt, a.tp, a.state, memory, a.options, a.memory_limit)
     print(json.dumps(line))
     sys.exit("error" in line)

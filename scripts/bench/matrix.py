@@ -114,9 +114,8 @@ def run_block(a, name, ckpt, ranks, state, memory, out):
 
 def run_all(a, ckpts):
     size = max(harness.tensor_bytes(c) for c in ckpts.values())
-    hold = harness.default_hold_gib(size) if a.hold_gib is None else a.hold_gib
-    with open(a.out, "a") as out, harness.HeldMemory(hold) as memory:
-        out.write(json.dumps({"machine": machine(a.out), "hold_gib": hold, "options": a.options, "verify": a.verify,
+    with open(a.out, "a") as out, harness.HeldMemory(a.hold_gib, size) as memory:
+        out.write(json.dumps({"machine": machine(a.out), "options": a.options, "verify": a.verify,
                               "checkpoints": {n: shape_of(c) for n, c in ckpts.items()}}) + "\n")
         for name, ckpt in ckpts.items():
             for other in ckpts.values():
@@ -259,7 +258,7 @@ def main():
     ap.add_argument("--only", default="", help="regular expression on 'CKPT RANKS STATE LABEL'")
     ap.add_argument("--verify", action="store_true", help="check the peers' bytes too (slower between the runs)")
     ap.add_argument("--max-other", type=float, help="repeat a run during which other work kept more cores busy than this")
-    ap.add_argument("--hold-gib", type=float, help="memory kept faulted in between the runs; 0: none")
+    ap.add_argument("--hold-gib", type=float, help="most memory to keep faulted in between the runs (default four checkpoints; 0: none)")
     ap.add_argument("--memory-limit", help="of longshore, for example 512MiB")
     a = ap.parse_args()
     if not a.show:

@@ -1,5 +1,7 @@
 //! What the stories share: planning and loading through the library.
 
+#![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
+#![allow(missing_docs, missing_debug_implementations, reason = "test code")]
 #![allow(dead_code, unreachable_pub, reason = "each story uses its part of this file")]
 
 use std::path::Path;

@@ -106,6 +106,7 @@ impl LoadError {
     /// The exit code of the command line: 2 for what the user can mend before any weight is read, 1 for a failed load.
     pub fn exit_code(&self) -> u8 {
         match self {
+            LoadError::Rank { source: RankError::Values { .. }, .. } => 2,
             LoadError::Rank { .. } | LoadError::RankDied { .. } | LoadError::Runtime(_) => 1,
             LoadError::Io { .. }
             | LoadError::FileChanged { .. }

@@ -6,3 +6,6 @@ pub mod copy;
 pub mod float;
 pub mod mla;
 pub mod permute;
+pub mod rows;
+pub mod shuffle;
+pub mod swizzle;

@@ -5,18 +5,19 @@
 
 mod deepseek;
 mod dense;
+mod kimi_k25;
 mod llama;
 pub(crate) mod moe;
 mod qwen3;
 mod qwen3_moe;
+pub(crate) mod scales;
 
 use std::borrow::Cow;
-
-use crate::dtype::Dtype;
 
 use crate::{
     config::Config,
     declare::{Declaration, Declare, Lookup, Source},
+    dtype::Dtype,
     error::PlanError,
     options::{Layout, ModelOptions},
     parallel::Parallel,
@@ -34,14 +35,23 @@ pub enum Family {
     Qwen3Moe,
     /// DeepseekV3ForCausalLM: DeepSeek V3, R1, V3.1 and Kimi-K2.
     DeepseekV3,
+    /// DeepseekV32ForCausalLM: the same with an indexer (sparse attention).
+    DeepseekV32,
+    /// GlmMoeDsaForCausalLM: GLM-5 and 5.1, with an indexer.
+    GlmMoeDsa,
+    /// KimiK25ForConditionalGeneration: DeepSeek's decoder behind a vision tower.
+    KimiK25,
 }
 
 impl Family {
-    const ALL: [(Family, &'static str, &'static str); 4] = [
+    const ALL: [(Family, &'static str, &'static str); 7] = [
         (Family::Llama, "LlamaForCausalLM", "llama"),
         (Family::Qwen3, "Qwen3ForCausalLM", "qwen3"),
         (Family::Qwen3Moe, "Qwen3MoeForCausalLM", "qwen3_moe"),
         (Family::DeepseekV3, "DeepseekV3ForCausalLM", "deepseek_v3"),
+        (Family::DeepseekV32, "DeepseekV32ForCausalLM", "deepseek_v32"),
+        (Family::GlmMoeDsa, "GlmMoeDsaForCausalLM", "glm_moe_dsa"),
+        (Family::KimiK25, "KimiK25ForConditionalGeneration", "kimi_k25"),
     ];
 
     /// The name used in manifest, JSON and `synth`.
@@ -79,18 +89,28 @@ impl Family {
 
     /// Whether the family has multi-head latent attention, shared experts and a prediction layer.
     fn is_mla(self) -> bool {
-        matches!(self, Family::DeepseekV3)
+        !matches!(self, Family::Llama | Family::Qwen3 | Family::Qwen3Moe)
     }
 
-    /// The canonical spelling of a tensor name (contract §4: names without the leading `model.`).
+    /// Whether the family may have an indexer; it does when the configuration has `index_topk` (reference §1.2).
+    fn may_index(self) -> bool {
+        matches!(self, Family::DeepseekV3 | Family::DeepseekV32 | Family::GlmMoeDsa)
+    }
+
+    /// The canonical spelling of a tensor name: Qwen3 with the leading `model.`, Kimi-K2.5 with `.model` before
+    /// `.layers` (contract §4).
     pub fn canonical(self, name: &str) -> Cow<'_, str> {
         match self {
+            Family::KimiK25 => match name.strip_prefix("language_model.layers.") {
+                Some(rest) => Cow::Owned(format!("language_model.model.layers.{rest}")),
+                None => Cow::Borrowed(name),
+            },
             Family::Qwen3 | Family::Qwen3Moe
                 if ["layers.", "embed_tokens.", "norm."].iter().any(|p| name.starts_with(p)) =>
             {
                 Cow::Owned(format!("model.{name}"))
             }
-            _ => Cow::Owned(name.to_owned()),
+            _ => Cow::Borrowed(name),
         }
     }
 }
@@ -122,9 +142,10 @@ impl Model {
         let declared = Declared::from_config(&config)?;
         let layout = Layout::resolve(options.kernel_layout, declared.scheme)?;
         let dtype = model_dtype(&config)?;
+        let sees = family == Family::KimiK25;
         for (flag, given, needed) in [
-            ("--language-only", options.language_only, "a model with a vision tower"),
-            ("--encoder-only", options.encoder_only, "a model with a vision tower"),
+            ("--language-only", options.language_only && !sees, "a model with a vision tower"),
+            ("--encoder-only", options.encoder_only && !sees, "a model with a vision tower"),
             ("--draft", options.draft && !family.is_mla(), "a model with a prediction layer"),
             (
                 "--fuse-shared-experts",
@@ -154,7 +175,10 @@ impl Model {
             Family::Llama => llama::declare(&mut d, self)?,
             Family::Qwen3 => qwen3::declare(&mut d, self)?,
             Family::Qwen3Moe => qwen3_moe::declare(&mut d, self)?,
-            Family::DeepseekV3 => deepseek::declare(&mut d, self)?,
+            Family::DeepseekV3 | Family::DeepseekV32 | Family::GlmMoeDsa => {
+                deepseek::declare(&mut d, self, "")?;
+            }
+            Family::KimiK25 => kimi_k25::declare(&mut d, self)?,
         }
         Ok(d.finish())
     }
@@ -165,7 +189,7 @@ impl Model {
     /// A configuration key that is missing or wrong.
     pub fn prediction_copies(&self) -> Result<Vec<Source>, PlanError> {
         match self.family {
-            Family::DeepseekV3 => deepseek::prediction_copies(self),
+            Family::DeepseekV3 | Family::DeepseekV32 => deepseek::prediction_copies(self),
             _ => Ok(Vec::new()),
         }
     }
@@ -182,8 +206,18 @@ impl Model {
                 let tied = self.config.flag("tie_word_embeddings").unwrap_or(false);
                 (tied && canonical == "lm_head.weight").then_some("tied to the embedding")
             }
-            Family::DeepseekV3 => deepseek::skip_reason(self, canonical),
+            Family::DeepseekV3 | Family::DeepseekV32 | Family::GlmMoeDsa => {
+                deepseek::skip_reason(self, canonical)
+            }
+            Family::KimiK25 => kimi_k25::skip_reason(self, canonical),
         }
+    }
+}
+
+impl Model {
+    /// The configuration of the language model: `text_config` where there is one.
+    pub(crate) fn text(&self) -> Config {
+        self.config.nested("text_config").unwrap_or_else(|| self.config.clone())
     }
 }
 

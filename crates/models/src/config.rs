@@ -41,6 +41,11 @@ impl Config {
         }
     }
 
+    /// An object without keys, as if `prefix` stood empty in `file`.
+    pub(crate) fn empty(file: &str, prefix: &str) -> Self {
+        Self { file: file.into(), prefix: prefix.into(), value: Value::Object(Default::default()) }
+    }
+
     /// The file's name, for messages.
     pub fn file(&self) -> &str {
         &self.file

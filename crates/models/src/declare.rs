@@ -250,6 +250,11 @@ impl<'a> Declare<'a> {
         self.out.params.len() as ParamId - 1
     }
 
+    /// The parameter that was added last.
+    pub fn last_param(&self) -> ParamId {
+        self.out.params.len() as ParamId - 1
+    }
+
     /// A parameter that was added.
     pub fn param_mut(&mut self, param: ParamId) -> &mut Param {
         &mut self.out.params[param as usize]

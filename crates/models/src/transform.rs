@@ -9,6 +9,8 @@ pub enum Finish {
     MlaSplit(MlaSplit),
     /// Rows permuted within each expert, then cut into 128-byte column blocks, in place (§4g).
     ExpertBlocks(ExpertBlocks),
+    /// The KV-cache scales of one attention layer, in place (§2.5).
+    KvScales(KvScales),
 }
 
 /// Splits `kv_b_proj` `[heads·(dn+dv), kl]` by head into keys and values.
@@ -35,6 +37,18 @@ pub struct MlaSplit {
     pub dv: u64,
     /// kv_lora_rank.
     pub kl: u64,
+}
+
+/// Settles a pair of KV-cache scales (contract §4): both positive are kept, both negative become 1.0, a lone or
+/// positive `k` is copied to `v`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvScales {
+    /// `k_scale`, F32 `[]`.
+    pub k: ParamId,
+    /// `v_scale`, F32 `[]`.
+    pub v: ParamId,
+    /// Whether the checkpoint has `v_scale`.
+    pub v_given: bool,
 }
 
 /// Which permutation of rows comes first.
@@ -67,6 +81,8 @@ impl Finish {
         match self {
             Finish::MlaSplit(m) => [Some(m.weight), m.scale].into_iter().flatten().collect(),
             Finish::ExpertBlocks(b) => vec![b.param],
+            Finish::KvScales(s) if s.v_given => vec![s.k, s.v],
+            Finish::KvScales(s) => vec![s.k],
         }
     }
 
@@ -75,6 +91,8 @@ impl Finish {
         match self {
             Finish::MlaSplit(m) => vec![m.w_kc, m.w_vc],
             Finish::ExpertBlocks(_) => Vec::new(),
+            Finish::KvScales(s) if s.v_given => Vec::new(),
+            Finish::KvScales(s) => vec![s.v],
         }
     }
 }

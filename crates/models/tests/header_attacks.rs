@@ -1,5 +1,7 @@
 //! One test for each way a header can lie, and random damage: an error that names the culprit, never a panic.
 
+#![allow(clippy::panic, reason = "test code: a panic is the verdict")]
+
 use longshore_models::{
     checkpoint::{Checkpoint, CheckpointFile},
     header::{HEADER_BYTES_MAX, header_bytes, parse_header},

@@ -72,6 +72,14 @@ pub enum RankError {
         /// What is not known.
         what: String,
     },
+    /// The checkpoint's values contradict each other.
+    #[error("{param}: {reason}")]
+    Values {
+        /// The parameter.
+        param: String,
+        /// What does not go together.
+        reason: String,
+    },
     /// A worker panicked: a bug of ours.
     #[error("a worker of this rank panicked: {0}; please report this")]
     Panicked(String),

@@ -6,7 +6,7 @@ use longshore_kernels::host::{
 };
 use longshore_models::{
     quant::Scheme,
-    transform::{ExpertBlocks, Finish, MlaSplit, RowOrder},
+    transform::{ExpertBlocks, Finish, KvScales, MlaSplit, RowOrder},
 };
 
 use crate::{error::RankError, params::ParamMemory};
@@ -32,6 +32,8 @@ pub(crate) unsafe fn run(
             unsafe { expert_blocks(b, memory, workspace) };
             Ok(())
         }
+        // SAFETY: passed on from the caller.
+        Finish::KvScales(scales) => unsafe { kv_scales(scales, memory) },
     }
 }
 
@@ -85,4 +87,29 @@ unsafe fn expert_blocks(b: &ExpertBlocks, memory: &ParamMemory, workspace: &mut 
             }
         }
     }
+}
+
+/// # Safety
+/// As [`run`].
+unsafe fn kv_scales(scales: &KvScales, memory: &ParamMemory) -> Result<(), RankError> {
+    // SAFETY: the caller promises exclusive access; k and v are different parameters.
+    let (k, v) = unsafe { (memory.bytes_mut(scales.k), memory.bytes_mut(scales.v)) };
+    let read = |bytes: &[u8]| bytes.first_chunk().map_or(f32::NAN, |b| f32::from_le_bytes(*b));
+    let (k_scale, v_scale) = (read(k), if scales.v_given { read(v) } else { -1.0 });
+    let (k_scale, v_scale) = match (k_scale > 0.0, v_scale > 0.0) {
+        (true, true) => (k_scale, v_scale),
+        (true, false) => (k_scale, k_scale),
+        (false, false) => (1.0, 1.0),
+        (false, true) => {
+            return Err(RankError::Values {
+                param: memory.placement().params[scales.v as usize].name.clone(),
+                reason: format!(
+                    "v_scale is {v_scale}, which needs a positive k_scale, found {k_scale}"
+                ),
+            });
+        }
+    };
+    k.copy_from_slice(&k_scale.to_le_bytes());
+    v.copy_from_slice(&v_scale.to_le_bytes());
+    Ok(())
 }

@@ -113,7 +113,7 @@ pub(super) struct InspectArgs {
 pub(super) struct SynthArgs {
     /// The directory to write; created if need be.
     pub(super) dir: PathBuf,
-    /// Model family: llama, qwen3, qwen3_moe or deepseek_v3.
+    /// Model family: llama, qwen3, qwen3_moe, deepseek_v3, deepseek_v32, glm_moe_dsa or kimi_k25.
     #[arg(long, value_name = "FAMILY")]
     pub(super) model: String,
     /// Quantisation scheme: bf16 or fp8.

@@ -12,10 +12,13 @@ pub(super) fn config(family: Family, scheme: &str, scale: Scale) -> Result<Value
         Family::Qwen3 => qwen3(scale),
         Family::Qwen3Moe => qwen3_moe(scale),
         Family::DeepseekV3 => deepseek_v3(scale),
+        Family::DeepseekV32 => deepseek_v32(scale),
+        Family::GlmMoeDsa => glm_moe_dsa(scale),
+        Family::KimiK25 => kimi_k25(scale),
     };
     let quantization = match (family, scheme) {
         (_, "bf16") => None,
-        (Family::DeepseekV3, "fp8") => Some(json!({
+        (Family::DeepseekV3 | Family::DeepseekV32 | Family::GlmMoeDsa, "fp8") => Some(json!({
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
             "weight_block_size": [128, 128],
         })),
@@ -110,5 +113,80 @@ fn deepseek_v3(scale: Scale) -> Value {
         "topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 8, "topk_group": 4,
         "norm_topk_prob": true, "routed_scaling_factor": 2.5, "tie_word_embeddings": false,
         "attention_bias": false, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu",
+    })
+}
+
+/// DeepSeek-V3.2, and smaller.
+fn deepseek_v32(scale: Scale) -> Value {
+    let mut config = deepseek_v3(scale);
+    let [heads, head_dim] = match scale {
+        Scale::Tiny => [4, 64],
+        Scale::Small => [16, 128],
+        Scale::Full => [64, 128],
+    };
+    config["index_n_heads"] = json!(heads);
+    config["index_head_dim"] = json!(head_dim);
+    config["index_topk"] = json!(2048);
+    config
+}
+
+/// GLM-5, and smaller.
+fn glm_moe_dsa(scale: Scale) -> Value {
+    let mut config = deepseek_v32(scale);
+    if scale == Scale::Full {
+        for (key, value) in [
+            ("hidden_size", 6144),
+            ("num_attention_heads", 64),
+            ("num_key_value_heads", 64),
+            ("q_lora_rank", 2048),
+            ("qk_nope_head_dim", 192),
+            ("v_head_dim", 256),
+            ("intermediate_size", 12_288),
+            ("num_hidden_layers", 78),
+            ("vocab_size", 154_880),
+            ("index_n_heads", 32),
+        ] {
+            config[key] = json!(value);
+        }
+    }
+    config["n_group"] = json!(1);
+    config["topk_group"] = json!(1);
+    config
+}
+
+/// Kimi-K2.5, and smaller.
+fn kimi_k25(scale: Scale) -> Value {
+    let mut text = deepseek_v3(scale);
+    text["architectures"] = json!(["DeepseekV3ForCausalLM"]);
+    text["model_type"] = json!("kimi_k2");
+    text["num_nextn_predict_layers"] = json!(0);
+    text["routed_scaling_factor"] = json!(2.827);
+    if scale == Scale::Full {
+        for (key, value) in [
+            ("num_attention_heads", 64),
+            ("num_key_value_heads", 64),
+            ("first_k_dense_replace", 1),
+            ("n_routed_experts", 384),
+            ("vocab_size", 163_840),
+            ("n_group", 1),
+            ("topk_group", 1),
+        ] {
+            text[key] = json!(value);
+        }
+    }
+    let [hidden, heads, layers, inner, positions] = match scale {
+        Scale::Tiny => [64, 4, 2, 96, 8],
+        Scale::Small => [384, 16, 6, 1536, 32],
+        Scale::Full => [1152, 16, 27, 4304, 64],
+    };
+    json!({
+        "text_config": text,
+        "vision_config": {
+            "vt_hidden_size": hidden, "vt_num_attention_heads": heads, "vt_num_hidden_layers": layers,
+            "vt_intermediate_size": inner, "patch_size": 14, "init_pos_emb_height": positions,
+            "init_pos_emb_width": positions, "init_pos_emb_time": 4, "merge_kernel_size": [2, 2],
+            "mm_projector_type": "patchmerger",
+        },
+        "tie_word_embeddings": false,
     })
 }

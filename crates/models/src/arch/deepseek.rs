@@ -1,17 +1,16 @@
-//! DeepSeek V3, R1, V3.1 and Kimi-K2: multi-head latent attention and experts with a shared one.
+//! DeepSeek V3, R1, V3.1, V3.2, Kimi-K2 and GLM-5: multi-head latent attention and experts with a shared one.
 //!
-//! Source: reference §1.1, §1.2, §2.1–2.4, §3.3–3.5, §4d.
-
-use crate::dtype::Dtype;
+//! Source: reference §1.1, §1.2, §2.1–2.5, §3.3–3.5, §4d.
 
 use crate::{
-    arch::{Model, dense, moe},
-    config::VOCAB_MAX,
+    arch::{Family, Model, dense, moe, scales::kv_scales},
+    config::{Config, VOCAB_MAX},
     declare::{
         Accept, Declare, Source,
         experts::Experts,
         linear::{Input, Slots},
     },
+    dtype::Dtype,
     error::PlanError,
     quant::Scheme,
     transform::{Finish, MlaSplit},
@@ -31,8 +30,17 @@ struct Dims {
     value: u64,
     dense_inner: u64,
     experts: Option<ExpertDims>,
+    indexer: Option<IndexerDims>,
+    /// dtype of the indexer's norms in published files (contract §4, "dtypes in the files").
+    indexer_norm_dtype: Dtype,
+    tied: bool,
     /// num_nextn_predict_layers.
     prediction_layers: u64,
+}
+
+struct IndexerDims {
+    heads: u64,
+    head_dim: u64,
 }
 
 struct ExpertDims {
@@ -46,7 +54,8 @@ struct ExpertDims {
 
 impl Dims {
     fn from_model(model: &Model) -> Result<Self, PlanError> {
-        let c = &model.config;
+        let c = &model.text();
+        let indexes = model.family.may_index() && c.get("index_topk").is_some();
         let experts = match c.opt_count("n_routed_experts")? {
             None | Some(0) => None,
             Some(routed) => {
@@ -63,7 +72,7 @@ impl Dims {
         };
         Ok(Self {
             hidden: c.dim("hidden_size")?,
-            layers: dense::layer_count(model)?,
+            layers: dense::layer_count(c)?,
             vocab: c.dim_up_to("vocab_size", VOCAB_MAX)?,
             heads: c.dim("num_attention_heads")?,
             q_lora: c.opt_count("q_lora_rank")?.filter(|&n| n > 0),
@@ -73,7 +82,19 @@ impl Dims {
             value: c.dim("v_head_dim")?,
             dense_inner: c.dim("intermediate_size")?,
             experts,
-            prediction_layers: prediction_layers(model),
+            indexer: match indexes {
+                false => None,
+                true => Some(IndexerDims {
+                    heads: c.dim("index_n_heads")?,
+                    head_dim: c.dim("index_head_dim")?,
+                }),
+            },
+            indexer_norm_dtype: match model.family {
+                Family::GlmMoeDsa => Dtype::F32,
+                _ => Dtype::BF16,
+            },
+            tied: c.flag("tie_word_embeddings")?,
+            prediction_layers: prediction_layers(c),
         })
     }
 
@@ -84,37 +105,50 @@ impl Dims {
     }
 }
 
-fn prediction_layers(model: &Model) -> u64 {
-    model.config.opt_count("num_nextn_predict_layers").ok().flatten().unwrap_or(0)
+fn prediction_layers(text: &Config) -> u64 {
+    text.opt_count("num_nextn_predict_layers").ok().flatten().unwrap_or(0)
 }
 
-pub(super) fn declare(d: &mut Declare<'_>, model: &Model) -> Result<(), PlanError> {
+/// Declares the language model; its names start with `prefix` (`language_model.` behind a vision tower).
+pub(super) fn declare(d: &mut Declare<'_>, model: &Model, prefix: &str) -> Result<(), PlanError> {
     let dims = Dims::from_model(model)?;
     if model.options.fuse_shared_experts {
         check_fusion(&dims)?;
     }
     if model.options.draft {
-        return declare_draft(d, model, &dims);
+        return declare_draft(d, model, &dims, prefix);
     }
-    d.vocab("model.embed_tokens.weight", "model.embed_tokens.weight", dims.vocab, dims.hidden)?;
+    let embedding = format!("{prefix}model.embed_tokens.weight");
+    let embedding = d.vocab(&embedding, &embedding, dims.vocab, dims.hidden)?;
     for i in 0..dims.layers {
         d.layer = Some(i);
-        let a = format!("model.layers.{i}.");
+        let a = format!("{prefix}model.layers.{i}.");
         decoder_layer(d, model, &dims, [&a, &a], dims.experts_of(i))?;
     }
     d.layer = None;
-    dense::norm(d, "model.norm", dims.hidden);
-    d.vocab("lm_head.weight", "lm_head.weight", dims.vocab, dims.hidden)?;
+    dense::norm(d, &format!("{prefix}model.norm"), dims.hidden);
+    let head = format!("{prefix}lm_head.weight");
+    if dims.tied {
+        d.alias(head, embedding);
+    } else {
+        d.vocab(&head, &head, dims.vocab, dims.hidden)?;
+    }
     Ok(())
 }
 
 /// The prediction layer as the runtime's draft model (§2.1 step 4; contract §4, `--draft`).
-fn declare_draft(d: &mut Declare<'_>, model: &Model, dims: &Dims) -> Result<(), PlanError> {
+fn declare_draft(
+    d: &mut Declare<'_>,
+    model: &Model,
+    dims: &Dims,
+    prefix: &str,
+) -> Result<(), PlanError> {
     if dims.prediction_layers != 1 {
         let found = format!("num_nextn_predict_layers {}", dims.prediction_layers);
         return Err(PlanError::unsupported("--draft", found, "needs exactly one prediction layer"));
     }
-    let source = format!("model.layers.{}.", dims.layers);
+    let (target, source) =
+        (format!("{prefix}model."), format!("{prefix}model.layers.{}.", dims.layers));
     d.layer = Some(dims.layers);
     for (name, shape) in [
         ("enorm.weight", vec![dims.hidden]),
@@ -122,10 +156,11 @@ fn declare_draft(d: &mut Declare<'_>, model: &Model, dims: &Dims) -> Result<(), 
         ("eh_proj.weight", vec![dims.hidden, 2 * dims.hidden]),
         ("shared_head.norm.weight", vec![dims.hidden]),
     ] {
-        d.replicated(&format!("model.{name}"), &format!("{source}{name}"), &shape);
+        d.replicated(&format!("{target}{name}"), &format!("{source}{name}"), &shape);
     }
     // the prediction layer always has experts (reference §1.1)
-    decoder_layer(d, model, dims, ["model.decoder.", &source], dims.experts.as_ref())
+    let target = format!("{target}decoder.");
+    decoder_layer(d, model, dims, [&target, &source], dims.experts.as_ref())
 }
 
 /// One decoder layer; `to` and `from` are its prefixes at run time and in the checkpoint.
@@ -176,7 +211,39 @@ fn attention(d: &mut Declare<'_>, dims: &Dims, [to, from]: [&str; 2]) -> Result<
     }
     norm(d, both, "kv_a_layernorm", dims.kv_lora);
     kv_b(d, dims, both)?;
-    row(d, both, "o_proj", dims.hidden, dims.heads * dims.value)
+    row(d, both, "o_proj", dims.hidden, dims.heads * dims.value)?;
+    if let Some(indexer) = &dims.indexer {
+        sparse_indexer(d, dims, indexer, both)?;
+    }
+    kv_scales(d, both, "attn_mqa")
+}
+
+/// The indexer of sparse attention: whole on every rank; norms in F32, the head weights always BF16 (reference §1.2).
+fn sparse_indexer(
+    d: &mut Declare<'_>,
+    dims: &Dims,
+    indexer: &IndexerDims,
+    [to, from]: [&str; 2],
+) -> Result<(), PlanError> {
+    let Some(q_lora) = dims.q_lora else {
+        let found = "q_lora_rank null";
+        let expected = "an indexer needs q_lora_rank";
+        return Err(PlanError::unsupported(format!("{to}indexer"), found, expected));
+    };
+    let linears =
+        [("wq_b", indexer.heads * indexer.head_dim, q_lora), ("wk", indexer.head_dim, dims.hidden)];
+    for (module, rows, k) in linears {
+        let part = d.whole(format!("{from}indexer.{module}"), rows);
+        d.linear(&format!("{to}indexer.{module}"), &[part], k, Input::Whole, Slots::PerPart)?;
+    }
+    let mut plain = |name: &str, shape: &[u64], dtype, usual| {
+        d.replicated_as(&format!("{to}{name}"), &format!("{from}{name}"), shape, dtype, usual);
+    };
+    for name in ["indexer.k_norm.weight", "indexer.k_norm.bias"] {
+        plain(name, &[indexer.head_dim], Dtype::F32, dims.indexer_norm_dtype);
+    }
+    plain("indexer.weights_proj.weight", &[indexer.heads, dims.hidden], Dtype::BF16, Dtype::BF16);
+    Ok(())
 }
 
 /// `kv_b_proj`, column parallel by whole heads, and its split into `w_kc` and `w_vc` (§4d).
@@ -255,7 +322,8 @@ fn moe_block(
     if experts.correction_bias {
         let bias = "mlp.gate.e_score_correction_bias";
         let (name, source) = (format!("{to}{bias}"), format!("{from}{bias}"));
-        d.replicated_as(&name, &source, &[routed], Dtype::F32, Dtype::F32);
+        let usual = if model.family == Family::KimiK25 { Dtype::BF16 } else { Dtype::F32 };
+        d.replicated_as(&name, &source, &[routed], Dtype::F32, usual);
     }
     let fuse = model.options.fuse_shared_experts;
     let mut sources: Vec<String> = (0..routed).map(|e| format!("{from}mlp.experts.{e}")).collect();
@@ -293,19 +361,24 @@ fn check_fusion(dims: &Dims) -> Result<(), PlanError> {
 }
 
 pub(super) fn skip_reason(model: &Model, canonical: &str) -> Option<&'static str> {
-    let layers = model.config.dim("num_hidden_layers").ok()?;
-    let layer = canonical.strip_prefix("model.layers.").and_then(|rest| {
+    let text = model.text();
+    let layers = text.dim("num_hidden_layers").ok()?;
+    let name = canonical.strip_prefix("language_model.").unwrap_or(canonical);
+    let layer = name.strip_prefix("model.layers.").and_then(|rest| {
         let (number, _) = rest.split_once('.')?;
         number.parse::<u64>().ok()
     });
-    let predicts = prediction_layers(model) > 0 && layer.is_some_and(|l| l >= layers);
+    let predicts = prediction_layers(&text) > 0 && layer.is_some_and(|l| l >= layers);
     if model.options.draft {
-        let copy = canonical.ends_with(".embed_tokens.weight")
-            || canonical.ends_with(".shared_head.head.weight");
+        let copy =
+            name.ends_with(".embed_tokens.weight") || name.ends_with(".shared_head.head.weight");
         return match predicts {
             false => Some("not part of the draft model"),
             true => copy.then_some("the main model's embedding and head are used"),
         };
+    }
+    if name == "lm_head.weight" && text.flag("tie_word_embeddings").unwrap_or(false) {
+        return Some("tied to the embedding");
     }
     predicts.then_some("prediction layer; --draft loads it")
 }

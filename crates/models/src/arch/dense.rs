@@ -2,7 +2,7 @@
 
 use crate::{
     arch::Model,
-    config::VOCAB_MAX,
+    config::{Config, VOCAB_MAX},
     declare::{
         Declare,
         linear::{Input, Slots},
@@ -27,7 +27,7 @@ impl Dims {
         let (hidden, heads) = (c.dim("hidden_size")?, c.dim("num_attention_heads")?);
         Ok(Self {
             hidden,
-            layers: layer_count(model)?,
+            layers: layer_count(c)?,
             heads,
             kv_heads: c.dim_or("num_key_value_heads", heads)?,
             head_dim: c.dim_or("head_dim", hidden / heads)?,
@@ -40,12 +40,8 @@ impl Dims {
 /// The most layers that are believed: ten times any published model, so that a config cannot make us allocate forever.
 pub(crate) const LAYERS_MAX: u64 = 1024;
 
-pub(crate) fn layer_count(model: &Model) -> Result<u32, PlanError> {
-    let layers = model.config.dim("num_hidden_layers")?;
-    if layers > LAYERS_MAX {
-        return Err(model.config.wrong("num_hidden_layers", "at most 1024"));
-    }
-    Ok(layers as u32)
+pub(crate) fn layer_count(config: &Config) -> Result<u32, PlanError> {
+    Ok(config.dim_up_to("num_hidden_layers", LAYERS_MAX)? as u32)
 }
 
 pub(crate) fn embedding(d: &mut Declare<'_>, dims: &Dims) -> Result<(), PlanError> {
