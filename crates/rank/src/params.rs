@@ -73,7 +73,7 @@ impl ParamMemory {
         Ok(before == bytes && bytes > 0)
     }
 
-    /// Where run `row` of `span` lands: address of its first byte.
+    /// Where run `row` of `span` lands: address of its first byte, resident and ready to be written.
     ///
     /// # Panics
     /// When the run would leave its parameter.
@@ -81,7 +81,9 @@ impl ParamMemory {
         let param = span.param as usize;
         let (within, width) = (span.target_offset + row * span.target_stride, span.target_width());
         assert!(within + width <= self.placement.params[param].bytes, "span leaves its parameter");
-        self.region.at((self.offsets[param] + within) as usize, width as usize)
+        let (offset, width) = ((self.offsets[param] + within) as usize, width as usize);
+        self.region.touch(offset, width);
+        self.region.at(offset, width)
     }
 
     /// The bytes of `param`.

@@ -1,6 +1,10 @@
 //! Large memory regions whose addresses never change.
 
-use std::{io, ptr::NonNull};
+use std::{
+    io,
+    ptr::NonNull,
+    sync::atomic::{AtomicU8, Ordering},
+};
 
 use crate::error::RankError;
 
@@ -12,6 +16,10 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Huge pages because first-touch faults on 4 KiB pages cost more than the copy itself (measured on a 2-core x86-64
 /// machine: 3.6 GB/s on 4 KiB pages, 4.9 GB/s on huge ones, 7.5 GB/s into resident memory).
 ///
+/// Every huge page is touched first by one thread alone ([`Region::touch`]). Left to the page faults of threads that
+/// copy side by side, each of them zeroes a page of its own and all but one are thrown away: 60 % more pages were zeroed
+/// than used with 2 to 8 readers on 2 cores, for a checkpoint of many small tensors.
+///
 /// A region hands out raw pointers: who may write where and when is the placement's business (RNK-1, RNK-2).
 #[derive(Debug)]
 pub struct Region {
@@ -19,7 +27,13 @@ pub struct Region {
     mapped: usize,
     base: NonNull<u8>,
     bytes: usize,
+    /// State of each huge page: [`UNTOUCHED`], [`BEING_TOUCHED`] or [`TOUCHED`].
+    pages: Vec<AtomicU8>,
 }
+
+const UNTOUCHED: u8 = 0;
+const BEING_TOUCHED: u8 = 1;
+const TOUCHED: u8 = 2;
 
 // SAFETY: a region is plain memory; `Region` itself never dereferences it, and users of its pointers state why their
 // accesses do not race.
@@ -57,7 +71,8 @@ impl Region {
         let base = unsafe { mapping.add(skip) };
         // SAFETY: `base..base + bytes` lies within the mapping made above. Advice only: an error changes nothing.
         unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
-        Ok(Self { mapping, mapped, base, bytes })
+        let pages = (0..bytes.div_ceil(HUGE_PAGE)).map(|_| AtomicU8::new(UNTOUCHED)).collect();
+        Ok(Self { mapping, mapped, base, bytes, pages })
     }
 
     /// Size in bytes.
@@ -68,6 +83,43 @@ impl Region {
     /// Whether the region has no bytes.
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
+    }
+
+    /// Makes the huge pages of a range resident, each through one thread; others wait for it. To be called before the
+    /// first write to the range.
+    ///
+    /// # Panics
+    /// When the range leaves the region.
+    pub fn touch(&self, offset: usize, bytes: usize) {
+        if bytes == 0 {
+            return;
+        }
+        let first = offset / HUGE_PAGE;
+        let last = (offset + bytes - 1) / HUGE_PAGE;
+        for (i, state) in self.pages[first..=last].iter().enumerate() {
+            // Acquire: whoever sees TOUCHED also sees the zero that was written
+            if state.load(Ordering::Acquire) != TOUCHED {
+                self.touch_page(first + i, state);
+            }
+        }
+    }
+
+    #[cold]
+    fn touch_page(&self, page: usize, state: &AtomicU8) {
+        let claim = (UNTOUCHED, BEING_TOUCHED);
+        let claimed =
+            state.compare_exchange(claim.0, claim.1, Ordering::Acquire, Ordering::Acquire);
+        if claimed.is_ok() {
+            let start = self.at(page * HUGE_PAGE, 1);
+            // SAFETY: the byte lies in the region, nobody has written to this page (every write is preceded by `touch`)
+            // and nobody else touches it (the claim), so a zero overwrites a zero.
+            unsafe { start.as_ptr().write_volatile(0) };
+            state.store(TOUCHED, Ordering::Release);
+        }
+        while state.load(Ordering::Acquire) != TOUCHED {
+            // zeroing a huge page takes some 100 µs; the thread that does it may be waiting for this core
+            std::thread::yield_now();
+        }
     }
 
     /// Address of byte `offset`, checked to be followed by `bytes` bytes of the region.
@@ -103,6 +155,27 @@ mod tests {
         let bytes = unsafe { std::slice::from_raw_parts_mut(p.as_ptr(), region.len()) };
         assert!(bytes.iter().all(|&b| b == 0));
         bytes.fill(7);
+    }
+
+    #[test]
+    fn pages_are_touched_once_and_keep_what_was_written() {
+        let region = Region::new((5 << 20) + 3).unwrap();
+        std::thread::scope(|scope| {
+            for t in 0..4 {
+                let region = &region;
+                scope.spawn(move || {
+                    for chunk in (t * 1000..region.len()).step_by(4000) {
+                        let bytes = 1000.min(region.len() - chunk);
+                        region.touch(chunk, bytes);
+                        // SAFETY: each thread writes chunks of its own.
+                        unsafe { region.at(chunk, bytes).as_ptr().write_bytes(1 + t as u8, bytes) };
+                    }
+                });
+            }
+        });
+        // SAFETY: the threads are done.
+        let bytes = unsafe { std::slice::from_raw_parts(region.at(0, 1).as_ptr(), region.len()) };
+        assert!(bytes.iter().enumerate().all(|(i, b)| usize::from(*b) == 1 + i / 1000 % 4));
     }
 
     #[test]
