@@ -73,17 +73,22 @@ impl ParamMemory {
         Ok(before == bytes && bytes > 0)
     }
 
-    /// Where run `row` of `span` lands: address of its first byte, resident and ready to be written.
+    /// Where `span` lands: address of its first run, all of its extent resident and ready to be written.
     ///
     /// # Panics
-    /// When the run would leave its parameter.
-    pub fn run_target(&self, span: &Span, row: u64) -> NonNull<u8> {
+    /// When the span would leave its parameter.
+    pub fn span_target(&self, span: &Span) -> NonNull<u8> {
         let param = span.param as usize;
-        let (within, width) = (span.target_offset + row * span.target_stride, span.target_width());
-        assert!(within + width <= self.placement.params[param].bytes, "span leaves its parameter");
-        let (offset, width) = ((self.offsets[param] + within) as usize, width as usize);
-        self.region.touch(offset, width);
-        self.region.at(offset, width)
+        let extent = match span.rows {
+            0 => 0,
+            rows => (rows - 1) * span.target_stride + span.target_width(),
+        };
+        let end = span.target_offset + extent;
+        assert!(end <= self.placement.params[param].bytes, "span leaves its parameter");
+        let (offset, extent) =
+            ((self.offsets[param] + span.target_offset) as usize, extent as usize);
+        self.region.touch(offset, extent);
+        self.region.at(offset, extent)
     }
 
     /// The bytes of `param`.

@@ -1,9 +1,16 @@
 //! One read, and where its bytes go.
 //!
-//! Buffered files are read straight into parameters (one scattered read; no staging) when the runs are long enough;
-//! everything else passes through a slab. Bytes that several ranks need are read once and copied from the first.
+//! A file in the page cache is read straight into parameters, by one scattered read; what would fall into many short
+//! runs (row-parallel weights), needs conversion, or is wanted by nobody goes to a slab instead, and from there to its
+//! places. A read past the page cache goes to a slab as a whole. Bytes that several ranks need are read once and copied
+//! from the first.
+//!
+//! ```text
+//! file      | gate rows of rank 0 | gate rows of rank 1 | down: 256 bytes each to ranks 0 1 0 1 0 1 … | norm |
+//! iovecs    | → rank 0            | → rank 1            | → slab, then 256 bytes at a time            | → rank 0, copied to 1 |
+//! ```
 
-use std::sync::atomic::Ordering;
+use std::{ops::Range, sync::atomic::Ordering};
 
 use longshore_kernels::host::cast::cast;
 use longshore_models::{
@@ -19,19 +26,29 @@ use crate::{
     storage::CheckpointSource,
 };
 
-/// Runs shorter than this on average are cheaper through a slab than as iovecs of their own.
+/// Tensors whose runs are shorter than this on average are cheaper through a slab than as iovecs of their own.
 const RUN_BYTES_MIN: u64 = 1024;
 
 /// Carries out the reads of one rank; one per worker, so that its lists are reused.
 #[derive(Debug, Default)]
 pub struct Scatter {
     spans: Vec<Span>,
+    parts: Vec<Part>,
     runs: Vec<Run>,
     iovecs: Vec<libc::iovec>,
 }
 
-// SAFETY: the pointers in `iovecs` are only used within one call of `execute`; between calls they are dead values.
+// SAFETY: the pointers in `runs` and `iovecs` are only used within one call of `execute`; between calls they are dead
+// values.
 unsafe impl Send for Scatter {}
+
+/// The spans of one tensor within a read.
+#[derive(Debug, Clone)]
+struct Part {
+    spans: Range<usize>,
+    /// Whether they are read in place; otherwise they are placed from a slab.
+    in_place: bool,
+}
 
 /// One contiguous piece of a read that lands in one place.
 #[derive(Debug, Clone, Copy)]
@@ -67,16 +84,11 @@ impl Scatter {
         staging: &Staging,
     ) -> Result<Outcome, RankError> {
         self.find_spans(plan, rank, read);
-        if !source.mode.direct && self.find_runs(read.range, peers) {
-            return self.read_in_place(read.range, source);
+        if source.mode.direct {
+            return self.read_staged(read.range, source, peers, staging);
         }
-        let mut lease = staging.lease()?;
-        let staged = source.read_staged(read.range, lease.bytes_mut())?;
-        let bytes = &lease.bytes_mut()[staged.begin..][..read.range.len() as usize];
-        for span in &self.spans {
-            place(span, bytes, &peers[span.rank as usize])?;
-        }
-        Ok(Outcome { reads: staged.reads, padding_bytes: staged.padding_bytes })
+        self.find_runs(peers);
+        self.read_scattered(read.range, source, peers, staging)
     }
 
     /// The spans of the last read.
@@ -86,101 +98,158 @@ impl Scatter {
 
     fn find_spans(&mut self, plan: &LoadPlan, rank: u32, read: &Read) {
         self.spans.clear();
+        self.parts.clear();
         for (tensor, within, offset) in tensors_in(&plan.checkpoint, read.file, read.range) {
+            let first = self.spans.len();
             let wanted = |r| plan.exchange || r == rank;
             plan.placement.spans(tensor, within, wanted, |mut span| {
                 span.source_offset += offset;
                 self.spans.push(span);
             });
+            self.parts.push(Part { spans: first..self.spans.len(), in_place: false });
         }
     }
 
-    /// Lists the runs of all spans in the order of the file; `false` when a slab serves better.
-    fn find_runs(&mut self, range: ByteRange, peers: &[Peer]) -> bool {
-        let rows: u64 = self.spans.iter().map(|s| s.rows).sum();
-        if rows * RUN_BYTES_MIN > range.len() || self.spans.iter().any(|s| s.cast.is_some()) {
-            return false;
-        }
+    /// Lists the runs that are read in place, in the order of the file.
+    fn find_runs(&mut self, peers: &[Peer]) {
         self.runs.clear();
-        for span in &self.spans {
-            for row in 0..span.rows {
-                self.runs.push(Run {
-                    source_offset: span.source_offset + row * span.source_stride,
-                    bytes: span.width,
-                    target: peers[span.rank as usize].memory.run_target(span, row).as_ptr(),
-                });
+        for part in &mut self.parts {
+            let spans = &self.spans[part.spans.clone()];
+            let rows: u64 = spans.iter().map(|s| s.rows).sum();
+            let bytes: u64 = spans.iter().map(Span::source_bytes).sum();
+            part.in_place = rows * RUN_BYTES_MIN <= bytes.max(RUN_BYTES_MIN)
+                && spans.iter().all(|s| s.cast.is_none());
+            if !part.in_place {
+                continue;
+            }
+            for span in spans {
+                let first = peers[span.rank as usize].memory.span_target(span).as_ptr();
+                for row in 0..span.rows {
+                    self.runs.push(Run {
+                        source_offset: span.source_offset + row * span.source_stride,
+                        bytes: span.width,
+                        // within the extent that `span_target` checked
+                        target: first.wrapping_add((row * span.target_stride) as usize),
+                    });
+                }
             }
         }
         self.runs.sort_by_key(|run| run.source_offset);
-        self.runs_tile(range.len())
-    }
-
-    /// Whether the runs cover `bytes` bytes without a gap, repeated runs being exact repetitions.
-    fn runs_tile(&self, bytes: u64) -> bool {
-        let mut at = 0;
-        let mut previous: Option<&Run> = None;
-        for run in &self.runs {
-            match previous {
-                Some(p) if p.source_offset == run.source_offset => {
-                    if p.bytes != run.bytes {
-                        return false;
-                    }
-                }
-                _ if run.source_offset == at => at += run.bytes,
-                _ => return false,
-            }
-            previous = Some(run);
+        let apart = |w: &[Run]| {
+            w[1].source_offset >= w[0].source_offset + w[0].bytes || repeats(&w[0], &w[1])
+        };
+        if !self.runs.windows(2).all(apart) {
+            // runs that overlap in part: no placement has them, but a slab would serve
+            self.runs.clear();
+            self.parts.iter_mut().for_each(|part| part.in_place = false);
         }
-        at == bytes
     }
 
-    fn read_in_place(
+    /// One scattered read: runs to their places, everything else to the same offset of a slab.
+    fn read_scattered(
         &mut self,
         range: ByteRange,
         source: &CheckpointSource,
+        peers: &[Peer],
+        staging: &Staging,
     ) -> Result<Outcome, RankError> {
-        self.iovecs.clear();
-        let repeats =
-            |runs: &[Run], i: usize| i > 0 && runs[i].source_offset == runs[i - 1].source_offset;
-        for (i, run) in self.runs.iter().enumerate() {
-            if !repeats(&self.runs, i) {
-                let (iov_base, iov_len) = (run.target.cast(), run.bytes as usize);
-                self.iovecs.push(libc::iovec { iov_base, iov_len });
+        let in_place: u64 = self.distinct_runs().map(|run| run.bytes).sum();
+        let mut lease = match in_place == range.len() {
+            true => None,
+            false => Some(staging.lease()?),
+        };
+        let slab = lease.as_mut().map_or(&mut [][..], |l| l.bytes_mut());
+        self.list_iovecs(range.len(), slab);
+        // SAFETY: each target lies within a parameter (`span_target` checked it) that `peers` keeps alive, where by RNK-1
+        // this read is the only one that writes, or within the slab that is leased.
+        let reads = unsafe { source.read_scattered(range, &mut self.iovecs) }?;
+        for pair in self.runs.windows(2).filter(|w| repeats(&w[0], &w[1])) {
+            // SAFETY: the first was just filled by the read or by the copy before and is not complete for anyone yet;
+            // the second is a different run, so by RNK-1 the two do not overlap and nobody else touches them.
+            unsafe {
+                let bytes = pair[0].bytes as usize;
+                std::ptr::copy_nonoverlapping(pair[0].target, pair[1].target, bytes);
             }
         }
-        // SAFETY: each target lies within a parameter (`run_target` checked it) that `peers` keeps alive, and by RNK-1
-        // this read is the only one that writes there.
-        let reads = unsafe { source.read_scattered(range, &mut self.iovecs) }?;
-        for i in (1..self.runs.len()).filter(|&i| repeats(&self.runs, i)) {
-            let (from, to) = (self.runs[i - 1], self.runs[i]);
-            // SAFETY: `from` was just filled by the read or by the copy before and is not complete for anyone yet;
-            // `to` is a different run, so by RNK-1 the two do not overlap and nobody else touches them.
-            unsafe { std::ptr::copy_nonoverlapping(from.target, to.target, to.bytes as usize) };
+        for part in self.parts.iter().filter(|part| !part.in_place) {
+            for span in &self.spans[part.spans.clone()] {
+                place(span, slab, &peers[span.rank as usize])?;
+            }
         }
         Ok(Outcome { reads, padding_bytes: 0 })
     }
+
+    /// The runs without their repetitions.
+    fn distinct_runs(&self) -> impl Iterator<Item = &Run> {
+        let first = |(i, run): &(usize, &Run)| *i == 0 || !repeats(&self.runs[i - 1], run);
+        self.runs.iter().enumerate().filter(first).map(|(_, run)| run)
+    }
+
+    /// Runs as iovecs, the gaps between them as iovecs into the slab.
+    fn list_iovecs(&mut self, bytes: u64, slab: &mut [u8]) {
+        let mut iovecs = std::mem::take(&mut self.iovecs);
+        iovecs.clear();
+        let mut at = 0;
+        let mut to_slab = |iovecs: &mut Vec<libc::iovec>, from: u64, to: u64| {
+            let gap = &mut slab[from as usize..to as usize];
+            iovecs.push(libc::iovec { iov_base: gap.as_mut_ptr().cast(), iov_len: gap.len() });
+        };
+        for run in self.distinct_runs() {
+            if run.source_offset > at {
+                to_slab(&mut iovecs, at, run.source_offset);
+            }
+            iovecs.push(libc::iovec { iov_base: run.target.cast(), iov_len: run.bytes as usize });
+            at = run.source_offset + run.bytes;
+        }
+        if at < bytes {
+            to_slab(&mut iovecs, at, bytes);
+        }
+        self.iovecs = iovecs;
+    }
+
+    /// One read past the page cache into a slab, and from there to all places.
+    fn read_staged(
+        &mut self,
+        range: ByteRange,
+        source: &CheckpointSource,
+        peers: &[Peer],
+        staging: &Staging,
+    ) -> Result<Outcome, RankError> {
+        let mut lease = staging.lease()?;
+        let staged = source.read_staged(range, lease.bytes_mut())?;
+        let bytes = &lease.bytes_mut()[staged.begin..][..range.len() as usize];
+        for span in &self.spans {
+            place(span, bytes, &peers[span.rank as usize])?;
+        }
+        Ok(Outcome { reads: staged.reads, padding_bytes: staged.padding_bytes })
+    }
+}
+
+/// Whether `b` wants the same bytes of the file as `a`.
+fn repeats(a: &Run, b: &Run) -> bool {
+    (a.source_offset, a.bytes) == (b.source_offset, b.bytes)
 }
 
 /// Copies one span from the bytes of a read to its parameter.
 fn place(span: &Span, bytes: &[u8], peer: &Peer) -> Result<(), RankError> {
+    let first = peer.memory.span_target(span).as_ptr();
+    let (width, target_width) = (span.width as usize, span.target_width() as usize);
     for row in 0..span.rows {
         let from = (span.source_offset + row * span.source_stride) as usize;
-        let run = &bytes[from..from + span.width as usize];
-        let target = peer.memory.run_target(span, row).as_ptr();
-        let Some((source_dtype, target_dtype)) = span.cast else {
-            // SAFETY: `run_target` checked that `width` bytes follow `target` within the parameter, which `peer` keeps
-            // alive; by RNK-1 nobody else touches them, and a slab is not part of any parameter.
-            unsafe { std::ptr::copy_nonoverlapping(run.as_ptr(), target, run.len()) };
-            continue;
-        };
-        // SAFETY: as above, for the width after conversion.
-        let target =
-            unsafe { std::slice::from_raw_parts_mut(target, span.target_width() as usize) };
-        if !cast(run, source_dtype, target, target_dtype) {
-            return Err(RankError::Transform {
-                param: peer.memory.placement().params[span.param as usize].name.clone(),
-                what: format!("no conversion from {source_dtype} to {target_dtype}"),
-            });
+        let run = &bytes[from..from + width];
+        let target = first.wrapping_add((row * span.target_stride) as usize);
+        // SAFETY: `span_target` checked that every run of the span lies within the parameter, which `peer` keeps alive
+        // and has touched; by RNK-1 nobody else accesses these bytes, and a slab is not part of any parameter.
+        let target = unsafe { std::slice::from_raw_parts_mut(target, target_width) };
+        match span.cast {
+            None => target.copy_from_slice(run),
+            Some((from, to)) if cast(run, from, target, to) => {}
+            Some((from, to)) => {
+                return Err(RankError::Transform {
+                    param: peer.memory.placement().params[span.param as usize].name.clone(),
+                    what: format!("no conversion from {from} to {to}"),
+                });
+            }
         }
     }
     Ok(())
