@@ -141,6 +141,34 @@ fn deepseek_v3_in_fp8_equals_the_oracle() {
     assert!(loaded >= 20, "only {loaded} combinations were loaded");
 }
 
+#[test]
+fn families_with_an_indexer_equal_the_oracle() {
+    let mut loaded = 0;
+    let mut options = plain();
+    options.push(oracle::Options::tp(1).draft());
+    for family in [Family::DeepseekV32, Family::GlmMoeDsa] {
+        for scheme in [Scheme::Bf16, Scheme::Fp8] {
+            for checkpoint in both_presets(family, scheme, &[]) {
+                loaded += sweep(&checkpoint, &[1, 2, 4], &options).0;
+            }
+        }
+    }
+    assert!(loaded >= 40, "only {loaded} combinations were loaded");
+}
+
+#[test]
+fn kimi_k25_equals_the_oracle_with_and_without_its_vision_tower() {
+    let mut options = plain();
+    options.push(oracle::Options::tp(1).language_only());
+    options.push(oracle::Options::tp(1).encoder_only());
+    let mut loaded = 0;
+    for checkpoint in both_presets(Family::KimiK25, Scheme::Bf16, &[]) {
+        loaded += sweep(&checkpoint, &[1, 2, 4], &options).0;
+        loaded += sweep(&checkpoint.set("short_layer_names", true), &[2], &options[..1]).0;
+    }
+    assert!(loaded >= 20, "only {loaded} combinations were loaded");
+}
+
 /// A size that is no power of two, with dimensions that it divides.
 #[test]
 fn three_ranks_equal_the_oracle() {

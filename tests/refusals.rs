@@ -47,6 +47,8 @@ fn every_kind_of_damage_is_refused_with_its_name() {
             (Family::Qwen3Moe, Scheme::Bf16),
             (Family::DeepseekV3, Scheme::Bf16),
             (Family::DeepseekV3, Scheme::Fp8),
+            (Family::GlmMoeDsa, Scheme::Fp8),
+            (Family::KimiK25, Scheme::Bf16),
         ] {
             check(family, scheme, damage);
         }

@@ -40,7 +40,6 @@ ROWS = {
     ],
     2: [
         (OURS, [], BOTH),
-        ("longshore --ranks processes", ["--ranks", "processes"], BOTH),
         ("safetensors, memory-mapped, narrow and clone", ["safetensors"], BOTH),
         ("Run:ai, each rank reads all", ["runai"], BOTH),
         ("Run:ai, each rank reads all, sync_buffered", ["runai", "--strategy", "sync_buffered"], BOTH),
@@ -210,6 +209,10 @@ def table(results, ckpt, ranks):
     if noise:
         print(f"- rounds: {1 + max(r['round'] for r in block)}; other work on the machine: "
               f"{statistics.median(noise):.2f} cores in the median, {max(noise):.2f} at most")
+    for r in block:
+        if r["state"] == "cold" and r.get("disk_bytes", r["bytes"]) < 0.9 * r["bytes"]:
+            print(f"- NOT COLD: {r['label']}, round {r['round']}: {r['disk_bytes'] / GB:.2f} GB came from disk; "
+                  "another program read the checkpoint, or the file system does not count")
     for r in unverified:
         print(f"- WRONG BYTES: {r['label']} {r['state']}: {r['verified']}")
     for r in block:

@@ -110,6 +110,7 @@ fn run_inspect(arguments: &InspectArgs, json: bool) -> Result<(), LoadError> {
 fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
     let synth = Synth::new(&arguments.model, &arguments.quant)
         .scale(arguments.scale)
+        .layers(arguments.layers)
         .headers_only(arguments.headers_only)
         .seed(arguments.seed);
     let written = synth.write(&arguments.dir)?;

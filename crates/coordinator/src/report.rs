@@ -122,6 +122,9 @@ pub struct Report {
     /// Seconds by phase.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub phases: BTreeMap<&'static str, f64>,
+    /// Peak resident memory of this process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_rss_bytes: Option<u64>,
     /// The load's generation.
     pub generation: u64,
     /// Ranks that were replaced.
@@ -177,6 +180,7 @@ impl Report {
             exchanged_bytes: plan.forecast.iter().map(|f| f.received_bytes).sum(),
             seconds: None,
             phases: BTreeMap::new(),
+            peak_rss_bytes: peak_rss_bytes(),
             generation: 1,
             restarts: 0,
             ranks: ranks.collect(),
@@ -189,7 +193,7 @@ impl Report {
     /// What a load did: the forecast's figures replaced by what was counted.
     pub fn of_load(plan: &Plan, source: &str, group: &Group) -> Self {
         let mut this = Self::forecast(plan, source);
-        let rss = peak_rss_bytes();
+        let rss = this.peak_rss_bytes;
         for (entry, report) in this.ranks.iter_mut().zip(&group.reports) {
             entry.storage_bytes_read = report.storage_bytes_read;
             entry.storage_reads = report.reads;

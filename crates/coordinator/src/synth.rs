@@ -60,6 +60,7 @@ pub struct Synth {
     family: String,
     scheme: String,
     scale: Scale,
+    layers: Option<u32>,
     headers_only: bool,
     seed: u64,
 }
@@ -93,6 +94,7 @@ impl Synth {
             family: family.into(),
             scheme: scheme.into(),
             scale: Scale::Tiny,
+            layers: None,
             headers_only: false,
             seed: 0,
         }
@@ -101,6 +103,12 @@ impl Synth {
     /// Sets the scale.
     pub fn scale(mut self, scale: Scale) -> Self {
         self.scale = scale;
+        self
+    }
+
+    /// Sets another number of layers than the scale's.
+    pub fn layers(mut self, layers: Option<u32>) -> Self {
+        self.layers = layers;
         self
     }
 
@@ -131,7 +139,13 @@ impl Synth {
             let known: Vec<&str> = Family::names().collect();
             reason(format!("unknown family {}; known: {}", self.family, known.join(", ")))
         })?;
-        configs::config(family, &self.scheme, self.scale).map_err(reason)
+        let mut config = configs::config(family, &self.scheme, self.scale).map_err(reason)?;
+        if let Some(layers) = self.layers {
+            let nested = config.get("text_config").is_some();
+            let text = if nested { &mut config["text_config"] } else { &mut config };
+            text["num_hidden_layers"] = json!(layers);
+        }
+        Ok(config)
     }
 
     /// Writes the checkpoint into `dir`, which is created if need be.

@@ -4,6 +4,7 @@ use std::{
     io,
     ptr::NonNull,
     sync::atomic::{AtomicU8, Ordering},
+    time::Duration,
 };
 
 use crate::error::RankError;
@@ -116,9 +117,14 @@ impl Region {
             unsafe { start.as_ptr().write_volatile(0) };
             state.store(TOUCHED, Ordering::Release);
         }
+        let mut waited = 0;
         while state.load(Ordering::Acquire) != TOUCHED {
-            // zeroing a huge page takes some 100 µs; the thread that does it may be waiting for this core
-            std::thread::yield_now();
+            // zeroing a huge page takes some 100 µs, and the thread that does it may be waiting for this core
+            match waited {
+                0..8 => std::thread::yield_now(),
+                _ => std::thread::sleep(Duration::from_micros(50)),
+            }
+            waited += 1;
         }
     }
 

@@ -116,12 +116,15 @@ pub(super) struct SynthArgs {
     /// Model family: llama, qwen3, qwen3_moe, deepseek_v3, deepseek_v32, glm_moe_dsa or kimi_k25.
     #[arg(long, value_name = "FAMILY")]
     pub(super) model: String,
-    /// Quantisation scheme: bf16 or fp8.
+    /// Quantisation scheme: bf16, or fp8 for deepseek_v3, deepseek_v32 and glm_moe_dsa.
     #[arg(long, value_name = "SCHEME")]
     pub(super) quant: String,
     /// How large: tiny, small or full.
     #[arg(long, default_value = "tiny")]
     pub(super) scale: Scale,
+    /// Another number of layers than the scale's.
+    #[arg(long, value_name = "N")]
+    pub(super) layers: Option<u32>,
     /// Write real headers over holes: full length, no space taken.
     #[arg(long)]
     pub(super) headers_only: bool,

@@ -99,7 +99,7 @@ fn deepseek_v3(scale: Scale) -> Value {
         Scale::Full => [7168, 128, 1536, 512, 128, 64, 128],
     };
     let [inner, moe_inner, experts, dense_layers, layers, vocab] = match scale {
-        Scale::Tiny => [512, 256, 8, 1, 3, 512],
+        Scale::Tiny => [1024, 512, 8, 1, 3, 512],
         Scale::Small => [2560, 512, 64, 1, 8, 32_000],
         Scale::Full => [18_432, 2048, 256, 3, 61, 129_280],
     };
