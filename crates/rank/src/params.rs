@@ -41,7 +41,7 @@ impl ParamMemory {
             offsets.push(end);
             end = (end + param.bytes).next_multiple_of(ALIGNMENT);
         }
-        let region = Region::new(end as usize)?;
+        let region = Region::new("parameters", end as usize)?;
         let missing = placement.landing_bytes(rank).into_iter().map(AtomicU64::new).collect();
         Ok(Self { placement, region, offsets, missing })
     }

@@ -43,11 +43,11 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Maps `bytes` bytes of zeros, starting on a huge-page boundary. Nothing is resident until it is touched.
+    /// Maps `bytes` bytes of zeros for `what`, starting on a huge-page boundary. Nothing is resident until it is touched.
     ///
     /// # Errors
     /// The system has no such address space to give.
-    pub fn new(bytes: usize) -> Result<Self, RankError> {
+    pub fn new(what: &'static str, bytes: usize) -> Result<Self, RankError> {
         let mapped = bytes.max(1).saturating_add(HUGE_PAGE);
         // SAFETY: an anonymous private mapping at an address of the kernel's choice touches no existing memory.
         let address = unsafe {
@@ -60,7 +60,7 @@ impl Region {
                 0,
             )
         };
-        let failed = |source| RankError::Memory { what: "parameters", bytes: bytes as u64, source };
+        let failed = |source| RankError::Memory { what, bytes: bytes as u64, source };
         if address == libc::MAP_FAILED {
             return Err(failed(io::Error::last_os_error()));
         }
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn region_is_zeroed_aligned_and_writable() {
-        let region = Region::new(3 << 20).unwrap();
+        let region = Region::new("test", 3 << 20).unwrap();
         let p = region.at(0, region.len());
         assert_eq!(p.as_ptr() as usize % HUGE_PAGE, 0);
         // SAFETY: the region is alive and nobody else uses it.
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn pages_are_touched_once_and_keep_what_was_written() {
-        let region = Region::new((5 << 20) + 3).unwrap();
+        let region = Region::new("test", (5 << 20) + 3).unwrap();
         std::thread::scope(|scope| {
             for t in 0..4 {
                 let region = &region;
@@ -187,6 +187,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "leaves the region")]
     fn ranges_past_the_end_are_refused() {
-        Region::new(100).unwrap().at(90, 11);
+        Region::new("test", 100).unwrap().at(90, 11);
     }
 }

@@ -3,13 +3,9 @@
 //! One slab size per load, as many slabs as the limit allows, made when first needed and kept until the load ends. A
 //! [`Lease`] is the right to use one slab; dropping it gives the slab back.
 
-use std::{
-    alloc::Layout,
-    ptr::NonNull,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::error::RankError;
+use crate::{error::RankError, region::Region};
 
 /// Direct I/O wants addresses, offsets and lengths in multiples of the device's block size; a page always is one.
 pub const DIRECT_ALIGNMENT: u64 = 4096;
@@ -23,7 +19,9 @@ pub struct Staging {
 
 #[derive(Debug, Default)]
 struct State {
-    free: Vec<Slab>,
+    /// Slabs are regions because those lie on huge pages: a direct read into scattered 4 KiB pages is split into many
+    /// requests to the device.
+    free: Vec<Region>,
     held_bytes: u64,
     peak_bytes: u64,
 }
@@ -42,7 +40,7 @@ impl Staging {
         if let Some(slab) = self.lock().free.pop() {
             return Ok(Lease { staging: self, slab: Some(slab) });
         }
-        let slab = Slab::new(self.slab_bytes)?;
+        let slab = Region::new("staging", self.slab_bytes)?;
         let mut state = self.lock();
         state.held_bytes += self.slab_bytes as u64;
         state.peak_bytes = state.peak_bytes.max(state.held_bytes);
@@ -77,16 +75,16 @@ impl Staging {
 #[derive(Debug)]
 pub struct Lease<'a> {
     staging: &'a Staging,
-    slab: Option<Slab>,
+    slab: Option<Region>,
 }
 
 impl Lease<'_> {
     /// The slab's bytes; their address is a multiple of [`DIRECT_ALIGNMENT`].
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         match &mut self.slab {
-            // SAFETY: the allocation is `bytes` long, initialised to zero, and `&mut self` makes the access exclusive.
+            // SAFETY: the region's memory is initialised to zero, and `&mut self` makes the access exclusive.
             Some(slab) => unsafe {
-                std::slice::from_raw_parts_mut(slab.start.as_ptr(), slab.layout.size())
+                std::slice::from_raw_parts_mut(slab.at(0, slab.len()).as_ptr(), slab.len())
             },
             None => &mut [],
         }
@@ -98,37 +96,6 @@ impl Drop for Lease<'_> {
         if let Some(slab) = self.slab.take() {
             self.staging.lock().free.push(slab);
         }
-    }
-}
-
-#[derive(Debug)]
-struct Slab {
-    start: NonNull<u8>,
-    layout: Layout,
-}
-
-// SAFETY: a slab is plain memory with one owner.
-unsafe impl Send for Slab {}
-
-impl Slab {
-    fn new(bytes: usize) -> Result<Self, RankError> {
-        let failed = || RankError::Memory {
-            what: "staging",
-            bytes: bytes as u64,
-            source: std::io::ErrorKind::OutOfMemory.into(),
-        };
-        let layout = Layout::from_size_align(bytes.max(1), DIRECT_ALIGNMENT as usize);
-        let layout = layout.map_err(|_| failed())?;
-        // SAFETY: the layout's size is not zero.
-        let start = unsafe { std::alloc::alloc_zeroed(layout) };
-        Ok(Self { start: NonNull::new(start).ok_or_else(failed)?, layout })
-    }
-}
-
-impl Drop for Slab {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout, freed once.
-        unsafe { std::alloc::dealloc(self.start.as_ptr(), self.layout) };
     }
 }
 
