@@ -84,6 +84,11 @@ fn llama_and_qwen3_equal_the_oracle() {
     for family in [Family::Llama, Family::Qwen3] {
         for checkpoint in both_presets(family, Scheme::Bf16, &[]) {
             loaded += sweep(&checkpoint, &[1, 2, 4, 8], &plain()).0;
+            // F16 and F32 models: BF16 tensors are converted
+            for dtype in ["float16", "float32"] {
+                loaded +=
+                    sweep(&checkpoint.clone().set("model_dtype", dtype), &[2], &plain()[..1]).0;
+            }
             let biased = checkpoint.set("attention_bias", true).set("tie_word_embeddings", true);
             loaded += sweep(&biased, &[1, 4], &plain()[..1]).0;
         }

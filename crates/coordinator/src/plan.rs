@@ -3,8 +3,8 @@
 use std::{path::PathBuf, sync::Arc};
 
 use longshore_models::{
-    arch::Model, checkpoint::Checkpoint, options::ModelOptions, parallel::Parallel,
-    placement::Placement,
+    arch::Model, checkpoint::Checkpoint, error::PlanError, options::ModelOptions,
+    parallel::Parallel, placement::Placement,
 };
 use longshore_rank::{
     protocol::{LoadPlan, Read},
@@ -138,7 +138,7 @@ impl Plan {
             exchange,
             read_bytes_max: read_bytes,
         };
-        check_reads(&load, needed_bytes);
+        check_reads(&load, needed_bytes).map_err(refused)?;
         Ok(Self {
             forecast: forecast(&load),
             dir,
@@ -209,16 +209,20 @@ fn choose_exchange(
 }
 
 /// With exchange the reads cover the needed bytes, each once. A violation is a bug of ours.
-fn check_reads(load: &LoadPlan, needed_bytes: u64) {
+fn check_reads(load: &LoadPlan, needed_bytes: u64) -> Result<(), PlanError> {
     if !load.exchange {
-        return;
+        return Ok(());
     }
     let mut all: Vec<&Read> = load.reads.iter().flatten().collect();
     all.sort_by_key(|r| (r.file, r.range.start));
     let overlap =
         all.windows(2).any(|w| w[0].file == w[1].file && w[0].range.end > w[1].range.start);
     let bytes: u64 = all.iter().map(|r| r.range.len()).sum();
-    assert!(!overlap && bytes == needed_bytes, "assignment reads {bytes} of {needed_bytes} bytes");
+    if overlap || bytes != needed_bytes {
+        let found = format!("reads cover {bytes} of {needed_bytes} bytes, overlap: {overlap}");
+        return Err(PlanError::Inconsistent { what: "the assignment".into(), found });
+    }
+    Ok(())
 }
 
 fn forecast(load: &LoadPlan) -> Vec<RankForecast> {

@@ -2,7 +2,6 @@
 
 pub mod blocks;
 pub mod cast;
-pub mod copy;
 pub mod float;
 pub mod mla;
 pub mod permute;

@@ -2,7 +2,6 @@
 //!
 //! | transform | shapes | in place |
 //! |---|---|---|
-//! | [`host::copy`] | strided rows of bytes | no |
 //! | [`host::cast`] | floats to floats, I32 to I64; nearest even | no |
 //! | [`host::permute`] | row orders SHUF32, W31PERM and IL64 | index functions |
 //! | [`host::rows`] | `[rows, row_bytes]` → the same, rows permuted | yes, one band of workspace |

@@ -1,7 +1,5 @@
 //! Small floats: decoding E4M3, E2M1 and E8M0.
 
-use half::bf16;
-
 /// E4M3 (no infinities; 0x7f and 0xff are NaN). Source: OCP 8-bit floating point specification, table 1.
 pub const fn e4m3_to_f32(code: u8) -> f32 {
     let (exponent, mantissa) = ((code >> 3 & 0xf) as i32, (code & 7) as u32);
@@ -38,11 +36,6 @@ pub fn e8m0_to_f32(code: u8) -> f32 {
         255 => f32::NAN,
         _ => f32::from_bits(u32::from(code) << 23),
     }
-}
-
-/// The nearest BF16, ties to even.
-pub fn to_bf16(value: f32) -> bf16 {
-    bf16::from_f32(value)
 }
 
 #[cfg(test)]

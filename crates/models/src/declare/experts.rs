@@ -3,7 +3,7 @@
 //! Source: reference §2.3, §3.5; contract §4, "Sharding".
 
 use crate::{
-    declare::{Accept, Declare, ParamId, Split, linear::Matrix},
+    declare::{Declare, ParamId, Split, linear::Matrix},
     dtype::{Dtype, elem_bytes},
     error::PlanError,
     options::KernelLayout,
@@ -72,12 +72,9 @@ impl Declare<'_> {
         let mut made =
             ExpertParams { scheme, w13: 0, w2: 0, local: cut.local, inner: cut.inner_padded };
         for stored in scheme.stored() {
-            let accept =
-                if stored.float { Accept::AnyFloat } else { Accept::Exactly(stored.dtype) };
             match stored.content {
                 Content::Matrix { row_unit, col_unit } => {
-                    let dtype = if scheme == Scheme::Bf16 { self.dtype } else { stored.dtype };
-                    let form = Matrix { row_unit, col_unit, dtype, accept };
+                    let form = self.form(scheme, stored, row_unit, col_unit);
                     let w13 = self.w13(experts, &cut, stored.suffix, form);
                     let w2 = self.w2(experts, &cut, stored.suffix, form);
                     if !stored.suffix.starts_with("weight_scale") {

@@ -7,7 +7,7 @@ use crate::{
     dtype::{Dtype, elem_bytes},
     error::PlanError,
     parallel::Members,
-    quant::{Content, Scheme},
+    quant::{Content, Scheme, Stored},
 };
 
 /// One logical layer within a (possibly fused) linear parameter.
@@ -129,12 +129,9 @@ impl Declare<'_> {
         let mut made = LinearParams { scheme, weight: 0, scale: None };
         for stored in scheme.stored() {
             let full = format!("{name}.{}", stored.suffix);
-            let accept =
-                if stored.float { Accept::AnyFloat } else { Accept::Exactly(stored.dtype) };
             match stored.content {
                 Content::Matrix { row_unit, col_unit } => {
-                    let dtype = if scheme == Scheme::Bf16 { self.dtype } else { stored.dtype };
-                    let form = Matrix { row_unit, col_unit, dtype, accept };
+                    let form = self.form(scheme, stored, row_unit, col_unit);
                     let param = self.matrix(full, stored.suffix, parts, k, input, form);
                     if stored.suffix.starts_with("weight_scale") {
                         made.scale = Some(param);
@@ -143,11 +140,24 @@ impl Declare<'_> {
                     }
                 }
                 Content::Scalar => self.linear_scalars(full, stored.suffix, parts, slots),
-                Content::Shape => self.linear_shape(full, stored.suffix, parts, k),
+                Content::Shape => self.linear_shape(full, stored.suffix, parts),
             }
         }
         self.bias(name, parts, input);
         Ok(made)
+    }
+
+    /// How a stored matrix becomes a parameter; an unquantised weight takes the model's dtype.
+    pub(super) fn form(
+        &self,
+        scheme: Scheme,
+        stored: &Stored,
+        row_unit: u64,
+        col_unit: u64,
+    ) -> Matrix {
+        let dtype = if scheme == Scheme::Bf16 { self.dtype } else { stored.dtype };
+        let accept = if stored.float { Accept::AnyFloat } else { Accept::Exactly(stored.dtype) };
+        Matrix { row_unit, col_unit, dtype, accept }
     }
 
     fn matrix(
@@ -198,7 +208,7 @@ impl Declare<'_> {
         }
     }
 
-    fn linear_shape(&mut self, name: String, suffix: &str, parts: &[Part], k: u64) {
+    fn linear_shape(&mut self, name: String, suffix: &str, parts: &[Part]) {
         let param = self.param(name, Dtype::I64, vec![2]);
         for (i, part) in parts.iter().enumerate() {
             let source = self.shape_source(format!("{}.{suffix}", part.source));
@@ -211,7 +221,6 @@ impl Declare<'_> {
                     .push((source, "the first part's shape counts for the fused layer"));
             }
         }
-        debug_assert!(k > 0);
     }
 
     fn bias(&mut self, name: &str, parts: &[Part], input: Input) {
