@@ -4,6 +4,7 @@ pub mod blocks;
 pub mod cast;
 pub mod float;
 pub mod mla;
+pub mod nvfp4;
 pub mod permute;
 pub mod rows;
 pub mod shuffle;

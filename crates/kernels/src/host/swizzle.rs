@@ -3,21 +3,39 @@
 //! Of a matrix of one-byte scales `[rows, cols]`, element `(m, k)` goes to
 //! `(m/128)·(Kp/4)·512 + (k/4)·512 + (m%32)·16 + ((m%128)/32)·4 + k%4`, where `Kp` is `cols` rounded up to 4:
 //! each 128 rows are a block of their own, within which 4-byte words are transposed.
+//!
+//! ```text
+//! 128 rows ┌ word 0 │ word 1 │ …        block  ┌ tile 0: 512 bytes                    │ tile 1 │ …
+//!        r │  a_r   │        │          ────►  │ a0 a32 a64 a96 │ a1 a33 a65 a97 │ …
+//!          └        │        │                 └ 16 bytes for each r of 32
+//! ```
 
-use std::ops::Range;
+use std::array;
 
 /// Rows of a block.
 pub const BLOCK_ROWS: usize = 128;
 /// Columns of a word.
 const WORD: usize = 4;
+/// Rows of a block whose words stand side by side: r, r+32, r+64 and r+96 for each r of 32.
+const TILE_ROWS: usize = 32;
+/// Tiles that are filled together: of each row, the 64 bytes of a cache line.
+const PANEL_TILES: usize = 16;
+/// Columns of a panel.
+const PANEL: usize = PANEL_TILES * WORD;
+
+/// One word of all rows of a block: 16 bytes for each of 32 rows.
+type Tile = [[u8; 4 * WORD]; TILE_ROWS];
 
 /// Shape of the swizzled matrix: rows rounded up to 128, columns to 4.
 pub fn padded(rows: usize, cols: usize) -> (usize, usize) {
     (rows.next_multiple_of(BLOCK_ROWS), cols.next_multiple_of(WORD))
 }
 
-/// Swizzles `source` `[rows, cols]` into `target` ([`padded`] shape); padding becomes zero. Row `m` of the swizzled
-/// matrix is row `order(m)` of the source.
+/// Swizzles `source` into `target`. Row `m` of the padded matrix is row `order(m)` of the source, and zero where
+/// `order(m) >= rows`; padding comes before the order.
+///
+/// **Shapes**: `source` `[rows, cols]`, `target` [`padded`]`(rows, cols)`, one byte per element; `order` is asked once
+/// for each padded row. All of `target` is written.
 ///
 /// # Panics
 /// When a slice does not have the size of its shape.
@@ -31,90 +49,131 @@ pub fn swizzle(
     let (padded_rows, padded_cols) = padded(rows, cols);
     assert_eq!(source.len(), rows * cols, "source size");
     assert_eq!(target.len(), padded_rows * padded_cols, "target size");
-    if (rows, cols) != (padded_rows, padded_cols) {
-        target.fill(0);
-    }
-    let blocks = target.chunks_exact_mut((BLOCK_ROWS * padded_cols).max(1));
-    for (number, block) in blocks.enumerate() {
-        let first = number * BLOCK_ROWS;
-        swizzle_block(source, block, first..rows.min(first + BLOCK_ROWS), cols, &order);
+    for (number, block) in target.chunks_exact_mut(block_bytes(padded_cols)).enumerate() {
+        let row = |m| {
+            let from = order(number * BLOCK_ROWS + m);
+            if from < rows { &source[from * cols..][..cols] } else { &[] }
+        };
+        swizzle_block(array::from_fn(row), block, cols);
     }
 }
 
-/// Swizzles `matrix` `[rows, cols]` in place, 128 rows at a time; `workspace` grows to one block.
+/// Swizzles `matrix` `[rows, cols]` in place. Row `m` of what is swizzled is row `order(m)` of the matrix; rows move
+/// only within bands of `band` rows, so `workspace` grows to one band.
+///
+/// `band` is a multiple of 128: 128 for the identity and SHUF32, all rows for W31PERM and IL64.
 ///
 /// # Panics
-/// When the shape would need padding, or `matrix` does not have its size.
-pub fn swizzle_in_place(matrix: &mut [u8], rows: usize, cols: usize, workspace: &mut Vec<u8>) {
+/// When the shape would need padding, `rows` is no multiple of `band` or `band` none of 128, `matrix` does not have its
+/// size, or `order` leaves a band.
+pub fn swizzle_in_place(
+    matrix: &mut [u8],
+    rows: usize,
+    cols: usize,
+    order: impl Fn(usize) -> usize,
+    band: usize,
+    workspace: &mut Vec<u8>,
+) {
     assert_eq!(padded(rows, cols), (rows, cols), "in place there is no room for padding");
     assert_eq!(matrix.len(), rows * cols, "matrix size");
-    for block in matrix.chunks_exact_mut((BLOCK_ROWS * cols).max(1)) {
+    if matrix.is_empty() {
+        return;
+    }
+    assert!(band != 0 && band % BLOCK_ROWS == 0 && rows % band == 0, "bands of {band} of {rows}");
+    workspace.clear();
+    workspace.reserve_exact(band * cols);
+    for (number, rows) in matrix.chunks_exact_mut(band * cols).enumerate() {
         workspace.clear();
-        workspace.extend_from_slice(block);
-        swizzle_block(workspace, block, 0..BLOCK_ROWS, cols, &|m| m);
+        workspace.extend_from_slice(rows);
+        for (block_number, block) in rows.chunks_exact_mut(BLOCK_ROWS * cols).enumerate() {
+            let row = |m| {
+                let from = order(number * band + block_number * BLOCK_ROWS + m) - number * band;
+                &workspace[from * cols..][..cols]
+            };
+            swizzle_block(array::from_fn(row), block, cols);
+        }
     }
 }
 
-/// Fills one block with up to 128 rows.
-fn swizzle_block(
-    source: &[u8],
-    block: &mut [u8],
-    rows: Range<usize>,
-    cols: usize,
-    order: &impl Fn(usize) -> usize,
-) {
-    let row = |m: usize| &source[order(m) * cols..][..cols];
-    let whole = cols / WORD;
-    if rows.len() == BLOCK_ROWS {
-        // four rows, 32 apart, give 16 neighbouring bytes of the result
-        for r in 0..32 {
-            let four = [0, 32, 64, 96].map(|q| row(rows.start + q + r).as_chunks::<WORD>().0);
-            let [a, b, c, d] = four.map(|words| &words[..whole]);
-            let (tiles, _) = block.as_chunks_mut::<512>();
-            for (k, tile) in tiles[..whole].iter_mut().enumerate() {
-                let out = &mut tile[r * 16..][..16];
-                out[..4].copy_from_slice(&a[k]);
-                out[4..8].copy_from_slice(&b[k]);
-                out[8..12].copy_from_slice(&c[k]);
-                out[12..].copy_from_slice(&d[k]);
-            }
-        }
-    } else {
-        for m in 0..rows.len() {
-            let (words, _) = row(rows.start + m).as_chunks::<WORD>();
-            for (k, word) in words.iter().enumerate() {
-                block[k * 512 + m % 32 * 16 + m / 32 * 4..][..4].copy_from_slice(word);
+/// Bytes of a block; not zero, so that an empty matrix has no blocks rather than none of a size.
+fn block_bytes(padded_cols: usize) -> usize {
+    (BLOCK_ROWS * padded_cols).max(1)
+}
+
+/// Fills one block from its rows, `cols` bytes each or empty for zeros.
+fn swizzle_block(rows: [&[u8]; BLOCK_ROWS], block: &mut [u8], cols: usize) {
+    let (tiles, _) = block.as_chunks_mut::<16>().0.as_chunks_mut::<TILE_ROWS>();
+    for (panel, tiles) in tiles.chunks_mut(PANEL_TILES).enumerate() {
+        let columns = panel * PANEL..cols.min((panel + 1) * PANEL);
+        let piece = |m: usize| rows[m].get(columns.clone()).unwrap_or_default();
+        for r in 0..TILE_ROWS {
+            let four = array::from_fn(|q| piece(q * TILE_ROWS + r));
+            match tiles.as_chunks_mut::<PANEL_TILES>().0 {
+                [whole] if four.iter().all(|p: &&[u8]| p.len() == PANEL) => {
+                    interleave(four.map(|p| p.first_chunk().expect("just measured")), whole, r);
+                }
+                _ => interleave_part(four, tiles, r),
             }
         }
     }
-    if cols % WORD != 0 {
-        for m in 0..rows.len() {
-            let rest = &row(rows.start + m)[whole * WORD..];
-            block[whole * 512 + m % 32 * 16 + m / 32 * 4..][..rest.len()].copy_from_slice(rest);
+}
+
+/// Words of four rows into row `r` of a panel of tiles.
+fn interleave(rows: [&[u8; PANEL]; 4], tiles: &mut [Tile; PANEL_TILES], r: usize) {
+    for (k, tile) in tiles.iter_mut().enumerate() {
+        for (q, row) in rows.iter().enumerate() {
+            tile[r][q * WORD..][..WORD].copy_from_slice(&row[k * WORD..][..WORD]);
+        }
+    }
+}
+
+/// As [`interleave`], where rows may be missing or the panel ends early; what is missing is zero.
+fn interleave_part(rows: [&[u8]; 4], tiles: &mut [Tile], r: usize) {
+    for (k, tile) in tiles.iter_mut().enumerate() {
+        for (q, row) in rows.iter().enumerate() {
+            let word = row.get(k * WORD..).unwrap_or_default();
+            let word = &word[..word.len().min(WORD)];
+            let out = &mut tile[r][q * WORD..][..WORD];
+            out[..word.len()].copy_from_slice(word);
+            out[word.len()..].fill(0);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::host::permute::shuffled32;
+    use proptest::prelude::*;
 
-    /// The formula of §4.0, element by element.
-    fn naive(source: &[u8], rows: usize, cols: usize) -> Vec<u8> {
+    use super::*;
+    use crate::host::permute::{gated_shuffled32, interleaved64, shuffled32};
+
+    /// The formula of §4.0, element by element, of the padded matrix in the given order.
+    fn naive(source: &[u8], rows: usize, cols: usize, order: impl Fn(usize) -> usize) -> Vec<u8> {
         let (padded_rows, padded_cols) = padded(rows, cols);
         let mut out = vec![0; padded_rows * padded_cols];
-        for m in 0..rows {
+        for m in 0..padded_rows {
             for k in 0..cols {
                 let at = (m / 128) * (padded_cols / 4) * 512
                     + (k / 4) * 512
                     + (m % 32) * 16
                     + ((m % 128) / 32) * 4
                     + k % 4;
-                out[at] = source[m * cols + k];
+                out[at] = if order(m) < rows { source[order(m) * cols + k] } else { 0 };
             }
         }
         out
+    }
+
+    fn swizzled(
+        source: &[u8],
+        rows: usize,
+        cols: usize,
+        order: impl Fn(usize) -> usize,
+    ) -> Vec<u8> {
+        let (padded_rows, padded_cols) = padded(rows, cols);
+        let mut target = vec![7; padded_rows * padded_cols];
+        swizzle(source, &mut target, rows, cols, order);
+        target
     }
 
     fn bytes(count: usize) -> Vec<u8> {
@@ -124,18 +183,16 @@ mod tests {
     #[test]
     fn golden_vectors_of_the_reference() {
         let source: Vec<u8> = (1..=15).collect();
-        let mut target = vec![9; 128 * 8];
-        swizzle(&source, &mut target, 3, 5, |m| m);
+        let target = swizzled(&source, 3, 5, |m| m);
         let found: Vec<(usize, u8)> =
             target.iter().copied().enumerate().filter(|(_, v)| *v != 0).collect();
         let places = [0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35, 512, 528, 544];
         let values = [1, 2, 3, 4, 6, 7, 8, 9, 11, 12, 13, 14, 5, 10, 15];
         let want: Vec<(usize, u8)> = places.into_iter().zip(values).collect();
-        assert_eq!(found, want);
+        assert_eq!((found, target.len()), (want, 128 * 8));
 
         let source: Vec<u8> = (0..512).map(|i| (i % 256) as u8).collect();
-        let mut target = vec![0; 512];
-        swizzle(&source, &mut target, 128, 4, |m| m);
+        let target = swizzled(&source, 128, 4, |m| m);
         let want: Vec<u8> = [0u16, 128, 256, 384, 4, 132]
             .iter()
             .flat_map(|start| (*start..start + 4).map(|v| (v % 256) as u8))
@@ -145,29 +202,74 @@ mod tests {
 
     #[test]
     fn any_shape_equals_the_formula() {
-        for (rows, cols) in [(1, 1), (3, 5), (128, 4), (127, 8), (130, 6), (256, 64), (384, 13)] {
-            let source = bytes(rows * cols);
-            let (padded_rows, padded_cols) = padded(rows, cols);
-            let mut target = vec![7; padded_rows * padded_cols];
-            swizzle(&source, &mut target, rows, cols, |m| m);
-            assert_eq!(target, naive(&source, rows, cols), "{rows}×{cols}");
-            if (rows, cols) == (padded_rows, padded_cols) {
-                let mut matrix = source.clone();
-                swizzle_in_place(&mut matrix, rows, cols, &mut Vec::new());
-                assert_eq!(matrix, target, "{rows}×{cols} in place");
+        for rows in [0, 1, 3, 127, 128, 130, 384] {
+            for cols in [0, 1, 4, 5, 13, 63, 64, 65, 128, 140] {
+                let source = bytes(rows * cols);
+                let target = swizzled(&source, rows, cols, |m| m);
+                assert_eq!(target, naive(&source, rows, cols, |m| m), "{rows}×{cols}");
             }
         }
     }
 
-    /// SHUFSF: rows shuffled first, then swizzled.
+    /// SHUFSF and its gated kin: rows in another order first, then swizzled; in place the same.
     #[test]
     fn an_order_of_rows_comes_first() {
-        let (rows, cols) = (256, 12);
-        let source = bytes(rows * cols);
-        let shuffled: Vec<u8> =
-            (0..rows).flat_map(|m| source[shuffled32(m) * cols..][..cols].to_vec()).collect();
-        let mut target = vec![0; rows * cols];
-        swizzle(&source, &mut target, rows, cols, shuffled32);
-        assert_eq!(target, naive(&shuffled, rows, cols));
+        type Order = fn(usize) -> usize;
+        let orders: [(&str, usize, Order); 4] = [
+            ("identity", 128, |m| m),
+            ("SHUF32", 128, shuffled32),
+            ("W31PERM", 256, |m| m / 256 * 256 + gated_shuffled32(m % 256, 256)),
+            ("IL64", 256, |m| m / 256 * 256 + interleaved64(m % 256, 256)),
+        ];
+        for (name, band, order) in orders {
+            for (rows, cols) in [(256, 12), (512, 128), (256, 196)] {
+                let source = bytes(rows * cols);
+                let want = naive(&source, rows, cols, order);
+                assert!(swizzled(&source, rows, cols, order) == want, "{name} {rows}×{cols}");
+                let (mut matrix, mut workspace) = (source, Vec::new());
+                swizzle_in_place(&mut matrix, rows, cols, order, band, &mut workspace);
+                assert!(matrix == want, "{name} {rows}×{cols} in place");
+                assert!(workspace.capacity() <= band * cols, "{name} {rows}×{cols} workspace");
+            }
+        }
+    }
+
+    /// A scale whose rows are no multiple of 128 is padded first, then shuffled: zero rows move too.
+    #[test]
+    fn padding_comes_before_the_order() {
+        for (rows, cols) in [(40, 5), (100, 64), (144, 70), (1, 4)] {
+            let source = bytes(rows * cols);
+            let want = naive(&source, rows, cols, shuffled32);
+            assert_eq!(swizzled(&source, rows, cols, shuffled32), want, "{rows}×{cols}");
+        }
+        // SHUF32 brings row 40, which 40 rows do not have, to row 34, and row 33 to row 40
+        let target = swizzled(&[9; 40 * 4], 40, 4, shuffled32);
+        assert_eq!((target[2 * 16 + 4], target[8 * 16 + 4]), (0, 9));
+    }
+
+    #[test]
+    #[should_panic(expected = "bands of 192 of 384")]
+    fn a_band_is_whole_blocks() {
+        swizzle_in_place(&mut [0; 384 * 4], 384, 4, |m| m, 192, &mut Vec::new());
+    }
+
+    #[test]
+    #[should_panic(expected = "no room for padding")]
+    fn a_padded_shape_does_not_fit_in_place() {
+        swizzle_in_place(&mut [0; 128 * 5], 128, 5, |m| m, 128, &mut Vec::new());
+    }
+
+    proptest! {
+        #[test]
+        fn random_shapes_and_orders_equal_the_formula(
+            rows in 1usize..300,
+            cols in 1usize..150,
+            offset in 0usize..300,
+        ) {
+            let source = bytes(rows * cols);
+            let (padded_rows, _) = padded(rows, cols);
+            let order = |m: usize| (m + offset) % padded_rows;
+            prop_assert!(swizzled(&source, rows, cols, order) == naive(&source, rows, cols, order));
+        }
     }
 }
