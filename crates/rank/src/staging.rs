@@ -1,7 +1,30 @@
 //! Staging memory: where bytes wait that cannot be read straight into a parameter.
 //!
 //! One slab size per load, as many slabs as the limit allows, made when first needed and kept until the load ends. A
-//! [`Lease`] is the right to use one slab; dropping it gives the slab back.
+//! [`Lease`] is the right to use one slab; dropping it gives the slab back. Views of a slab borrow its lease, so a slab
+//! cannot be refilled, or lent to another, while anyone looks at it:
+//!
+//! ```compile_fail,E0505
+//! # use longshore_rank::staging::Staging;
+//! let staging = Staging::new(4096);
+//! let mut lease = staging.lease().unwrap();
+//! let view = &lease.bytes_mut()[..16];
+//! drop(lease); // the slab goes back here, while `view` still points into it
+//! assert_eq!(view.len(), 16);
+//! ```
+//!
+//! Nor does the lease outlive the memory that it is a part of:
+//!
+//! ```compile_fail,E0597
+//! # use longshore_rank::staging::Staging;
+//! let lease = {
+//!     let staging = Staging::new(4096);
+//!     staging.lease().unwrap()
+//! };
+//! ```
+//!
+//! Debug builds overwrite a slab when it comes back ([`POISON`]), so that a test in which anything looked at it
+//! afterwards would load wrong bytes.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -9,6 +32,9 @@ use crate::{error::RankError, region::Region};
 
 /// Direct I/O wants addresses, offsets and lengths in multiples of the device's block size; a page always is one.
 pub const DIRECT_ALIGNMENT: u64 = 4096;
+
+/// What debug builds fill a returned slab with.
+pub const POISON: u8 = 0xa5;
 
 /// The slabs of one rank.
 #[derive(Debug)]
@@ -93,6 +119,9 @@ impl Lease<'_> {
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
+        if cfg!(debug_assertions) {
+            self.bytes_mut().fill(POISON);
+        }
         if let Some(slab) = self.slab.take() {
             self.staging.lock().free.push(slab);
         }
@@ -112,7 +141,7 @@ mod tests {
             assert_eq!(a.bytes_mut().len(), 8192);
             assert_eq!(a.bytes_mut().as_ptr() as u64 % DIRECT_ALIGNMENT, 0);
         }
-        drop(staging.lease().unwrap());
+        assert!(staging.lease().unwrap().bytes_mut().iter().all(|&b| b == POISON));
         assert_eq!((staging.held_bytes(), staging.peak_bytes()), (16384, 16384));
         staging.release();
         assert_eq!((staging.held_bytes(), staging.peak_bytes()), (0, 16384));
