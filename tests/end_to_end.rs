@@ -74,6 +74,15 @@ fn both_presets(family: Family, scheme: Scheme, set: &[(&str, u64)]) -> [Checkpo
     })
 }
 
+/// Every layout of the contract, and none given; what a scheme does not have is refused on both sides.
+fn layouts() -> Vec<oracle::Options> {
+    let mut options = vec![oracle::Options::tp(1)];
+    for layout in ["none", "cutlass", "flashinfer-cutlass", "trtllm", "aiter"] {
+        options.push(oracle::Options::tp(1).kernel_layout(layout));
+    }
+    options
+}
+
 fn plain() -> Vec<oracle::Options> {
     vec![oracle::Options::tp(1), oracle::Options::tp(1).kernel_layout("none")]
 }
@@ -190,4 +199,76 @@ fn three_ranks_equal_the_oracle() {
         .set("n_routed_experts", 6)
         .set("vocab_size", 190);
     assert_eq!(sweep(&deepseek, &[3, 6], &plain()), (12, 0));
+}
+
+#[test]
+fn nvfp4_equals_the_oracle_in_every_layout() {
+    let mut loaded = 0;
+    let mut options = layouts();
+    options.push(oracle::Options::tp(1).kernel_layout("trtllm").fuse_shared_experts());
+    options.push(oracle::Options::tp(1).fuse_shared_experts());
+    options.push(oracle::Options::tp(1).draft());
+    for family in [Family::DeepseekV3, Family::KimiK25, Family::GlmMoeDsa] {
+        for checkpoint in both_presets(family, Scheme::Nvfp4, &[("n_routed_experts", 4)]) {
+            loaded += sweep(&checkpoint, &[1, 2, 4], &options).0;
+        }
+    }
+    // shapes that eight ranks can share, attention in NVFP4, scalars that differ between gate and up
+    let wide = Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4)
+        .set("nvfp4_attention", true)
+        .set("input_scale_pair_differs", true)
+        .set("scalar_shape", 1)
+        .set("num_attention_heads", 8)
+        .set("moe_intermediate_size", 512)
+        .set("intermediate_size", 512)
+        .set("n_routed_experts", 8)
+        .set("num_hidden_layers", 2);
+    loaded += sweep(&wide, &[2, 8], &options).0;
+    assert!(loaded >= 80, "only {loaded} combinations were loaded");
+}
+
+#[test]
+fn published_styles_of_nvfp4_equal_the_oracle() {
+    let mut loaded = 0;
+    for (family, style) in [
+        (Family::DeepseekV3, "v3"),
+        (Family::DeepseekV3, "v31"),
+        (Family::GlmMoeDsa, "glm5"),
+        (Family::KimiK25, "early"),
+        (Family::KimiK25, "k25"),
+        (Family::KimiK25, "k26"),
+    ] {
+        for checkpoint in both_presets(family, Scheme::Nvfp4, &[("n_routed_experts", 4)]) {
+            let checkpoint = checkpoint.set("quant_style", style).set("kv_scales", true);
+            loaded += sweep(&checkpoint, &[2], &layouts()).0;
+        }
+    }
+    assert!(loaded >= 40, "only {loaded} combinations were loaded");
+}
+
+#[test]
+fn mxfp4_equals_the_oracle() {
+    let mut loaded = 0;
+    let mut options = layouts();
+    options.push(oracle::Options::tp(1).fuse_shared_experts());
+    options.push(oracle::Options::tp(1).draft());
+    for family in [Family::KimiK25, Family::GlmMoeDsa] {
+        for checkpoint in both_presets(family, Scheme::Mxfp4, &[]) {
+            loaded += sweep(&checkpoint, &[1, 2, 4], &options).0;
+            let shared =
+                checkpoint.set("mxfp4_shared", true).set("mxfp4_kv_b", family == Family::KimiK25);
+            loaded += sweep(&shared, &[1, 2, 8], &options).0;
+        }
+    }
+    assert!(loaded >= 40, "only {loaded} combinations were loaded");
+}
+
+#[test]
+fn int4_equals_the_oracle() {
+    let mut loaded = 0;
+    for checkpoint in both_presets(Family::KimiK25, Scheme::Int4, &[]) {
+        loaded += sweep(&checkpoint, &[1, 2, 4], &layouts()).0;
+        loaded += sweep(&checkpoint.set("int4_linears", true), &[1, 2, 8], &layouts()).0;
+    }
+    assert!(loaded >= 16, "only {loaded} combinations were loaded");
 }

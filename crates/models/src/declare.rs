@@ -6,6 +6,7 @@
 //! `synth` writes a checkpoint from it.
 
 pub mod experts;
+mod finish;
 pub mod linear;
 
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
 pub type ParamId = u32;
 
 /// A runtime parameter; names, dtypes and shapes are the same on every rank.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Param {
     /// The runtime's name.
     pub name: String,

@@ -313,6 +313,16 @@ pub enum PlanError {
         /// What is declared.
         declared: String,
     },
+    /// A checkpoint to be reloaded does not fill the parameters that the ranks hold.
+    #[error("cannot be loaded in place: parameter {param}: expected {expected}, found {found}")]
+    OtherParameters {
+        /// The first parameter that differs.
+        param: String,
+        /// What the ranks hold.
+        expected: String,
+        /// What the new checkpoint implies.
+        found: String,
+    },
     /// The plan contradicts itself: a bug of ours, caught before it could do harm.
     #[error("plan check failed for {what}: {found}; please report this")]
     Inconsistent {

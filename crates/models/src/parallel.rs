@@ -49,6 +49,11 @@ impl Parallel {
     pub fn moe_tp(&self) -> u32 {
         self.tp / self.ep
     }
+
+    /// The expert group of `rank`.
+    pub fn expert_group(&self, rank: u32) -> u32 {
+        rank / self.moe_tp()
+    }
 }
 
 /// Which ranks hold parts of a piece, and which part each holds.

@@ -134,6 +134,58 @@ impl Placement {
         bytes
     }
 
+    /// Calls `each` with every range of a parameter of `rank` that is reserved but written by no piece: rows that are
+    /// clipped, columns and rows of padding. Derived parameters have none.
+    pub fn padding(&self, rank: u32, mut each: impl FnMut(ParamId, ByteRange)) {
+        for piece in &self.pieces {
+            if let Some(part) = piece.members.part(rank) {
+                piece.padding(part, |range| each(piece.param, range));
+            }
+        }
+        for (id, param) in self.params.iter().enumerate().filter(|(_, p)| !p.derived) {
+            if param.filled_bytes < param.bytes {
+                each(id as ParamId, ByteRange::new(param.filled_bytes, param.bytes));
+            }
+        }
+    }
+
+    /// Makes sure that `other` fills the same parameters for the same kernels, so that it may be written into the
+    /// memory of this one.
+    ///
+    /// # Errors
+    /// The first parameter that differs, with what it is here and there.
+    pub fn same_parameters(&self, other: &Placement) -> Result<(), PlanError> {
+        let differs = |param: &str, found: String, expected: String| {
+            Err(PlanError::OtherParameters { param: param.into(), found, expected })
+        };
+        if self.parallel != other.parallel {
+            let text = |p: Parallel| format!("tp {} ep {}", p.tp(), p.ep());
+            return differs("(group)", text(other.parallel), text(self.parallel));
+        }
+        let form = |p: &Param| format!("{} {:?}", p.dtype, p.shape);
+        let none = || "no such parameter".to_owned();
+        for i in 0..self.params.len().max(other.params.len()) {
+            match (self.params.get(i), other.params.get(i)) {
+                (Some(a), Some(b)) if a.name == b.name => {
+                    if a != b {
+                        return differs(&a.name, form(b), form(a));
+                    }
+                }
+                (Some(a), _) if !other.params.iter().any(|b| b.name == a.name) => {
+                    return differs(&a.name, none(), form(a));
+                }
+                (_, Some(b)) => return differs(&b.name, form(b), none()),
+                (Some(a), None) => return differs(&a.name, none(), form(a)),
+                (None, None) => {}
+            }
+        }
+        if self.finishes != other.finishes || self.aliases != other.aliases {
+            let found = "another post-processing".to_owned();
+            return differs("(kernel layout)", found, "the same".to_owned());
+        }
+        Ok(())
+    }
+
     /// Calls `each` with every span that `range` of `tensor` contributes to the ranks that `wanted` accepts.
     ///
     /// `range` is relative to the tensor and cuts no element. Offsets in the spans are relative to `range.start`.
@@ -186,6 +238,24 @@ impl PlacedPiece {
             return source;
         }
         source / elem_bytes(self.from) * elem_bytes(self.to)
+    }
+
+    /// Calls `each` with the ranges of the parameter that are reserved for `part` but not written by it.
+    fn padding(&self, part: u32, mut each: impl FnMut(ByteRange)) {
+        let ((r0, r1), (c0, c1)) = self.part_rect(part);
+        let width = self.target_bytes(c1 - c0);
+        let written_rows = if width == 0 { 0 } else { r1 - r0 };
+        if width < self.target_stride {
+            for row in 0..written_rows {
+                let start = self.target_offset + row * self.target_stride;
+                each(ByteRange::new(start + width, start + self.target_stride));
+            }
+        }
+        let written = self.target_offset + written_rows * self.target_stride;
+        let reserved = self.target_offset + self.reserved_bytes();
+        if written < reserved {
+            each(ByteRange::new(written, reserved));
+        }
     }
 
     /// Bytes of the parameter that are reserved for one part, clipped or not.

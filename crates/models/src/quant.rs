@@ -108,6 +108,13 @@ pub struct Stored {
     pub float: bool,
 }
 
+impl Stored {
+    /// Whether this is the block scale that goes with the weight.
+    pub fn is_scale(&self) -> bool {
+        matches!(self.content, Content::Matrix { .. }) && self.suffix.starts_with("weight_scale")
+    }
+}
+
 /// What a stored tensor holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {

@@ -14,6 +14,7 @@ use std::{
 use ractor::ActorRef;
 
 use crate::{
+    budget::Budget,
     error::RankError,
     params::ParamMemory,
     post_process,
@@ -22,6 +23,9 @@ use crate::{
     staging::{DIRECT_ALIGNMENT, Staging},
     storage::CheckpointSource,
 };
+
+/// What post-processing of one rank may hold beside its parameters (RNK-6).
+const WORKSPACE_BYTES: u64 = 256 << 20;
 
 /// One load on one rank, shared by its workers.
 #[derive(Debug)]
@@ -32,6 +36,7 @@ pub(crate) struct Job {
     pub(crate) sources: Arc<Vec<CheckpointSource>>,
     pub(crate) peers: Arc<Vec<Peer>>,
     pub(crate) staging: Staging,
+    workspace: Budget,
     queue: Mutex<Queue>,
     wake: Condvar,
     reads_left: AtomicUsize,
@@ -67,6 +72,7 @@ impl Job {
             sources,
             peers,
             staging: Staging::new(slab_bytes),
+            workspace: Budget::new(WORKSPACE_BYTES),
             queue: Mutex::default(),
             wake: Condvar::new(),
             reads_left,
@@ -117,14 +123,11 @@ impl Job {
 
     fn work(&self) {
         let mut scatter = Scatter::default();
-        let mut workspace = Vec::new();
         loop {
             let step = match self.next() {
                 Work::Exit => return,
                 Work::Read(i) => catch_unwind(AssertUnwindSafe(|| self.read(i, &mut scatter))),
-                Work::Finish(f) => {
-                    catch_unwind(AssertUnwindSafe(|| self.finish(f, &mut workspace)))
-                }
+                Work::Finish(f) => catch_unwind(AssertUnwindSafe(|| self.finish(f))),
             };
             let failed = match step {
                 Ok(Ok(())) => continue,
@@ -177,11 +180,15 @@ impl Job {
         Ok(())
     }
 
-    fn finish(&self, number: u32, workspace: &mut Vec<u8>) -> Result<(), RankError> {
+    fn finish(&self, number: u32) -> Result<(), RankError> {
         let finish = &self.plan.placement.finishes[number as usize];
+        // RNK-6
+        let bytes = finish.workspace_bytes();
+        let _permit = self.workspace.take(bytes);
+        let mut workspace = Vec::with_capacity(bytes as usize);
         // SAFETY: the state machine pushes a finish once, after its inputs have landed (RNK-2); outputs belong to one
         // finish only.
-        unsafe { post_process::run(finish, self.memory(), workspace) }?;
+        unsafe { post_process::run(finish, self.rank, self.memory(), &mut workspace) }?;
         self.tell(self.rank, WorkerEvent::FinishDone(number));
         Ok(())
     }

@@ -331,7 +331,7 @@ fn moe_block(
         sources.push(format!("{from}mlp.shared_experts"));
     }
     let name = format!("{to}mlp.experts");
-    moe::experts(d, &Experts { name, sources, routed, inner: experts.inner, hidden })?;
+    d.experts(&Experts { name, sources, routed, inner: experts.inner, hidden })?;
     if experts.shared > 0 && !fuse {
         mlp(d, [to, from], "mlp.shared_experts.", experts.inner * experts.shared, hidden)?;
     }

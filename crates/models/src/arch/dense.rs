@@ -1,7 +1,7 @@
 //! What Llama, Qwen3 and Qwen3-MoE share: grouped-query attention, gated MLP, vocabulary. Source: reference §1.5, §2.9.
 
 use crate::{
-    arch::Model,
+    arch::{Model, scales::kv_scales},
     config::{Config, VOCAB_MAX},
     declare::{
         Declare,
@@ -86,6 +86,8 @@ pub(crate) fn attention(
     let name = format!("{a}self_attn.o_proj");
     let o = d.whole(name.clone(), dims.hidden);
     d.linear(&name, &[o], dims.heads * dims.head_dim, Input::Split, Slots::PerPart)?;
+    let attention = format!("{a}self_attn.");
+    kv_scales(d, [&attention, &attention], "attn")?;
     norm(d, &format!("{a}post_attention_layernorm"), dims.hidden);
     Ok(())
 }

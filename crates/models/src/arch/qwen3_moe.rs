@@ -33,7 +33,7 @@ pub(super) fn declare(d: &mut Declare<'_>, model: &Model) -> Result<(), PlanErro
         d.replicated(&router, &router, &[routed, dims.hidden]);
         let name = format!("{a}mlp.experts");
         let sources = (0..routed).map(|e| format!("{name}.{e}")).collect();
-        moe::experts(d, &Experts { name, sources, routed, inner, hidden: dims.hidden })?;
+        d.experts(&Experts { name, sources, routed, inner, hidden: dims.hidden })?;
     }
     dense::head(d, &dims)
 }

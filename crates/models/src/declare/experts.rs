@@ -3,7 +3,10 @@
 //! Source: reference §2.3, §3.5; contract §4, "Sharding".
 
 use crate::{
-    declare::{Declare, ParamId, Split, linear::Matrix},
+    declare::{
+        Declare, ParamId, Split, finish,
+        linear::{Matrix, Scalars},
+    },
     dtype::{Dtype, elem_bytes},
     error::PlanError,
     options::KernelLayout,
@@ -35,8 +38,14 @@ pub struct ExpertParams {
     pub w13: ParamId,
     /// The down weights.
     pub w2: ParamId,
-    /// Experts on one rank.
+    /// Their block scales, if the scheme has any.
+    pub scales: Option<[ParamId; 2]>,
+    /// Their per-tensor scalars, if the scheme has any: of w13, of w2.
+    pub scalars: [Scalars; 2],
+    /// Experts on one rank, a fused shared one included.
     pub local: u64,
+    /// Routed experts of one expert group.
+    pub per_group: u64,
     /// Rows of one half of w13 on a rank, padding included.
     pub inner: u64,
 }
@@ -69,22 +78,38 @@ impl Declare<'_> {
     pub fn experts(&mut self, experts: &Experts) -> Result<ExpertParams, PlanError> {
         let scheme = self.expert_scheme(experts)?;
         let cut = self.expert_cut(experts, scheme)?;
-        let mut made =
-            ExpertParams { scheme, w13: 0, w2: 0, local: cut.local, inner: cut.inner_padded };
+        let mut made = ExpertParams {
+            scheme,
+            w13: 0,
+            w2: 0,
+            scales: None,
+            scalars: Default::default(),
+            local: cut.local,
+            per_group: cut.per_group,
+            inner: cut.inner_padded,
+        };
         for stored in scheme.stored() {
             match stored.content {
                 Content::Matrix { row_unit, col_unit } => {
                     let form = self.form(scheme, stored, row_unit, col_unit);
                     let w13 = self.w13(experts, &cut, stored.suffix, form);
                     let w2 = self.w2(experts, &cut, stored.suffix, form);
-                    if !stored.suffix.starts_with("weight_scale") {
+                    if stored.is_scale() {
+                        made.scales = Some([w13, w2]);
+                    } else {
                         (made.w13, made.w2) = (w13, w2);
                     }
                 }
-                Content::Scalar => self.expert_scalars(experts, &cut, stored.suffix),
+                Content::Scalar => {
+                    let params = self.expert_scalars(experts, &cut, stored.suffix);
+                    for (scalars, param) in made.scalars.iter_mut().zip(params) {
+                        scalars.set(stored.suffix, param);
+                    }
+                }
                 Content::Shape => self.expert_shapes(experts, &cut, stored.suffix),
             }
         }
+        finish::experts(self, experts, &made)?;
         Ok(made)
     }
 
@@ -114,17 +139,6 @@ impl Declare<'_> {
             return refuse(found, "tp/ep must divide moe_intermediate_size");
         }
         let inner = experts.inner / moe_tp;
-        let group = scheme.k_group();
-        // FP8 blocks may be partial along the hidden dimension, but not where experts are cut
-        let hidden_whole = scheme == Scheme::Fp8 || experts.hidden % group == 0;
-        if inner % group != 0 || !hidden_whole {
-            let found = format!(
-                "moe_intermediate_size {} / {moe_tp} ranks = {inner}, hidden_size {}",
-                experts.inner, experts.hidden
-            );
-            let expected = format!("whole groups of {group} for {}", scheme.name());
-            return refuse(found, &expected);
-        }
         let kernels = self.layout.kernels;
         let inner_padded = match (kernels, scheme) {
             (KernelLayout::Trtllm, Scheme::Bf16 | Scheme::Fp8 | Scheme::Nvfp4) => {
@@ -133,6 +147,18 @@ impl Declare<'_> {
             (KernelLayout::Aiter, Scheme::Mxfp4) => inner.next_multiple_of(256),
             _ => inner,
         };
+        let group = scheme.k_group();
+        // FP8 blocks may be partial at the edge of a tensor, but not where experts are cut
+        let edges = [experts.hidden, experts.inner];
+        let edges_whole = scheme == Scheme::Fp8 || edges.iter().all(|size| size % group == 0);
+        if inner_padded % group != 0 || !edges_whole {
+            let found = format!(
+                "moe_intermediate_size {} / {moe_tp} ranks = {inner}, hidden_size {}",
+                experts.inner, experts.hidden
+            );
+            let expected = format!("whole groups of {group} for {}", scheme.name());
+            return refuse(found, &expected);
+        }
         let up_first = match kernels {
             KernelLayout::Trtllm => scheme != Scheme::Mxfp4,
             KernelLayout::FlashinferCutlass => matches!(scheme, Scheme::Bf16 | Scheme::Nvfp4),
@@ -190,7 +216,7 @@ impl Declare<'_> {
     }
 
     /// Per-tensor scalars of experts: `weight_scale_2` for the rank's own, `input_scale` for all (§3.5).
-    fn expert_scalars(&mut self, experts: &Experts, cut: &ExpertCut, suffix: &str) {
+    fn expert_scalars(&mut self, experts: &Experts, cut: &ExpertCut, suffix: &str) -> [ParamId; 2] {
         let all = suffix == "input_scale";
         let count = if all { experts.sources.len() as u64 } else { cut.local };
         let w13 = self.param(format!("{}.w13_{suffix}", experts.name), Dtype::F32, vec![count, 2]);
@@ -212,6 +238,7 @@ impl Declare<'_> {
             let source = self.scalar(format!("{module}.down_proj.{suffix}"));
             self.slot(source, members, w2, slot);
         }
+        [w13, w2]
     }
 
     fn expert_shapes(&mut self, experts: &Experts, cut: &ExpertCut, suffix: &str) {

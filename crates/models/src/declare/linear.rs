@@ -3,7 +3,7 @@
 //! Source: reference §3.2; contract §4, "refused with exit 2".
 
 use crate::{
-    declare::{Accept, Declare, ParamId, Split},
+    declare::{Accept, Declare, ParamId, Split, finish},
     dtype::{Dtype, elem_bytes},
     error::PlanError,
     parallel::Members,
@@ -50,6 +50,30 @@ pub struct LinearParams {
     pub weight: ParamId,
     /// The block scale's parameter, if the scheme has one.
     pub scale: Option<ParamId>,
+    /// The parameters of per-tensor scalars in the scheme's order, if it has any.
+    pub scalars: Scalars,
+    /// Output rows on one rank, padding not counted.
+    pub rows: u64,
+    /// Input elements on one rank, padding not counted.
+    pub k: u64,
+}
+
+/// The parameters of a scheme's per-tensor scalars.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Scalars {
+    /// `weight_scale_2`.
+    pub scale_2: ParamId,
+    /// `input_scale`.
+    pub input_scale: ParamId,
+}
+
+impl Scalars {
+    pub(super) fn set(&mut self, suffix: &str, param: ParamId) {
+        match suffix {
+            "input_scale" => self.input_scale = param,
+            _ => self.scale_2 = param,
+        }
+    }
 }
 
 /// How the weights of one linear part are laid out in its tensors.
@@ -59,6 +83,8 @@ pub(super) struct Matrix {
     pub(super) col_unit: u64,
     pub(super) dtype: Dtype,
     pub(super) accept: Accept,
+    /// What rows and elements of K are rounded up to in the parameter; the rest is zero.
+    pub(super) pad: (u64, u64),
 }
 
 impl Declare<'_> {
@@ -126,24 +152,41 @@ impl Declare<'_> {
     ) -> Result<LinearParams, PlanError> {
         let scheme = self.common_scheme(name, parts.iter().map(|p| p.source.as_str()))?;
         self.check_blocks(name, scheme, parts, k, input)?;
-        let mut made = LinearParams { scheme, weight: 0, scale: None };
+        let mut made = LinearParams {
+            scheme,
+            weight: 0,
+            scale: None,
+            scalars: Scalars::default(),
+            rows: parts.iter().map(|p| p.per).sum(),
+            k: match input {
+                Input::Whole => k,
+                Input::Split => k / u64::from(self.parallel.tp()),
+            },
+        };
         for stored in scheme.stored() {
             let full = format!("{name}.{}", stored.suffix);
             match stored.content {
                 Content::Matrix { row_unit, col_unit } => {
-                    let form = self.form(scheme, stored, row_unit, col_unit);
+                    let mut form = self.form(scheme, stored, row_unit, col_unit);
+                    if !stored.is_scale() {
+                        form.pad = finish::linear_padding(scheme, self.layout.kernels);
+                    }
                     let param = self.matrix(full, stored.suffix, parts, k, input, form);
-                    if stored.suffix.starts_with("weight_scale") {
+                    if stored.is_scale() {
                         made.scale = Some(param);
                     } else {
                         made.weight = param;
                     }
                 }
-                Content::Scalar => self.linear_scalars(full, stored.suffix, parts, slots),
+                Content::Scalar => {
+                    let param = self.linear_scalars(full, stored.suffix, parts, slots);
+                    made.scalars.set(stored.suffix, param);
+                }
                 Content::Shape => self.linear_shape(full, stored.suffix, parts),
             }
         }
         self.bias(name, parts, input);
+        finish::linear(self, name, &made);
         Ok(made)
     }
 
@@ -157,7 +200,7 @@ impl Declare<'_> {
     ) -> Matrix {
         let dtype = if scheme == Scheme::Bf16 { self.dtype } else { stored.dtype };
         let accept = if stored.float { Accept::AnyFloat } else { Accept::Exactly(stored.dtype) };
-        Matrix { row_unit, col_unit, dtype, accept }
+        Matrix { row_unit, col_unit, dtype, accept, pad: (1, 1) }
     }
 
     fn matrix(
@@ -176,8 +219,12 @@ impl Declare<'_> {
         };
         let stored_per = |p: &Part| p.per.div_ceil(form.row_unit);
         let rows: u64 = parts.iter().map(stored_per).sum();
-        let stride = per_cols * elem_bytes(form.dtype);
-        let param = self.param(name, form.dtype, vec![rows, per_cols]);
+        // both units divide what they are padded to: packed weights have a row unit of 1, and pad K to 32 or 64
+        let padded_cols = (per_cols * form.col_unit).next_multiple_of(form.pad.1) / form.col_unit;
+        let stride = padded_cols * elem_bytes(form.dtype);
+        let shape = vec![rows.next_multiple_of(form.pad.0), padded_cols];
+        let param = self.param(name, form.dtype, shape);
+        self.param_mut(param).filled_bytes = rows * stride;
         let mut at = 0;
         for part in parts {
             let stored_rows = part.rows.div_ceil(form.row_unit);
@@ -193,7 +240,13 @@ impl Declare<'_> {
         param
     }
 
-    fn linear_scalars(&mut self, name: String, suffix: &str, parts: &[Part], slots: Slots) {
+    fn linear_scalars(
+        &mut self,
+        name: String,
+        suffix: &str,
+        parts: &[Part],
+        slots: Slots,
+    ) -> ParamId {
         let count = if slots == Slots::First { 1 } else { parts.len() as u64 };
         let param = self.param(name, Dtype::F32, vec![count]);
         for (i, part) in parts.iter().enumerate() {
@@ -206,6 +259,7 @@ impl Declare<'_> {
                     .push((source, "the first part's scalar counts for the fused layer"));
             }
         }
+        param
     }
 
     fn linear_shape(&mut self, name: String, suffix: &str, parts: &[Part]) {
