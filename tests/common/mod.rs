@@ -57,7 +57,8 @@ pub fn load(plan: &Plan) -> Loaded {
 
 pub fn load_with(plan: &Plan, options: &RunOptions) -> Result<Loaded, LoadError> {
     let group = runtime().block_on(run(plan, options, progress_of(plan)))?;
-    Ok(Loaded { ranks: group.ranks, reports: group.reports })
+    let reports = group.reports.clone();
+    Ok(Loaded { ranks: group.into_ranks()?, reports })
 }
 
 pub fn runtime() -> tokio::runtime::Runtime {

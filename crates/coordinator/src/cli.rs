@@ -13,8 +13,9 @@ use crate::{
     digest,
     discover::discover,
     error::LoadError,
+    group::Group,
     inspect::Inspection,
-    load::{Group, load, progress_of},
+    load::{RunOptions, load, progress_of},
     out,
     plan::{Plan, PlanOptions},
     report::Report,
@@ -81,9 +82,9 @@ fn print(value: &impl Serialize, json: bool, text: impl FnOnce() -> String) {
     }
 }
 
-fn make_plan(arguments: &PlanArgs, phases: &mut Phases) -> Result<Plan, LoadError> {
+fn make_plan(arguments: &PlanArgs, source: &str, phases: &mut Phases) -> Result<Plan, LoadError> {
     arguments.check_supported()?;
-    let dir = phases.measure("source", || source::resolve(&arguments.source))?;
+    let dir = phases.measure("source", || source::resolve(source))?;
     let discovered = phases.measure("headers", || discover(&dir))?;
     let options = arguments.plan_options();
     phases.measure("plan", || Plan::new(discovered, &options))
@@ -91,7 +92,7 @@ fn make_plan(arguments: &PlanArgs, phases: &mut Phases) -> Result<Plan, LoadErro
 
 fn run_plan(arguments: &PlanArgs, json: bool) -> Result<(), LoadError> {
     let mut phases = Phases::default();
-    let plan = make_plan(arguments, &mut phases)?;
+    let plan = make_plan(arguments, &arguments.source, &mut phases)?;
     let mut report = Report::forecast(&plan, &arguments.source);
     report.phases = phases.0;
     print(&report, json, || report.table());
@@ -127,39 +128,74 @@ fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
 }
 
 fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
-    let mut phases = Phases::default();
-    let plan = make_plan(&arguments.plan, &mut phases)?;
-    for warning in &plan.placement().warnings {
-        tracing::warn!("{warning}");
-    }
-    let group = phases.measure("load", || run_ranks(&plan, arguments))?;
-    let mut report = Report::of_load(&plan, &arguments.plan.source, &group);
+    let mut steps = plan_steps(arguments)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_time()
+        .build()
+        .map_err(|e| LoadError::Runtime(e.to_string()))?;
+    let group = run_steps(&runtime, &mut steps, &arguments.run_options());
+    // a read that hangs in the kernel must not keep the process from ending
+    runtime.shutdown_background();
+    let group = group?;
+    // what is held now is the last step's; it is also what is reported
+    let Some(Step { source, plan, mut phases }) = steps.pop() else { return Ok(()) };
+    let mut report = Report::of_load(&plan, source, &group);
     report.seconds = Some(phases.ready_seconds());
+    let ranks = group.ranks()?;
     if !arguments.no_digest {
-        report.digest = Some(phases.measure("digest", || digest::group_digest(&group.ranks)));
+        report.digest = Some(phases.measure("digest", || digest::group_digest(ranks)));
     }
     if let Some(dir) = &arguments.out {
-        let source = &arguments.plan.source;
-        phases.measure("out", || out::write(dir, &plan, &group.ranks, source))?;
+        phases.measure("out", || out::write(dir, &plan, ranks, source))?;
     }
     report.phases = phases.0;
     print(&report, json, || report.table());
     Ok(())
 }
 
-fn run_ranks(plan: &Plan, arguments: &LoadArgs) -> Result<Group, LoadError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_time()
-        .build()
-        .map_err(|e| LoadError::Runtime(e.to_string()))?;
-    let progress = progress_of(plan);
-    let watch = watch::Watch::start(plan, &progress);
-    let group = runtime.block_on(load(plan, &arguments.run_options(), progress));
-    watch.stop();
-    // a read that hangs in the kernel must not keep the process from ending
-    runtime.shutdown_background();
-    group
+/// One checkpoint of a `load` command: the first, or one that is reloaded.
+struct Step<'a> {
+    source: &'a str,
+    plan: Plan,
+    phases: Phases,
+}
+
+/// Plans the load and all reloads before any weight is read.
+fn plan_steps(arguments: &LoadArgs) -> Result<Vec<Step<'_>>, LoadError> {
+    let mut steps: Vec<Step<'_>> = Vec::new();
+    for source in [&arguments.plan.source].into_iter().chain(&arguments.reload) {
+        let mut phases = Phases::default();
+        let plan = make_plan(&arguments.plan, source, &mut phases)?;
+        for warning in &plan.placement().warnings {
+            tracing::warn!("{source}: {warning}");
+        }
+        if let Some(first) = steps.first() {
+            let same = first.plan.placement().same_parameters(plan.placement());
+            same.map_err(|e| LoadError::Plan { path: plan.dir.clone(), source: e })?;
+        }
+        steps.push(Step { source, plan, phases });
+    }
+    Ok(steps)
+}
+
+fn run_steps(
+    runtime: &tokio::runtime::Runtime,
+    steps: &mut [Step<'_>],
+    options: &RunOptions,
+) -> Result<Group, LoadError> {
+    let mut held: Option<Group> = None;
+    for Step { plan, phases, .. } in steps {
+        let progress = progress_of(plan);
+        let watch = watch::Watch::start(plan, &progress);
+        let done = phases.measure("load", || match &mut held {
+            Some(group) => runtime.block_on(group.reload(plan, progress)),
+            None => runtime.block_on(load(plan, options, progress)).map(|g| held = Some(g)),
+        });
+        watch.stop();
+        done?;
+    }
+    held.ok_or_else(|| LoadError::Runtime("nothing was loaded".into()))
 }
 
 /// Seconds by phase.

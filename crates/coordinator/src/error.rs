@@ -64,6 +64,32 @@ pub enum LoadError {
         /// Its length now.
         found: u64,
     },
+    /// A file was written while it was being read, or since.
+    #[error("{}: was written while or after it was read; the bytes may be a mix", .path.display())]
+    FileModified {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A reload failed after the first write.
+    #[error("reload failed, {}", match .not_restored {
+        None => format!("the weights of {} are back in place", .kept.display()),
+        Some(why) => format!("the weights of {} could not be restored ({why}), the group is not ready", .kept.display()),
+    })]
+    Reload {
+        /// The checkpoint that the group held before.
+        kept: PathBuf,
+        /// Why its weights are not back; `None`: they are.
+        not_restored: Option<String>,
+        /// Why the reload failed.
+        #[source]
+        source: Box<LoadError>,
+    },
+    /// A group has no complete weights to hand out.
+    #[error("the group is not ready: {why}")]
+    NotReady {
+        /// What happened.
+        why: String,
+    },
     /// The host has too little memory for what the plan needs.
     #[error(
         "{ranks} ranks need {needed} of host memory ({parameters} of parameters, {staging} of staging), {available} are available; use fewer ranks per host or a smaller --memory-limit"
@@ -107,7 +133,12 @@ impl LoadError {
     pub fn exit_code(&self) -> u8 {
         match self {
             LoadError::Rank { source: RankError::Values { .. }, .. } => 2,
-            LoadError::Rank { .. } | LoadError::RankDied { .. } | LoadError::Runtime(_) => 1,
+            LoadError::Reload { source, .. } => source.exit_code(),
+            LoadError::Rank { .. }
+            | LoadError::RankDied { .. }
+            | LoadError::FileModified { .. }
+            | LoadError::NotReady { .. }
+            | LoadError::Runtime(_) => 1,
             LoadError::Io { .. }
             | LoadError::FileChanged { .. }
             | LoadError::Source { .. }

@@ -6,7 +6,8 @@
 //! | 2 | placement | `longshore_models::placement` | model, headers, group → where each byte belongs |
 //! | 3 | assignment | [`assignment`], [`plan`] | placement → who reads what; one checked [`plan::Plan`] |
 //! | 4–6 | streaming, exchange, post-processing | `longshore_rank`, started by [`load`](mod@load) | plan → complete parameters |
-//! | 7 | results | [`digest`], [`out`], [`report`] | complete parameters → digest, files, JSON, table |
+//! | 7 | complete ranks, reload in place | [`group`] | complete parameters of one checkpoint → of another |
+//! | 8 | results | [`digest`], [`out`], [`report`] | complete parameters → digest, files, JSON, table |
 //!
 //! ```
 //! use longshore::{discover::discover, load, plan, synth};
@@ -21,7 +22,7 @@
 //! let progress = load::progress_of(&plan);
 //! let group = runtime.block_on(load::load(&plan, &load::RunOptions::default(), progress))?;
 //!
-//! let first = group.ranks[1].iter().next().expect("a model has parameters");
+//! let first = group.ranks()?[1].iter().next().expect("a model has parameters");
 //! assert_eq!((first.name, first.shape), ("model.embed_tokens.weight", &[256, 128][..]));
 //! # Ok(())
 //! # }
@@ -32,6 +33,7 @@ pub mod cli;
 pub mod digest;
 pub mod discover;
 pub mod error;
+pub mod group;
 pub mod inspect;
 pub mod load;
 pub mod out;

@@ -3,9 +3,9 @@
 use std::{sync::Arc, time::Instant};
 
 use longshore_rank::{
-    params::ReadyParams,
-    protocol::{LoadPlan, Progress, RankReport},
-    storage::{CheckpointSource, IoChoice},
+    params::{ParamMemory, ReadyParams},
+    protocol::{Generation, Progress, RankReport},
+    storage::{CheckpointSource, FileIdentity, IoChoice},
     stream::slab_bytes,
 };
 use ractor::Actor;
@@ -14,6 +14,7 @@ use tracing::info;
 
 use crate::{
     error::LoadError,
+    group::Group,
     plan::Plan,
     report::bytes_text,
     supervisor::{Supervisor, SupervisorArguments},
@@ -28,17 +29,6 @@ pub struct RunOptions {
     pub concurrency: Option<usize>,
 }
 
-/// A group of ranks that are all complete.
-#[derive(Debug)]
-pub struct Group {
-    /// Each rank's finished parameters.
-    pub ranks: Vec<ReadyParams>,
-    /// What each rank did.
-    pub reports: Vec<RankReport>,
-    /// Seconds from opening the files until every rank was ready.
-    pub seconds: f64,
-}
-
 /// The counters of a load's ranks, to be watched while it runs.
 pub fn progress_of(plan: &Plan) -> Vec<Arc<Progress>> {
     plan.load.reads.iter().map(|_| Arc::default()).collect()
@@ -47,7 +37,8 @@ pub fn progress_of(plan: &Plan) -> Vec<Arc<Progress>> {
 /// A plan whose files are open; nothing has been read of the weights.
 #[derive(Debug)]
 pub struct Prepared {
-    plan: Arc<LoadPlan>,
+    pub(crate) plan: Plan,
+    pub(crate) options: RunOptions,
     sources: Arc<Vec<CheckpointSource>>,
     concurrency: usize,
     opening_seconds: f64,
@@ -58,16 +49,39 @@ pub struct Prepared {
 /// # Errors
 /// A file cannot be opened or is not the one that was planned for, or memory is short.
 pub fn prepare(plan: &Plan, options: &RunOptions) -> Result<Prepared, LoadError> {
+    prepare_into(plan, options, plan.placement().parameter_bytes())
+}
+
+/// [`prepare`], for ranks that have to allocate `parameter_bytes` each (0: their memory is there already).
+pub(crate) fn prepare_into(
+    plan: &Plan,
+    options: &RunOptions,
+    parameter_bytes: u64,
+) -> Result<Prepared, LoadError> {
     let started = Instant::now();
     let sources = open_sources(plan, options.io)?;
     let concurrency = concurrency(plan, options, &sources);
-    check_host_memory(plan, concurrency)?;
+    check_host_memory(plan, parameter_bytes, concurrency)?;
     Ok(Prepared {
-        plan: Arc::clone(&plan.load),
+        plan: plan.clone(),
+        options: *options,
         sources: Arc::new(sources),
         concurrency,
         opening_seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+impl Prepared {
+    /// Makes sure that the files are those that a load read earlier.
+    pub(crate) fn check_identities(&self, earlier: &[FileIdentity]) -> Result<(), LoadError> {
+        let pairs = self.sources.iter().zip(earlier);
+        match pairs.into_iter().find(|(source, earlier)| source.identity != **earlier) {
+            None => Ok(()),
+            Some((source, _)) => {
+                Err(LoadError::FileModified { path: self.plan.dir.join(&source.name) })
+            }
+        }
+    }
 }
 
 /// Runs a prepared load, with all ranks as actors of this process.
@@ -80,13 +94,38 @@ pub fn prepare(plan: &Plan, options: &RunOptions) -> Result<Prepared, LoadError>
 /// # Cancel safety
 /// Dropping the future lets the ranks go on until they are done; their memory is freed then.
 pub async fn run(prepared: Prepared, progress: Vec<Arc<Progress>>) -> Result<Group, LoadError> {
+    let finished = attempt(&prepared, FIRST_GENERATION, None, progress).await?;
+    Ok(Group::new(prepared, finished))
+}
+
+/// The generation of a first load.
+const FIRST_GENERATION: Generation = 1;
+
+/// What one attempt at a load ended with.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub(crate) ranks: Vec<ReadyParams>,
+    pub(crate) reports: Vec<RankReport>,
+    pub(crate) files: Vec<FileIdentity>,
+    pub(crate) generation: Generation,
+    pub(crate) seconds: f64,
+}
+
+/// One attempt at a load: into new memory, or into `reuse` in place.
+pub(crate) async fn attempt(
+    prepared: &Prepared,
+    generation: Generation,
+    reuse: Option<Vec<Arc<ParamMemory>>>,
+    progress: Vec<Arc<Progress>>,
+) -> Result<Finished, LoadError> {
     let started = Instant::now();
     let (done, outcome) = oneshot::channel();
     let arguments = SupervisorArguments {
-        generation: 1,
-        plan: prepared.plan,
-        sources: prepared.sources,
+        generation,
+        plan: Arc::clone(&prepared.plan.load),
+        sources: Arc::clone(&prepared.sources),
         concurrency: prepared.concurrency,
+        reuse,
         progress,
         done,
     };
@@ -98,8 +137,19 @@ pub async fn run(prepared: Prepared, progress: Vec<Arc<Progress>>) -> Result<Gro
     let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
     // the actors have nothing left to do; only their mailboxes go away here
     handle.await.map_err(|e| LoadError::Runtime(e.to_string()))?;
+    let files = unchanged_files(prepared)?;
     let (ranks, reports) = ready.into_iter().unzip();
-    Ok(Group { ranks, reports, seconds })
+    Ok(Finished { ranks, reports, files, generation, seconds })
+}
+
+/// The files' identities, the same now as when they were opened: bytes of a file that was written meanwhile may be
+/// half old, half new.
+fn unchanged_files(prepared: &Prepared) -> Result<Vec<FileIdentity>, LoadError> {
+    let same = |source: &CheckpointSource| match source.identity_now() {
+        Ok(now) if now == source.identity => Ok(now),
+        _ => Err(LoadError::FileModified { path: prepared.plan.dir.join(&source.name) }),
+    };
+    prepared.sources.iter().map(same).collect()
 }
 
 /// [`prepare`], then [`run`].
@@ -120,11 +170,11 @@ fn open_sources(plan: &Plan, io: IoChoice) -> Result<Vec<CheckpointSource>, Load
     for file in files {
         let source = CheckpointSource::open(&plan.dir, &file.name, io)
             .map_err(|source| LoadError::Rank { rank: 0, source })?;
-        if source.bytes != file.bytes {
+        if source.identity.bytes != file.bytes {
             return Err(LoadError::FileChanged {
                 path: plan.dir.join(&file.name),
                 planned: file.bytes,
-                found: source.bytes,
+                found: source.identity.bytes,
             });
         }
         sources.push(source);
@@ -165,9 +215,13 @@ fn concurrency(plan: &Plan, options: &RunOptions, sources: &[CheckpointSource]) 
 }
 
 /// Refuses up front what the host cannot hold: being killed halfway helps nobody.
-fn check_host_memory(plan: &Plan, concurrency: usize) -> Result<(), LoadError> {
+fn check_host_memory(
+    plan: &Plan,
+    parameter_bytes: u64,
+    concurrency: usize,
+) -> Result<(), LoadError> {
     let ranks = plan.load.reads.len() as u64;
-    let parameters = ranks * plan.placement().parameter_bytes();
+    let parameters = ranks * parameter_bytes;
     let staging = ranks * concurrency as u64 * slab_bytes(plan.load.read_bytes_max);
     match available_memory() {
         Some(available) if parameters + staging > available => Err(LoadError::HostMemory {

@@ -90,8 +90,8 @@ pub struct RankForecast {
     pub sent_bytes: u64,
 }
 
-/// A checked plan.
-#[derive(Debug)]
+/// A checked plan; cheap to clone.
+#[derive(Debug, Clone)]
 pub struct Plan {
     /// The checkpoint's directory.
     pub dir: PathBuf,

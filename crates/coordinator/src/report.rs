@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write};
 use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
 use serde::Serialize;
 
-use crate::{load::Group, plan::Plan};
+use crate::{group::Group, plan::Plan};
 
 /// What was loaded, for whom: the keys that manifest and JSON share.
 #[derive(Debug, Clone, Serialize)]
@@ -205,6 +205,7 @@ impl Report {
             entry.peak_rss_bytes = rss;
             entry.seconds = Some(report.elapsed.as_secs_f64());
         }
+        this.generation = group.generation();
         this.storage_bytes_read = group.reports.iter().map(|r| r.storage_bytes_read).sum();
         this.padding_bytes_read = group.reports.iter().map(|r| r.padding_bytes_read).sum();
         this.exchanged_bytes = group.reports.iter().map(|r| r.received_bytes).sum();

@@ -1,13 +1,13 @@
 //! The coordinator's actor: brings up the ranks of one load, watches them, ends it.
 //!
-//! allocate on all → load on all → start on all → ready from all. The first failure, reported or seen by supervision,
+//! allocate on all (or take over what an earlier load left) → load on all → start on all → ready from all. The first failure, reported or seen by supervision,
 //! stops every rank and is the load's answer; what the others say afterwards no longer matters.
 
 use std::sync::Arc;
 
 use longshore_rank::{
     actor::{RankActor, RankArguments},
-    params::ReadyParams,
+    params::{ParamMemory, ReadyParams},
     protocol::{
         Generation, LoadPlan, Peer, Progress, RankCommand, RankEvent, RankEventKind, RankMessage,
         RankReport,
@@ -33,6 +33,8 @@ pub(crate) struct SupervisorArguments {
     pub(crate) plan: Arc<LoadPlan>,
     pub(crate) sources: Arc<Vec<CheckpointSource>>,
     pub(crate) concurrency: usize,
+    /// Memory of an earlier load, rank by rank, to be written again in place.
+    pub(crate) reuse: Option<Vec<Arc<ParamMemory>>>,
     pub(crate) progress: Vec<Arc<Progress>>,
     pub(crate) done: oneshot::Sender<Outcome>,
 }
@@ -74,14 +76,16 @@ impl Actor for Supervisor {
             concurrency: arguments.concurrency,
             ranks,
             peers: vec![None; count],
-            ready: vec![None; count],
+            ready: (0..count).map(|_| None).collect(),
             done: Some(arguments.done),
         };
         let placement = &state.plan.placement;
-        state.tell_all(|| RankCommand::Allocate {
-            generation: state.generation,
-            placement: Arc::clone(placement),
-        });
+        for (rank, actor) in state.ranks.iter().enumerate() {
+            let reuse = arguments.reuse.as_ref().map(|all| Arc::clone(&all[rank]));
+            let placement = Arc::clone(placement);
+            let generation = state.generation;
+            tell(actor, RankCommand::Allocate { generation, placement, reuse });
+        }
         Ok(state)
     }
 
@@ -175,9 +179,11 @@ impl SupervisorState {
     }
 
     fn tell_all(&self, command: impl Fn() -> RankCommand) {
-        for rank in &self.ranks {
-            // a rank that cannot be told is dead, and supervision says so
-            let _ = rank.cast(RankMessage::Command(command()));
-        }
+        self.ranks.iter().for_each(|rank| tell(rank, command()));
     }
+}
+
+fn tell(rank: &ActorRef<RankMessage>, command: RankCommand) {
+    // a rank that cannot be told is dead, and supervision says so
+    let _ = rank.cast(RankMessage::Command(command));
 }

@@ -68,8 +68,8 @@ impl Actor for RankActor {
         state: &mut RankState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            RankMessage::Command(RankCommand::Allocate { generation, placement }) => {
-                state.allocate(myself, generation, placement);
+            RankMessage::Command(RankCommand::Allocate { generation, placement, reuse }) => {
+                state.allocate(myself, generation, placement, reuse);
             }
             RankMessage::Command(RankCommand::Load {
                 generation,
@@ -103,10 +103,14 @@ impl RankState {
         myself: ActorRef<RankMessage>,
         generation: Generation,
         placement: Arc<Placement>,
+        reuse: Option<Arc<ParamMemory>>,
     ) {
-        let kind = match ParamMemory::new(placement, self.arguments.rank) {
+        let memory = match reuse {
+            Some(memory) => Ok(memory),
+            None => ParamMemory::new(placement, self.arguments.rank).map(Arc::new),
+        };
+        let kind = match memory {
             Ok(memory) => {
-                let memory = Arc::new(memory);
                 self.memory = Some(Arc::clone(&memory));
                 let progress = Arc::clone(&self.arguments.progress);
                 RankEventKind::Allocated(Peer { memory, progress, actor: myself })

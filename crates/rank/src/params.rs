@@ -46,7 +46,24 @@ impl ParamMemory {
         Ok(Self { placement, region, offsets, missing })
     }
 
-    /// The placement that this memory was made for.
+    /// Gets ready to be written again, in place, by a load of `placement`: every byte counts as missing, and padding,
+    /// which post-processing may have moved, is zero where no piece of `placement` will write.
+    ///
+    /// Takes `&mut self`, so that nobody else reads or writes meanwhile (RNK-5). `placement` has the same parameters
+    /// ([`Placement::same_parameters`]).
+    pub fn begin_again(&mut self, placement: Arc<Placement>, rank: u32) {
+        self.missing = placement.landing_bytes(rank).into_iter().map(AtomicU64::new).collect();
+        placement.padding(rank, |param, range| {
+            let start = (self.offsets[param as usize] + range.start) as usize;
+            let bytes = range.len() as usize;
+            self.region.touch(start, bytes);
+            // SAFETY: `at` checks that the range lies within the region; `&mut self` makes the access exclusive.
+            unsafe { self.region.at(start, bytes).as_ptr().write_bytes(0, bytes) };
+        });
+        self.placement = placement;
+    }
+
+    /// The placement that this memory was filled by, or is being filled by.
     pub fn placement(&self) -> &Placement {
         &self.placement
     }
@@ -133,8 +150,9 @@ pub struct ParamView<'a> {
     pub bytes: &'a [u8],
 }
 
-/// The finished parameters of one rank. Exists only for a rank that is complete.
-#[derive(Debug, Clone)]
+/// The finished parameters of one rank. Exists only for a rank that is complete, and is the only way to read them; a
+/// reload takes it away ([`ReadyParams::into_memory`]) and gives a new one when it is complete.
+#[derive(Debug)]
 pub struct ReadyParams {
     /// The rank.
     pub rank: u32,
@@ -146,6 +164,11 @@ impl ReadyParams {
     pub(crate) fn new(rank: u32, memory: Arc<ParamMemory>) -> Option<Self> {
         let complete = (0..memory.missing.len()).all(|p| memory.missing(p as ParamId) == 0);
         complete.then_some(Self { rank, memory })
+    }
+
+    /// Gives up the right to read, and with it the memory.
+    pub fn into_memory(self) -> Arc<ParamMemory> {
+        self.memory
     }
 
     /// All parameters, in model order.

@@ -64,12 +64,14 @@ pub struct Peer {
 /// From the coordinator to a rank.
 #[derive(Debug)]
 pub enum RankCommand {
-    /// Allocate parameters.
+    /// Get hold of memory for parameters.
     Allocate {
         /// The generation.
         generation: Generation,
         /// What to hold.
         placement: Arc<Placement>,
+        /// Memory of an earlier load of the same parameters, to be written again in place; `None`: new memory.
+        reuse: Option<Arc<ParamMemory>>,
     },
     /// Get ready to read, place, exchange and finish; other ranks may land bytes here from now on.
     Load {

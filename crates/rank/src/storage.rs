@@ -5,8 +5,12 @@ mod probe;
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
     path::Path,
+    time::SystemTime,
 };
 
 use longshore_models::byte_range::ByteRange;
@@ -36,13 +40,35 @@ pub struct IoMode {
     pub resident: Option<f64>,
 }
 
+/// What tells one state of a file from another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileIdentity {
+    /// Its length.
+    pub bytes: u64,
+    /// When it was last written.
+    modified: Option<SystemTime>,
+    /// Its number within its device, and the device.
+    inode: (u64, u64),
+}
+
+impl FileIdentity {
+    fn of(file: &File) -> io::Result<Self> {
+        let data = file.metadata()?;
+        Ok(Self {
+            bytes: data.len(),
+            modified: data.modified().ok(),
+            inode: (data.ino(), data.dev()),
+        })
+    }
+}
+
 /// An open checkpoint file.
 #[derive(Debug)]
 pub struct CheckpointSource {
     /// Name within the checkpoint, for messages.
     pub name: String,
-    /// Length when it was opened.
-    pub bytes: u64,
+    /// What it was when it was opened.
+    pub identity: FileIdentity,
     /// How it is read.
     pub mode: IoMode,
     buffered: File,
@@ -62,7 +88,7 @@ impl CheckpointSource {
         let path = dir.join(name);
         let failed = |source| RankError::Open { file: name.to_owned(), source };
         let buffered = File::open(&path).map_err(failed)?;
-        let bytes = buffered.metadata().map_err(failed)?.len();
+        let identity = FileIdentity::of(&buffered).map_err(failed)?;
         let (mut mode, wanted) = match choice {
             IoChoice::Buffered => {
                 (IoMode { direct: false, reason: "asked for", resident: None }, false)
@@ -71,7 +97,7 @@ impl CheckpointSource {
                 (IoMode { direct: true, reason: "asked for", resident: None }, true)
             }
             IoChoice::Auto => {
-                let resident = probe::resident_share(&buffered, bytes);
+                let resident = probe::resident_share(&buffered, identity.bytes);
                 let direct = resident.is_some_and(|share| share < CACHED_SHARE);
                 let reason = match (resident, direct) {
                     (None, _) => "page cache cannot be asked",
@@ -95,7 +121,15 @@ impl CheckpointSource {
                 }
             }
         }
-        Ok(Self { name: name.to_owned(), bytes, mode, buffered, direct })
+        Ok(Self { name: name.to_owned(), identity, mode, buffered, direct })
+    }
+
+    /// What the opened file is now.
+    ///
+    /// # Errors
+    /// The file system does not answer.
+    pub fn identity_now(&self) -> io::Result<FileIdentity> {
+        FileIdentity::of(&self.buffered)
     }
 
     /// Fills `slab` with `range`, past the page cache if that is this file's mode.
@@ -189,7 +223,7 @@ impl CheckpointSource {
     }
 
     fn truncated(&self, found: u64) -> RankError {
-        RankError::Truncated { file: self.name.clone(), found, expected: self.bytes }
+        RankError::Truncated { file: self.name.clone(), found, expected: self.identity.bytes }
     }
 }
 

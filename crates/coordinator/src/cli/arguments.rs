@@ -92,6 +92,9 @@ pub(super) struct LoadArgs {
     /// Write each rank's finished parameters to this directory.
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
+    /// Then load this checkpoint into the same parameters, in place (repeatable).
+    #[arg(long, value_name = "SOURCE")]
+    pub(super) reload: Vec<String>,
     /// Reads in flight per rank [default: what storage and cores suggest].
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..=256))]
     concurrency: Option<u16>,

@@ -1,0 +1,202 @@
+//! A group of ranks after their load: hands out complete parameters, and takes another checkpoint in place.
+//!
+//! Design: everything about the new checkpoint is validated before the first byte of it is written (headers, shapes,
+//! dtypes, completeness, the same parameters on every rank, every file open and as long as its header says). All ranks
+//! commit or none does: a failure before the first write leaves the old weights as they were; a failure while writing is
+//! repaired by loading the old checkpoint again. Where that fails too, the group is not ready, and says so instead of
+//! handing out a mix.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use longshore_rank::{
+    params::{ParamMemory, ReadyParams},
+    protocol::{Generation, Progress, RankReport},
+    storage::FileIdentity,
+};
+use tracing::{info, warn};
+
+use crate::{
+    error::LoadError,
+    load::{Finished, Prepared, RunOptions, attempt, prepare_into, progress_of},
+    plan::Plan,
+};
+
+/// How long a reload waits for the reads of an earlier attempt that failed; a read from local storage takes far less.
+const QUIET_AFTER: Duration = Duration::from_secs(30);
+
+/// A group of ranks that holds the weights of one checkpoint.
+#[derive(Debug)]
+pub struct Group {
+    /// The plan of the weights that it holds, or held last.
+    plan: Plan,
+    options: RunOptions,
+    /// The files that they came from.
+    files: Vec<FileIdentity>,
+    generation: Generation,
+    weights: Weights,
+    /// What each rank did in the load of these weights.
+    pub reports: Vec<RankReport>,
+    /// Seconds that it took, from opening the files until every rank was ready.
+    pub seconds: f64,
+}
+
+#[derive(Debug)]
+enum Weights {
+    /// Every parameter of every rank is complete.
+    Ready(Vec<ReadyParams>),
+    /// Bytes of several checkpoints may be mixed; nobody may look.
+    NotReady { memory: Vec<Arc<ParamMemory>>, why: String },
+}
+
+impl Group {
+    pub(crate) fn new(prepared: Prepared, finished: Finished) -> Self {
+        Self {
+            plan: prepared.plan,
+            options: prepared.options,
+            files: finished.files,
+            generation: finished.generation,
+            weights: Weights::Ready(finished.ranks),
+            reports: finished.reports,
+            seconds: finished.seconds,
+        }
+    }
+
+    /// Each rank's finished parameters.
+    ///
+    /// # Errors
+    /// A reload failed and could not be undone: the group is not ready until another reload succeeds.
+    pub fn ranks(&self) -> Result<&[ReadyParams], LoadError> {
+        match &self.weights {
+            Weights::Ready(ranks) => Ok(ranks),
+            Weights::NotReady { why, .. } => Err(LoadError::NotReady { why: why.clone() }),
+        }
+    }
+
+    /// Gives up the group for its ranks' parameters.
+    ///
+    /// # Errors
+    /// As [`Group::ranks`].
+    pub fn into_ranks(self) -> Result<Vec<ReadyParams>, LoadError> {
+        match self.weights {
+            Weights::Ready(ranks) => Ok(ranks),
+            Weights::NotReady { why, .. } => Err(LoadError::NotReady { why }),
+        }
+    }
+
+    /// The checkpoint that the group holds; changes only when a reload has succeeded on every rank.
+    pub fn source(&self) -> &Path {
+        &self.plan.dir
+    }
+
+    /// Counts the attempts at filling this group.
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// Loads another checkpoint into the same parameters, at the same addresses.
+    ///
+    /// # Errors
+    /// Refused before the first write (files that cannot be opened or have changed, other parameters than the group
+    /// holds): the weights are untouched. [`LoadError::Reload`]: it failed while writing, and says whether the old weights
+    /// are back; if not, [`Group::ranks`] refuses from now on.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the group not ready; another reload waits for what is still running, and mends it.
+    pub async fn reload(
+        &mut self,
+        plan: &Plan,
+        progress: Vec<Arc<Progress>>,
+    ) -> Result<(), LoadError> {
+        let same = self.plan.placement().same_parameters(plan.placement());
+        same.map_err(|source| LoadError::Plan { path: plan.dir.clone(), source })?;
+        let prepared = prepare_into(plan, &self.options, 0)?;
+        match self.write(&prepared, progress).await {
+            Ok(()) => {
+                self.plan = prepared.plan;
+                Ok(())
+            }
+            Err(cause) => Err(self.restore(cause).await),
+        }
+    }
+
+    /// Writes a prepared checkpoint over whatever the memory holds.
+    async fn write(
+        &mut self,
+        prepared: &Prepared,
+        progress: Vec<Arc<Progress>>,
+    ) -> Result<(), LoadError> {
+        self.generation += 1;
+        let reuse = self.memory_alone().await?;
+        let placement = &prepared.plan.load.placement;
+        std::thread::scope(|scope| {
+            for (rank, memory) in reuse.iter_mut().enumerate() {
+                scope.spawn(move || {
+                    // alone: `memory_alone` has just seen to it, and nobody else can clone these
+                    if let Some(memory) = Arc::get_mut(memory) {
+                        memory.begin_again(Arc::clone(placement), rank as u32);
+                    }
+                });
+            }
+        });
+        let reuse = reuse.clone();
+        let finished = attempt(prepared, self.generation, Some(reuse), progress).await?;
+        self.files = finished.files;
+        self.reports = finished.reports;
+        self.seconds = finished.seconds;
+        self.weights = Weights::Ready(finished.ranks);
+        Ok(())
+    }
+
+    /// Takes the right to read away and waits until no worker of an earlier attempt is left (RNK-5).
+    async fn memory_alone(&mut self) -> Result<&mut Vec<Arc<ParamMemory>>, LoadError> {
+        if let Weights::Ready(ranks) = &mut self.weights {
+            let memory = std::mem::take(ranks).into_iter().map(ReadyParams::into_memory).collect();
+            self.weights = Weights::NotReady { memory, why: "a reload has not ended".into() };
+        }
+        let deadline = Instant::now() + QUIET_AFTER;
+        loop {
+            let Weights::NotReady { memory, .. } = &mut self.weights else {
+                return Err(LoadError::NotReady { why: "its memory was lost".into() });
+            };
+            if memory.iter_mut().all(|m| Arc::get_mut(m).is_some()) {
+                break;
+            }
+            if Instant::now() > deadline {
+                let why = format!("a read of an earlier attempt hangs for {QUIET_AFTER:?}");
+                return Err(LoadError::NotReady { why });
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        match &mut self.weights {
+            Weights::NotReady { memory, .. } => Ok(memory),
+            Weights::Ready(_) => Err(LoadError::NotReady { why: "its memory was lost".into() }),
+        }
+    }
+
+    /// Loads the old checkpoint again, if it is still the same; says how that went.
+    async fn restore(&mut self, cause: LoadError) -> LoadError {
+        let old = self.plan.clone();
+        warn!("reload failed, loading {} again: {}", old.dir.display(), cause.line());
+        let outcome = match prepare_into(&old, &self.options, 0) {
+            Ok(prepared) => match prepared.check_identities(&self.files) {
+                Ok(()) => self.write(&prepared, progress_of(&old)).await,
+                Err(e) => Err(e),
+            },
+            Err(e) => Err(e),
+        };
+        let not_restored = outcome.err().map(|e| e.line());
+        if let Some(why) = &not_restored {
+            let text = format!("{}; restoring the old weights failed: {why}", cause.line());
+            if let Weights::NotReady { why, .. } = &mut self.weights {
+                *why = text;
+            }
+        } else {
+            info!("the weights of {} are back", old.dir.display());
+        }
+        LoadError::Reload { kept: old.dir, not_restored, source: Box::new(cause) }
+    }
+}

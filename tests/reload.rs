@@ -1,0 +1,217 @@
+//! Reload in place: B over A equals a fresh load of B, at the same addresses; what cannot be loaded whole changes nothing.
+
+#![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
+
+use std::{
+    fs::OpenOptions,
+    path::{Path, PathBuf},
+};
+
+use longshore::{
+    digest::group_digest,
+    error::LoadError,
+    group::Group,
+    load::{RunOptions, load, progress_of},
+    plan::{Exchange, Plan},
+};
+use longshore_harness::{
+    generator::{Break, Checkpoint, Family, Preset, Scheme},
+    oracle,
+    scratch::Scratch,
+};
+
+mod common;
+
+use common::{plan, runtime};
+
+fn start(plan: &Plan) -> Group {
+    let done = runtime().block_on(load(plan, &RunOptions::default(), progress_of(plan)));
+    done.unwrap_or_else(|e| panic!("{}", e.line()))
+}
+
+fn reload(group: &mut Group, plan: &Plan) -> Result<(), LoadError> {
+    runtime().block_on(group.reload(plan, progress_of(plan)))
+}
+
+fn digest(group: &Group) -> String {
+    group_digest(group.ranks().unwrap())
+}
+
+fn addresses(group: &Group) -> Vec<*const u8> {
+    let ranks = group.ranks().unwrap();
+    ranks.iter().flat_map(|r| r.iter().map(|p| p.bytes.as_ptr())).collect()
+}
+
+/// Two checkpoints that differ in their weights only.
+fn pair(scratch: &Scratch, checkpoint: &Checkpoint) -> [PathBuf; 2] {
+    [1, 2].map(|seed| {
+        let dir = scratch.join(&format!("checkpoint-{seed}"));
+        checkpoint.clone().seed(seed).write(&dir).unwrap();
+        dir
+    })
+}
+
+fn check(checkpoint: &Checkpoint, options: &oracle::Options) -> bool {
+    let scratch = Scratch::new().unwrap();
+    let [a, b] = pair(&scratch, checkpoint);
+    // what this layout cannot take is refused at once, as for a first load
+    let Ok(plan_a) = plan(&a, options, Exchange::On) else { return false };
+    let plan_b = plan(&b, options, Exchange::On).unwrap();
+    let what = format!("{checkpoint:?} {:?}", options.arguments());
+    let (fresh_a, fresh_b) = (digest(&start(&plan_a)), digest(&start(&plan_b)));
+    assert_ne!(fresh_a, fresh_b, "{what}: the two checkpoints differ");
+    let mut group = start(&plan_a);
+    let first = addresses(&group);
+    for (number, (next, want, source)) in
+        [(&plan_b, &fresh_b, &b), (&plan_a, &fresh_a, &a), (&plan_b, &fresh_b, &b)]
+            .into_iter()
+            .enumerate()
+    {
+        reload(&mut group, next).unwrap_or_else(|e| panic!("{what}: {}", e.line()));
+        assert_eq!(&digest(&group), want, "{what}: reload {number}");
+        assert_eq!(addresses(&group), first, "{what}: reload {number}");
+        assert_eq!(group.source(), source, "{what}: reload {number}");
+        assert_eq!(group.generation(), number as u64 + 2, "{what}");
+    }
+    true
+}
+
+#[test]
+fn every_family_scheme_and_layout_reloads_to_what_a_fresh_load_gives() {
+    let mut checked = 0;
+    for &family in Family::ALL {
+        for &scheme in family.schemes() {
+            for preset in [Preset::Tiny, Preset::Odd] {
+                let checkpoint =
+                    Checkpoint::new(family, scheme).preset(preset).set("num_hidden_layers", 2);
+                for layout in [None, Some("none"), Some("flashinfer-cutlass"), Some("trtllm")] {
+                    for ep in [1, 2] {
+                        let mut options = oracle::Options::tp(2).ep(ep);
+                        options.kernel_layout = layout.map(str::to_owned);
+                        checked += usize::from(check(&checkpoint, &options));
+                    }
+                }
+            }
+        }
+    }
+    assert!(checked >= 100, "only {checked} combinations were reloaded");
+}
+
+/// Padding that post-processing moved is zero again: experts of 96 rows padded to 128, rows shuffled.
+#[test]
+fn padded_parameters_reload_to_what_a_fresh_load_gives() {
+    for (family, scheme, layout) in [
+        (Family::KimiK25, Scheme::Nvfp4, "trtllm"),
+        (Family::Qwen3Moe, Scheme::Bf16, "trtllm"),
+        (Family::DeepseekV3, Scheme::Nvfp4, "trtllm"),
+    ] {
+        let checkpoint = Checkpoint::new(family, scheme)
+            .set("moe_intermediate_size", 96)
+            .set("num_hidden_layers", 2);
+        for tp in [1, 2] {
+            let options = oracle::Options::tp(tp).kernel_layout(layout);
+            assert!(check(&checkpoint, &options), "{checkpoint:?} {layout} tp {tp}");
+        }
+    }
+    let kimi = Checkpoint::new(Family::KimiK25, Scheme::Mxfp4)
+        .preset(Preset::Odd)
+        .set("moe_intermediate_size", 576)
+        .set("num_hidden_layers", 2);
+    assert!(check(&kimi, &oracle::Options::tp(2).kernel_layout("aiter")));
+}
+
+fn broken(scratch: &Scratch, kind: Break) -> PathBuf {
+    let dir = scratch.join(kind.name());
+    Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4)
+        .seed(3)
+        .break_with(kind)
+        .write(&dir)
+        .unwrap();
+    dir
+}
+
+fn truncate(dir: &Path, plan: &Plan) -> PathBuf {
+    let file = &plan.checkpoint().files[1];
+    let path = dir.join(&file.name);
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(file.bytes / 2).unwrap();
+    path
+}
+
+#[test]
+fn what_cannot_be_loaded_whole_is_refused_before_the_first_write() {
+    let scratch = Scratch::new().unwrap();
+    let [a, b] = pair(&scratch, &Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4));
+    let options = oracle::Options::tp(2);
+    let plan_a = plan(&a, &options, Exchange::On).unwrap();
+    let mut group = start(&plan_a);
+    let before = digest(&group);
+    for kind in [Break::WrongShape, Break::MissingScale, Break::TruncatedFile] {
+        let error = plan(&broken(&scratch, kind), &options, Exchange::On).unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{}", error.line());
+    }
+    // other dimensions, another layout, another group: not the same parameters
+    let larger = scratch.join("larger");
+    let checkpoint = Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4);
+    checkpoint.clone().set("num_hidden_layers", 4).write(&larger).unwrap();
+    for (dir, options) in [
+        (&larger, options.clone()),
+        (&b, options.clone().kernel_layout("none")),
+        (&b, oracle::Options::tp(1)),
+    ] {
+        let other = plan(dir, &options, Exchange::On).unwrap();
+        let error = reload(&mut group, &other).unwrap_err();
+        assert!(error.line().contains("cannot be loaded in place"), "{}", error.line());
+        assert_eq!(error.exit_code(), 2);
+    }
+    // truncated after it was planned
+    let plan_b = plan(&b, &options, Exchange::On).unwrap();
+    truncate(&b, &plan_b);
+    let error = reload(&mut group, &plan_b).unwrap_err();
+    assert!(matches!(error, LoadError::FileChanged { .. }), "{}", error.line());
+    assert_eq!((digest(&group), group.generation()), (before, 1), "untouched");
+}
+
+/// A failure after the first write: the values of one scale contradict each other, which only shows when they are read.
+fn failing(scratch: &Scratch, options: &oracle::Options) -> Plan {
+    let dir = scratch.join("failing");
+    let kv = Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4).set("quant_style", "v31");
+    kv.seed(4).write(&dir).unwrap();
+    let whole = plan(&dir, options, Exchange::On).unwrap();
+    let tensor = whole.checkpoint().tensors.iter().find(|t| t.name.ends_with("k_proj.k_scale"));
+    let tensor = tensor.unwrap();
+    let path = dir.join(whole.checkpoint().file_name(tensor));
+    let file = OpenOptions::new().write(true).open(path).unwrap();
+    use std::os::unix::fs::FileExt;
+    file.write_all_at(&(-1.0f32).to_le_bytes(), tensor.file_range.start).unwrap();
+    plan(&dir, options, Exchange::On).unwrap()
+}
+
+#[test]
+fn a_reload_that_fails_while_writing_puts_the_old_weights_back() {
+    let scratch = Scratch::new().unwrap();
+    let checkpoint = Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4).set("quant_style", "v31");
+    let [a, b] = pair(&scratch, &checkpoint);
+    let options = oracle::Options::tp(2).kernel_layout("trtllm");
+    let plan_a = plan(&a, &options, Exchange::On).unwrap();
+    let mut group = start(&plan_a);
+    let (before, at) = (digest(&group), addresses(&group));
+    let failing = failing(&scratch, &options);
+    let error = reload(&mut group, &failing).unwrap_err();
+    let LoadError::Reload { kept, not_restored, .. } = &error else {
+        panic!("{}", error.line());
+    };
+    assert_eq!((kept, not_restored), (&a, &None), "{}", error.line());
+    assert!(error.line().contains("v_scale"), "{}", error.line());
+    assert_eq!((digest(&group), addresses(&group)), (before, at));
+    assert_eq!(group.source(), a, "the label changes only on success");
+
+    // the old checkpoint is gone as well: nobody is handed a mix, until a whole one is loaded
+    truncate(&a, &plan_a);
+    let error = reload(&mut group, &failing).unwrap_err();
+    assert!(error.line().contains("not ready"), "{}", error.line());
+    let refused = group.ranks().unwrap_err();
+    assert!(refused.line().contains("not ready"), "{}", refused.line());
+    let plan_b = plan(&b, &options, Exchange::On).unwrap();
+    reload(&mut group, &plan_b).unwrap_or_else(|e| panic!("{}", e.line()));
+    assert_eq!(digest(&group), digest(&start(&plan_b)));
+}
