@@ -80,10 +80,9 @@ fn read_index(dir: &Path) -> Result<Option<Index>, LoadError> {
 fn existing_files(dir: &Path, index: &Index) -> Result<Vec<String>, CheckpointError> {
     let files = index.files();
     if let Some(missing) = files.iter().find(|f| !dir.join(f).is_file()) {
-        let tensor = index.entries().find(|(_, file)| file == missing).map_or("", |(t, _)| t);
         return Err(CheckpointError::IndexMissingFile {
             index: INDEX_FILE.into(),
-            tensor: tensor.into(),
+            tensor: index.first_tensor_of(missing).into(),
             found: (*missing).into(),
         });
     }

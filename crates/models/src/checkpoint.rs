@@ -105,19 +105,30 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Index and headers name the same tensors, each once and in the same file.
     fn check_index(&self, index: &Index) -> Result<(), CheckpointError> {
+        let mut listed = vec![false; self.tensors.len()];
         for (tensor, file) in index.entries() {
-            let found = self.get(tensor).map(|t| self.file_name(t));
-            if found != Some(file) {
-                return Err(CheckpointError::IndexMissingTensor {
-                    index: INDEX_FILE.into(),
-                    tensor: tensor.into(),
-                    expected: file.into(),
-                });
+            let id = self.by_name.get(tensor).map(|&id| id as usize);
+            match id.filter(|&id| self.file_name(&self.tensors[id]) == file) {
+                None => {
+                    return Err(CheckpointError::IndexMissingTensor {
+                        index: INDEX_FILE.into(),
+                        tensor: tensor.into(),
+                        expected: file.into(),
+                    });
+                }
+                Some(id) if listed[id] => {
+                    return Err(CheckpointError::IndexSyntax {
+                        file: INDEX_FILE.into(),
+                        reason: format!("tensor {tensor} stands twice in weight_map"),
+                    });
+                }
+                Some(id) => listed[id] = true,
             }
         }
-        match self.tensors.iter().find(|t| index.file_of(&t.name).is_none()) {
-            Some(t) => Err(CheckpointError::NotInIndex {
+        match self.tensors.iter().zip(listed).find(|(_, listed)| !listed) {
+            Some((t, _)) => Err(CheckpointError::NotInIndex {
                 file: self.file_name(t).into(),
                 tensor: t.name.clone(),
                 listed: "not at all".into(),

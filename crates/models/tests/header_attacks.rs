@@ -118,6 +118,24 @@ fn index_entries_stay_in_the_directory() {
     assert!(Index::parse(b"{}").is_err() && Index::parse(b"{\"weight_map\":{}}").is_err());
 }
 
+/// Two entries for one tensor must not make up for a tensor without any.
+#[test]
+fn a_tensor_that_stands_twice_in_the_index_is_named() {
+    let json = br#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},
+                    "v":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#;
+    let file = |bytes| CheckpointFile { name: "f.safetensors".into(), bytes, header_bytes: 8 };
+    let headers = vec![(file(10), parse_header("f.safetensors", json, 2).unwrap())];
+    for (map, named) in [
+        (r#"{"w":"f.safetensors","w":"f.safetensors"}"#, ["w", "stands twice"]),
+        (r#"{"w":"f.safetensors"}"#, ["v", "not listed"]),
+        (r#"{"w":"f.safetensors","v":"f.safetensors","x":"f.safetensors"}"#, ["x", "not list it"]),
+    ] {
+        let index = Index::parse(format!("{{\"weight_map\":{map}}}").as_bytes()).unwrap();
+        let refused = Checkpoint::new(headers.clone(), Some(&index)).unwrap_err();
+        names(&refused.to_string(), &named);
+    }
+}
+
 proptest! {
     /// Whatever bytes come, the parser answers; what it accepts tiles the data section and fits the file.
     #[test]
