@@ -49,6 +49,10 @@ fn every_kind_of_damage_is_refused_with_its_name() {
             (Family::DeepseekV3, Scheme::Fp8),
             (Family::GlmMoeDsa, Scheme::Fp8),
             (Family::KimiK25, Scheme::Bf16),
+            (Family::DeepseekV3, Scheme::Nvfp4),
+            (Family::KimiK25, Scheme::Nvfp4),
+            (Family::KimiK25, Scheme::Mxfp4),
+            (Family::KimiK25, Scheme::Int4),
         ] {
             check(family, scheme, damage);
         }
