@@ -129,6 +129,8 @@ fn bad_input_is_one_line_and_exit_code_2() {
         &["load", "synth:llama-bf16", "--tp", "2", "--memory-limit", "1"],
         &["load", "synth:llama-bf16", "--tp", "2", "--kernel-layout", "aiter"],
         &["load", "synth:llama-bf16", "--tp", "2", "--kernel-layout", "fast"],
+        &["load", "synth:llama-bf16", "--tp", "2", "--quantization", "awq"],
+        &["load", "synth:llama-bf16", "--tp", "2", "--quantization", "fp8"],
         &["load", "synth:llama-bf16", "--tp", "2", "--draft"],
         &["load", "synth:llama-bf16", "--tp", "2", "--fuse-shared-experts"],
         &["load", "synth:llama-bf16", "--tp", "2", "--language-only", "--encoder-only"],

@@ -40,7 +40,7 @@ pub fn plan_options(options: &oracle::Options, exchange: Exchange) -> PlanOption
             draft: options.draft,
             language_only: options.language_only,
             encoder_only: options.encoder_only,
-            allow_unknown: false,
+            ..ModelOptions::default()
         },
         exchange,
         ..PlanOptions::default()

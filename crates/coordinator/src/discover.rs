@@ -13,7 +13,7 @@ use std::{
 
 use longshore_models::{
     checkpoint::{Checkpoint, CheckpointFile},
-    config::{CONFIG_FILE, Config},
+    config::{CONFIG_FILE, Config, HF_QUANT_CONFIG_FILE},
     error::CheckpointError,
     header::{HeaderEntry, header_bytes, parse_header},
     index::{INDEX_FILE, Index, SINGLE_FILE},
@@ -28,6 +28,8 @@ pub struct Discovered {
     pub dir: PathBuf,
     /// `config.json`.
     pub config: Config,
+    /// `hf_quant_config.json`, if it is there.
+    pub hf_quant_config: Option<Config>,
     /// The validated headers.
     pub checkpoint: Checkpoint,
 }
@@ -47,10 +49,7 @@ const HEADERS_IN_FLIGHT: usize = 8;
 /// # Errors
 /// A file is missing, unreadable or damaged.
 pub fn discover(dir: &Path) -> Result<Discovered, LoadError> {
-    let config_path = dir.join(CONFIG_FILE);
-    let json = std::fs::read(&config_path).map_err(|e| io_error(&config_path, "reading", e))?;
-    let config = Config::parse(CONFIG_FILE, &json)
-        .map_err(|source| LoadError::Plan { path: dir.into(), source })?;
+    let (config, hf_quant_config) = read_configs(dir)?;
     let damaged = |source| LoadError::Checkpoint { path: dir.into(), source };
     let index = read_index(dir)?;
     let names = match &index {
@@ -59,7 +58,27 @@ pub fn discover(dir: &Path) -> Result<Discovered, LoadError> {
     };
     let headers = read_headers(dir, &names)?;
     let checkpoint = Checkpoint::new(headers, index.as_ref()).map_err(damaged)?;
-    Ok(Discovered { dir: dir.into(), config, checkpoint })
+    Ok(Discovered { dir: dir.into(), config, hf_quant_config, checkpoint })
+}
+
+/// Reads `config.json` and, if it is there, `hf_quant_config.json`.
+///
+/// # Errors
+/// A file cannot be read or is not a JSON object.
+pub fn read_configs(dir: &Path) -> Result<(Config, Option<Config>), LoadError> {
+    let parse = |name: &str, json: &[u8]| {
+        Config::parse(name, json).map_err(|source| LoadError::Plan { path: dir.into(), source })
+    };
+    let path = dir.join(CONFIG_FILE);
+    let json = std::fs::read(&path).map_err(|e| io_error(&path, "reading", e))?;
+    let config = parse(CONFIG_FILE, &json)?;
+    let path = dir.join(HF_QUANT_CONFIG_FILE);
+    let hf_quant_config = match std::fs::read(&path) {
+        Ok(json) => Some(parse(HF_QUANT_CONFIG_FILE, &json)?),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        Err(e) => return Err(io_error(&path, "reading", e)),
+    };
+    Ok((config, hf_quant_config))
 }
 
 fn io_error(path: &Path, action: &'static str, source: io::Error) -> LoadError {

@@ -120,10 +120,10 @@ impl Plan {
     /// Whatever makes a complete and correct load impossible; see [`Placement::new`].
     pub fn new(discovered: Discovered, options: &PlanOptions) -> Result<Self, LoadError> {
         let header_bytes = discovered.header_bytes();
-        let Discovered { dir, config, checkpoint } = discovered;
+        let Discovered { dir, config, hf_quant_config, checkpoint } = discovered;
         let refused = |source| LoadError::Plan { path: dir.clone(), source };
         let parallel = Parallel::new(options.tp, options.ep).map_err(refused)?;
-        let model = Model::new(config, options.model).map_err(refused)?;
+        let model = Model::new(config, hf_quant_config.as_ref(), options.model).map_err(refused)?;
         let placement = Placement::new(&model, &checkpoint, parallel).map_err(refused)?;
         let read_bytes = read_bytes(options)?;
         let needed_bytes = placement.needed_bytes(&checkpoint);

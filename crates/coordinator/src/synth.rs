@@ -218,12 +218,12 @@ fn tensors(config: &[u8]) -> Result<Vec<SynthTensor>, PlanError> {
     // layout none: the raw tensors; derived parameters need no sources
     let kernel_layout = Some(KernelLayout::None);
     let options = ModelOptions { kernel_layout, ..ModelOptions::default() };
-    let model = Model::new(config.clone(), options)?;
+    let model = Model::new(config.clone(), None, options)?;
     let implied = Implied { scheme: model.declared.scheme };
     let single = Parallel::new(1, 1)?;
     let mut sources = model.declare(single, &implied)?.sources;
     if config.opt_count("num_nextn_predict_layers")? == Some(1) {
-        let draft = Model::new(config, ModelOptions { draft: true, ..options })?;
+        let draft = Model::new(config, None, ModelOptions { draft: true, ..options })?;
         sources.extend(draft.declare(single, &implied)?.sources);
         sources.extend(draft.prediction_copies()?);
     }

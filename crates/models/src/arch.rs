@@ -122,7 +122,7 @@ pub struct Model {
     pub family: Family,
     /// The parsed `config.json`.
     pub config: Config,
-    /// What it declares of quantisation.
+    /// What is declared of quantisation.
     pub declared: Declared,
     /// The settled kernel layout.
     pub layout: Layout,
@@ -133,13 +133,17 @@ pub struct Model {
 }
 
 impl Model {
-    /// Reads family, quantisation and dtype from a configuration and checks the options against them.
+    /// Reads family, quantisation and dtype from the configuration files and checks the options against them.
     ///
     /// # Errors
     /// Unknown family or method, options that do not fit the model.
-    pub fn new(config: Config, options: ModelOptions) -> Result<Self, PlanError> {
+    pub fn new(
+        config: Config,
+        hf_quant_config: Option<&Config>,
+        options: ModelOptions,
+    ) -> Result<Self, PlanError> {
         let family = Family::from_config(&config)?;
-        let declared = Declared::from_config(&config)?;
+        let declared = Declared::new(&config, hf_quant_config, options.quantization)?;
         let layout = Layout::resolve(options.kernel_layout, declared.scheme)?;
         let dtype = model_dtype(&config)?;
         let sees = family == Family::KimiK25;

@@ -10,6 +10,9 @@ use crate::error::PlanError;
 /// The name of the main configuration file.
 pub const CONFIG_FILE: &str = "config.json";
 
+/// The name of the file that ModelOpt declares quantisation in.
+pub const HF_QUANT_CONFIG_FILE: &str = "hf_quant_config.json";
+
 /// The largest dimension that is believed: eight times the largest published one (an MLP of 131 072), and small enough
 /// that the size of any parameter (three dimensions and an element) fits in 64 bits.
 pub const DIM_MAX: u64 = 1 << 20;
@@ -51,6 +54,11 @@ impl Config {
         &self.file
     }
 
+    /// File and full key, for messages: `config.json: text_config.quantization_config.ignore`.
+    pub fn place(&self, key: &str) -> String {
+        format!("{}: {}{key}", self.file, self.prefix)
+    }
+
     /// The nested object under `key`, if there is one.
     pub fn nested(&self, key: &str) -> Option<Config> {
         let value = self.value.get(key)?;
@@ -59,6 +67,16 @@ impl Config {
             prefix: format!("{}{key}.", self.prefix),
             value: value.clone(),
         })
+    }
+
+    /// The objects in this one, by key; a value of another kind counts as an empty object.
+    pub(crate) fn children(&self) -> Vec<(String, Config)> {
+        let keys = self.value.as_object().into_iter().flat_map(|object| object.keys());
+        let child = |key: &String| {
+            let empty = || Self::empty(&self.file, &format!("{}{key}.", self.prefix));
+            (key.clone(), self.nested(key).unwrap_or_else(empty))
+        };
+        keys.map(child).collect()
     }
 
     /// The raw value under `key`; JSON `null` counts as absent.
@@ -128,10 +146,17 @@ impl Config {
         self.get(key).and_then(Value::as_str)
     }
 
-    /// An optional list of strings; entries of another kind are left out.
-    pub fn texts(&self, key: &str) -> Vec<String> {
-        let list = self.get(key).and_then(Value::as_array);
-        list.into_iter().flatten().filter_map(|v| v.as_str().map(str::to_owned)).collect()
+    /// An optional list of strings; absent is empty.
+    ///
+    /// # Errors
+    /// Present, but no list, or an entry that is no string.
+    pub fn texts(&self, key: &str) -> Result<Vec<String>, PlanError> {
+        let wrong = || self.wrong(key, "a list of strings");
+        let Some(value) = self.get(key) else {
+            return Ok(Vec::new());
+        };
+        let entries = value.as_array().ok_or_else(wrong)?.iter();
+        entries.map(|v| v.as_str().map(str::to_owned).ok_or_else(wrong)).collect()
     }
 
     /// The error for a key whose value cannot be used.

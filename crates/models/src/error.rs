@@ -323,6 +323,32 @@ pub enum PlanError {
         /// What the new checkpoint implies.
         found: String,
     },
+    /// Two files declare different quantisations.
+    #[error(
+        "{first} says {first_value}, {second} says {second_value}; --quantization METHOD decides which one is meant"
+    )]
+    DeclarationsDiffer {
+        /// File and key of one declaration.
+        first: String,
+        /// What it declares.
+        first_value: String,
+        /// File and key of the other.
+        second: String,
+        /// What that one declares.
+        second_value: String,
+    },
+    /// A module is stored in another scheme than the user named.
+    #[error("{module} is stored as {found}, but --quantization {word} was given ({files})")]
+    UserContradicted {
+        /// The module.
+        module: String,
+        /// How it is stored.
+        found: String,
+        /// What the user said.
+        word: String,
+        /// What the files say.
+        files: String,
+    },
     /// The plan contradicts itself: a bug of ours, caught before it could do harm.
     #[error("plan check failed for {what}: {found}; please report this")]
     Inconsistent {

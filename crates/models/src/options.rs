@@ -1,4 +1,4 @@
-//! What a user chooses of a plan: layout of the kernels, which part of a model, strictness.
+//! What a user chooses of a plan: layout of the kernels, which part of a model, quantisation, strictness.
 
 use std::{fmt, str::FromStr};
 
@@ -94,11 +94,60 @@ impl Layout {
     }
 }
 
+/// What the user says of a checkpoint's quantisation: a method's name, and the scheme that it stands for (contract §1,
+/// `--quantization`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quantization {
+    word: &'static str,
+    scheme: Scheme,
+}
+
+impl Quantization {
+    /// Every accepted name. The method names are those of SGLang's option of the same name (reference §1.6), the others
+    /// those of `quant` in manifest and JSON.
+    const ALL: [Self; 9] = [
+        Self { word: "bf16", scheme: Scheme::Bf16 },
+        Self { word: "fp8", scheme: Scheme::Fp8 },
+        Self { word: "nvfp4", scheme: Scheme::Nvfp4 },
+        Self { word: "modelopt_fp4", scheme: Scheme::Nvfp4 },
+        Self { word: "modelopt", scheme: Scheme::Nvfp4 },
+        Self { word: "mxfp4", scheme: Scheme::Mxfp4 },
+        Self { word: "quark", scheme: Scheme::Mxfp4 },
+        Self { word: "int4", scheme: Scheme::Int4 },
+        Self { word: "compressed-tensors", scheme: Scheme::Int4 },
+    ];
+
+    /// The scheme that quantised modules are then stored in.
+    pub fn scheme(self) -> Scheme {
+        self.scheme
+    }
+}
+
+/// As the user wrote it.
+impl fmt::Display for Quantization {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word)
+    }
+}
+
+impl FromStr for Quantization {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|q| q.word == text).ok_or_else(|| {
+            let known: Vec<&str> = Self::ALL.iter().map(|q| q.word).collect();
+            format!("one of {}", known.join(", "))
+        })
+    }
+}
+
 /// Which part of a model is loaded, and how strictly.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ModelOptions {
     /// The layout that the user asked for.
     pub kernel_layout: Option<KernelLayout>,
+    /// What the user says of the quantisation; wins over the files.
+    pub quantization: Option<Quantization>,
     /// Make the shared expert the last routed expert (§2.4).
     pub fuse_shared_experts: bool,
     /// Load the prediction layer instead of the main model.

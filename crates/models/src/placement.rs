@@ -88,9 +88,10 @@ impl Placement {
     ) -> Result<Self, PlanError> {
         let names = Names::new(model, checkpoint)?;
         let declaration = model.declare(parallel, &names)?;
-        names.check_schemes()?;
+        let mut warnings = names.check_schemes()?;
         let matched = match_sources(&declaration, &names, checkpoint)?;
-        let (skipped, warnings) = explain_rest(model, checkpoint, &names, &declaration, &matched)?;
+        let (skipped, unknown) = explain_rest(model, checkpoint, &names, &declaration, &matched)?;
+        warnings.extend(unknown);
         let (pieces, first_piece) = place(&declaration, &matched, checkpoint);
         let Declaration { params, finishes, aliases, .. } = declaration;
         let this =

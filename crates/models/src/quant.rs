@@ -1,8 +1,20 @@
-//! Quantisation schemes: which tensors a module is stored in, and how the configuration declares them.
+//! Quantisation: which tensors a module of each scheme is stored in, and what the files and the user say of a checkpoint.
+//!
+//! | question | module |
+//! |---|---|
+//! | which files declare something, do they agree, what does the user say | [`Declared`] |
+//! | what one declaration means, and whether it is supported | `block`, `method` |
+//! | which modules a list excepts | [`Exclude`], over `patterns` |
+
+mod block;
+mod declared;
+mod exclude;
+mod method;
+mod patterns;
+
+pub use self::{declared::Declared, exclude::Exclude};
 
 use crate::dtype::Dtype;
-
-use crate::{config::Config, error::PlanError};
 
 /// How a module's weight is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -129,50 +141,4 @@ pub enum Content {
     Scalar,
     /// The weight's own shape, `[2]`.
     Shape,
-}
-
-/// What the configuration files say of a checkpoint's quantisation.
-#[derive(Debug, Clone)]
-pub struct Declared {
-    /// The scheme of quantised modules.
-    pub scheme: Scheme,
-    /// Where it is declared, for messages.
-    pub declared_in: String,
-}
-
-impl Declared {
-    /// Reads the declaration from `config.json`.
-    ///
-    /// Lookup order: `quantization_config`, `text_config.quantization_config`, `compression_config`. Source: reference
-    /// §1.6.
-    ///
-    /// # Errors
-    /// A method that is not known, or parameters of it that are not supported.
-    pub fn from_config(config: &Config) -> Result<Self, PlanError> {
-        let nested = config.nested("text_config");
-        let block = config
-            .nested("quantization_config")
-            .or_else(|| nested.as_ref()?.nested("quantization_config"))
-            .or_else(|| config.nested("compression_config"));
-        match block {
-            None => Ok(Self { scheme: Scheme::Bf16, declared_in: config.file().into() }),
-            Some(block) => Self::from_block(&block, config.file()),
-        }
-    }
-
-    fn from_block(block: &Config, file: &str) -> Result<Self, PlanError> {
-        let declared_in = file.to_owned();
-        match block.text("quant_method") {
-            Some("fp8") => {
-                let shape = block.get("weight_block_size").and_then(|v| v.as_array());
-                let shape: Option<Vec<u64>> =
-                    shape.and_then(|s| s.iter().map(|v| v.as_u64()).collect());
-                match shape.as_deref() {
-                    Some([128, 128]) => Ok(Self { scheme: Scheme::Fp8, declared_in }),
-                    _ => Err(block.wrong("weight_block_size", "[128, 128]")),
-                }
-            }
-            _ => Err(block.wrong("quant_method", "fp8 (the other methods are not supported yet)")),
-        }
-    }
 }

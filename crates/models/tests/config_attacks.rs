@@ -88,7 +88,7 @@ proptest! {
         let config = Config::parse("config.json", config.to_string().as_bytes()).unwrap();
         let options = ModelOptions { draft, fuse_shared_experts: fuse, ..ModelOptions::default() };
         let scheme = if fp8 { Scheme::Fp8 } else { Scheme::Bf16 };
-        if let Ok(model) = Model::new(config, options) {
+        if let Ok(model) = Model::new(config, None, options) {
             // sizes that do not fit in 64 bits would panic here, where arithmetic is checked
             let _ = model.declare(Parallel::new(tp, 1).unwrap(), &Everything(scheme));
         }
@@ -112,7 +112,7 @@ fn the_largest_dimensions_do_not_overflow() {
         (config["torch_dtype"], config["tie_word_embeddings"]) = (json!("float32"), json!(false));
         config["vocab_size"] = json!(1 << 24);
         let config = Config::parse("config.json", config.to_string().as_bytes()).unwrap();
-        let model = Model::new(config, ModelOptions::default()).unwrap();
+        let model = Model::new(config, None, ModelOptions::default()).unwrap();
         model.declare(Parallel::new(1, 1).unwrap(), &Everything(scheme)).unwrap();
     }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use longshore_models::options::{KernelLayout, ModelOptions};
+use longshore_models::options::{KernelLayout, ModelOptions, Quantization};
 use longshore_rank::storage::IoChoice;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -53,6 +53,11 @@ pub(super) struct PlanArgs {
     /// Which kernels to finish the parameters for: none, cutlass, flashinfer-cutlass, trtllm or aiter.
     #[arg(long, value_name = "LAYOUT")]
     kernel_layout: Option<KernelLayout>,
+    /// What quantised modules are stored in, whatever the checkpoint's files declare: fp8; nvfp4 (or modelopt,
+    /// modelopt_fp4); mxfp4 (or quark); int4 (or compressed-tensors); bf16. Decides between files that contradict each other;
+    /// nothing is quantised by it, and tensors that say otherwise are an error.
+    #[arg(long, value_name = "METHOD")]
+    quantization: Option<Quantization>,
     /// Make the shared expert the last routed expert.
     #[arg(long)]
     fuse_shared_experts: bool,
@@ -180,6 +185,7 @@ impl PlanArgs {
             ep: self.ep,
             model: ModelOptions {
                 kernel_layout: self.kernel_layout,
+                quantization: self.quantization,
                 fuse_shared_experts: self.fuse_shared_experts,
                 draft: self.draft,
                 language_only: self.language_only,

@@ -7,12 +7,15 @@ use longshore_models::{
     config::Config,
     header::{header_bytes, parse_header},
     index::Index,
+    quant::Declared,
 };
 
 fuzz_target!(|data: &[u8]| {
     let _ = header_bytes("f", data, data.len() as u64);
     let _ = Index::parse(data);
-    let _ = Config::parse("config.json", data);
+    if let Ok(config) = Config::parse("config.json", data) {
+        let _ = Declared::new(&config, Some(&config), None);
+    }
     if let Some((first, json)) = data.split_first() {
         if let Ok(entries) = parse_header("f", json, u64::from(*first)) {
             let end = entries.last().map_or(0, |e| e.data_offsets.end);
