@@ -30,8 +30,9 @@ fn compare(what: &str, loaded: &Loaded, answer: &Answer) {
             assert_eq!(differs, None, "{what}: {}: first differing byte", param.name);
             assert_eq!(param.bytes.len(), want.bytes.len(), "{what}: {}", param.name);
         }
-        let aliases: Vec<(String, String)> =
+        let mut aliases: Vec<(String, String)> =
             rank.aliases().map(|(a, b)| (a.to_owned(), b.to_owned())).collect();
+        aliases.sort();
         let wanted: Vec<_> = want.aliases.iter().map(|(a, b)| (a.clone(), b.clone())).collect();
         assert_eq!(aliases, wanted, "{what}: aliases");
     }
