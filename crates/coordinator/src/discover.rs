@@ -18,6 +18,7 @@ use longshore_models::{
     header::{HeaderEntry, header_bytes, parse_header},
     index::{INDEX_FILE, Index, SINGLE_FILE},
 };
+use longshore_rank::storage::FileIdentity;
 
 use crate::error::LoadError;
 
@@ -32,6 +33,8 @@ pub struct Discovered {
     pub hf_quant_config: Option<Config>,
     /// The validated headers.
     pub checkpoint: Checkpoint,
+    /// What the checkpoint files were when their headers were read, in the order of the checkpoint's files.
+    pub identities: Vec<FileIdentity>,
 }
 
 impl Discovered {
@@ -56,9 +59,10 @@ pub fn discover(dir: &Path) -> Result<Discovered, LoadError> {
         Some(index) => existing_files(dir, index).map_err(damaged)?,
         None => unindexed_files(dir)?,
     };
-    let headers = read_headers(dir, &names)?;
+    // both in the order of the files' names
+    let (headers, identities) = read_headers(dir, &names)?.into_iter().unzip();
     let checkpoint = Checkpoint::new(headers, index.as_ref()).map_err(damaged)?;
-    Ok(Discovered { dir: dir.into(), config, hf_quant_config, checkpoint })
+    Ok(Discovered { dir: dir.into(), config, hf_quant_config, checkpoint, identities })
 }
 
 /// Reads `config.json` and, if it is there, `hf_quant_config.json`.
@@ -130,7 +134,7 @@ fn unindexed_files(dir: &Path) -> Result<Vec<String>, LoadError> {
     Ok(names)
 }
 
-type Header = (CheckpointFile, Vec<HeaderEntry>);
+type Header = ((CheckpointFile, Vec<HeaderEntry>), FileIdentity);
 
 /// Reads all headers, several at a time; the error returned is that of the first file by name.
 fn read_headers(dir: &Path, names: &[String]) -> Result<Vec<Header>, LoadError> {
@@ -156,7 +160,8 @@ fn read_header(dir: &Path, name: &str) -> Result<Header, LoadError> {
     let failed = |e| io_error(&path, "reading the header", e);
     let damaged = |source| LoadError::Checkpoint { path: dir.into(), source };
     let file = File::open(&path).map_err(failed)?;
-    let bytes = file.metadata().map_err(failed)?.len();
+    let identity = FileIdentity::of(&file).map_err(failed)?;
+    let bytes = identity.bytes;
     let mut prefix = [0; 8];
     let prefix = match file.read_exact_at(&mut prefix, 0) {
         Ok(()) => &prefix[..],
@@ -168,5 +173,5 @@ fn read_header(dir: &Path, name: &str) -> Result<Header, LoadError> {
     file.read_exact_at(&mut json, 8).map_err(failed)?;
     let header_bytes = 8 + json_bytes;
     let entries = parse_header(name, &json, bytes - header_bytes).map_err(damaged)?;
-    Ok((CheckpointFile { name: name.to_owned(), bytes, header_bytes }, entries))
+    Ok(((CheckpointFile { name: name.to_owned(), bytes, header_bytes }, entries), identity))
 }

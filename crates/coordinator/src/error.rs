@@ -55,7 +55,7 @@ pub enum LoadError {
         reason: String,
     },
     /// A file is not the one whose header was read.
-    #[error("{}: has {found} bytes now, {planned} when its header was read", .path.display())]
+    #[error("{}: was written since its header was read (it had {planned} bytes then, {found} now)", .path.display())]
     FileChanged {
         /// The file.
         path: PathBuf,

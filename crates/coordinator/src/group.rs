@@ -15,7 +15,6 @@ use std::{
 use longshore_rank::{
     params::{ParamMemory, ReadyParams},
     protocol::{Generation, Progress, RankReport},
-    storage::FileIdentity,
 };
 use tracing::{info, warn};
 
@@ -34,8 +33,6 @@ pub struct Group {
     /// The plan of the weights that it holds, or held last.
     plan: Plan,
     options: RunOptions,
-    /// The files that they came from.
-    files: Vec<FileIdentity>,
     generation: Generation,
     weights: Weights,
     /// What each rank did in the load of these weights.
@@ -57,7 +54,6 @@ impl Group {
         Self {
             plan: prepared.plan,
             options: prepared.options,
-            files: finished.files,
             generation: finished.generation,
             weights: Weights::Ready(finished.ranks),
             reports: finished.reports,
@@ -144,7 +140,6 @@ impl Group {
         });
         let reuse = reuse.clone();
         let finished = attempt(prepared, self.generation, Some(reuse), progress).await?;
-        self.files = finished.files;
         self.reports = finished.reports;
         self.seconds = finished.seconds;
         self.weights = Weights::Ready(finished.ranks);
@@ -181,11 +176,9 @@ impl Group {
     async fn restore(&mut self, cause: LoadError) -> LoadError {
         let old = self.plan.clone();
         warn!("reload failed, loading {} again: {}", old.dir.display(), cause.line());
+        // refuses files that are not those which were planned for, and so not those which were loaded
         let outcome = match prepare_into(&old, &self.options, 0) {
-            Ok(prepared) => match prepared.check_identities(&self.files) {
-                Ok(()) => self.write(&prepared, progress_of(&old)).await,
-                Err(e) => Err(e),
-            },
+            Ok(prepared) => self.write(&prepared, progress_of(&old)).await,
             Err(e) => Err(e),
         };
         let not_restored = outcome.err().map(|e| e.line());

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use longshore_rank::{
     params::{ParamMemory, ReadyParams},
     protocol::{Generation, Progress, RankReport},
-    storage::{CheckpointSource, FileIdentity, IoChoice},
+    storage::{CheckpointSource, IoChoice},
     stream::slab_bytes,
 };
 use ractor::Actor;
@@ -71,19 +71,6 @@ pub(crate) fn prepare_into(
     })
 }
 
-impl Prepared {
-    /// Makes sure that the files are those that a load read earlier.
-    pub(crate) fn check_identities(&self, earlier: &[FileIdentity]) -> Result<(), LoadError> {
-        let pairs = self.sources.iter().zip(earlier);
-        match pairs.into_iter().find(|(source, earlier)| source.identity != **earlier) {
-            None => Ok(()),
-            Some((source, _)) => {
-                Err(LoadError::FileModified { path: self.plan.dir.join(&source.name) })
-            }
-        }
-    }
-}
-
 /// Runs a prepared load, with all ranks as actors of this process.
 ///
 /// Returns only when every parameter of every rank is complete. `progress` comes from [`progress_of`].
@@ -106,7 +93,6 @@ const FIRST_GENERATION: Generation = 1;
 pub(crate) struct Finished {
     pub(crate) ranks: Vec<ReadyParams>,
     pub(crate) reports: Vec<RankReport>,
-    pub(crate) files: Vec<FileIdentity>,
     pub(crate) generation: Generation,
     pub(crate) seconds: f64,
 }
@@ -137,19 +123,21 @@ pub(crate) async fn attempt(
     let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
     // the actors have nothing left to do; only their mailboxes go away here
     handle.await.map_err(|e| LoadError::Runtime(e.to_string()))?;
-    let files = unchanged_files(prepared)?;
+    check_unchanged(prepared)?;
     let (ranks, reports) = ready.into_iter().unzip();
-    Ok(Finished { ranks, reports, files, generation, seconds })
+    Ok(Finished { ranks, reports, generation, seconds })
 }
 
-/// The files' identities, the same now as when they were opened: bytes of a file that was written meanwhile may be
-/// half old, half new.
-fn unchanged_files(prepared: &Prepared) -> Result<Vec<FileIdentity>, LoadError> {
-    let same = |source: &CheckpointSource| match source.identity_now() {
-        Ok(now) if now == source.identity => Ok(now),
-        _ => Err(LoadError::FileModified { path: prepared.plan.dir.join(&source.name) }),
+/// The files are what they were when they were opened: bytes of a file that was written meanwhile may be half old, half
+/// new.
+fn check_unchanged(prepared: &Prepared) -> Result<(), LoadError> {
+    let changed = |source: &&CheckpointSource| {
+        source.identity_now().map_or(true, |now| now != source.identity)
     };
-    prepared.sources.iter().map(same).collect()
+    match prepared.sources.iter().find(changed) {
+        None => Ok(()),
+        Some(source) => Err(LoadError::FileModified { path: prepared.plan.dir.join(&source.name) }),
+    }
 }
 
 /// [`prepare`], then [`run`].
@@ -167,13 +155,13 @@ pub async fn load(
 fn open_sources(plan: &Plan, io: IoChoice) -> Result<Vec<CheckpointSource>, LoadError> {
     let files = &plan.checkpoint().files;
     let mut sources = Vec::with_capacity(files.len());
-    for file in files {
+    for (file, planned) in files.iter().zip(plan.identities.iter()) {
         let source = CheckpointSource::open(&plan.dir, &file.name, io)
             .map_err(|source| LoadError::Rank { rank: 0, source })?;
-        if source.identity.bytes != file.bytes {
+        if source.identity != *planned {
             return Err(LoadError::FileChanged {
                 path: plan.dir.join(&file.name),
-                planned: file.bytes,
+                planned: planned.bytes,
                 found: source.identity.bytes,
             });
         }

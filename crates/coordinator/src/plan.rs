@@ -9,6 +9,7 @@ use longshore_models::{
 use longshore_rank::{
     protocol::{LoadPlan, Read},
     scatter::tensors_in,
+    storage::FileIdentity,
     stream::slab_bytes,
 };
 
@@ -95,6 +96,8 @@ pub struct RankForecast {
 pub struct Plan {
     /// The checkpoint's directory.
     pub dir: PathBuf,
+    /// What its files were when they were planned for; a load reads no others.
+    pub identities: Arc<Vec<FileIdentity>>,
     /// The model.
     pub model: Model,
     /// What the ranks agree on.
@@ -120,7 +123,7 @@ impl Plan {
     /// Whatever makes a complete and correct load impossible; see [`Placement::new`].
     pub fn new(discovered: Discovered, options: &PlanOptions) -> Result<Self, LoadError> {
         let header_bytes = discovered.header_bytes();
-        let Discovered { dir, config, hf_quant_config, checkpoint } = discovered;
+        let Discovered { dir, config, hf_quant_config, checkpoint, identities } = discovered;
         let refused = |source| LoadError::Plan { path: dir.clone(), source };
         let parallel = Parallel::new(options.tp, options.ep).map_err(refused)?;
         let model = Model::new(config, hf_quant_config.as_ref(), options.model).map_err(refused)?;
@@ -142,6 +145,7 @@ impl Plan {
         Ok(Self {
             forecast: forecast(&load),
             dir,
+            identities: Arc::new(identities),
             model,
             load: Arc::new(load),
             needed_bytes,

@@ -52,7 +52,11 @@ pub struct FileIdentity {
 }
 
 impl FileIdentity {
-    fn of(file: &File) -> io::Result<Self> {
+    /// What `file` is now.
+    ///
+    /// # Errors
+    /// The file system does not answer.
+    pub fn of(file: &File) -> io::Result<Self> {
         let data = file.metadata()?;
         Ok(Self {
             bytes: data.len(),
