@@ -4,7 +4,7 @@
 //! §1.4, §2.7, §3.4.
 
 use crate::{
-    arch::{Model, deepseek},
+    arch::{Model, deepseek, dense},
     config::Config,
     declare::{Accept, Declare, Split},
     dtype::elem_bytes,
@@ -72,10 +72,16 @@ impl Vision {
                 }
             }
         };
+        let layers = size("num_hidden_layers", 27)?;
+        if layers > dense::LAYERS_MAX {
+            let keys = ["vt_num_hidden_layers", "num_hidden_layers"];
+            let key = if config.get(keys[0]).is_some() { keys[0] } else { keys[1] };
+            return Err(config.wrong(key, "at most 1024"));
+        }
         Ok(Self {
             hidden,
             heads: size("num_attention_heads", 16)?,
-            layers: size("num_hidden_layers", 27)?,
+            layers,
             inner: size("intermediate_size", 4304)?,
             patch: config.dim_or("patch_size", 14)?,
             positions: [
