@@ -3,13 +3,13 @@
 //! A family is one file of declarations; everything that it shares with others (linear layers, experts, vocabulary)
 //! is in [`crate::declare`].
 
-mod deepseek;
-mod dense;
-mod kimi_k25;
+pub(crate) mod deepseek;
+pub(crate) mod dense;
+pub(crate) mod kimi_k25;
 mod llama;
 pub(crate) mod moe;
 mod qwen3;
-mod qwen3_moe;
+pub(crate) mod qwen3_moe;
 pub(crate) mod scales;
 
 use std::borrow::Cow;

@@ -6,6 +6,7 @@
 //! | configuration | [`config`], [`quant`], [`options`] | `config.json` and options → [`arch::Model`] |
 //! | declaration | [`arch`], [`declare`], [`parallel`], [`transform`] | model and group → parameters, tensors, pieces |
 //! | placement | [`placement`] | declaration and checkpoint → proven [`placement::Placement`] |
+//! | names alone | [`mapping`] | model → the parameter, shard and expert of a tensor's name, and back |
 //!
 //! "Reference §n" in these docs points to the description of SGLang's loader that this project was written from;
 //! "contract" to the project's description of its command line and files.
@@ -21,6 +22,7 @@ pub mod dtype;
 pub mod error;
 pub mod header;
 pub mod index;
+pub mod mapping;
 pub mod options;
 pub mod parallel;
 pub mod placement;

@@ -17,43 +17,43 @@ use crate::{
 };
 
 /// The dimensions of the family, as `config.json` gives them.
-struct Dims {
+pub(crate) struct Dims {
     hidden: u64,
-    layers: u32,
+    pub(crate) layers: u32,
     vocab: u64,
     heads: u64,
     /// q_lora_rank; `None`: one q_proj instead of q_a and q_b.
-    q_lora: Option<u64>,
+    pub(crate) q_lora: Option<u64>,
     kv_lora: u64,
     nope: u64,
     rope: u64,
     value: u64,
     dense_inner: u64,
-    experts: Option<ExpertDims>,
-    indexer: Option<IndexerDims>,
+    pub(crate) experts: Option<ExpertDims>,
+    pub(crate) indexer: Option<IndexerDims>,
     /// dtype of the indexer's norms in published files (contract §4, "dtypes in the files").
     indexer_norm_dtype: Dtype,
-    tied: bool,
+    pub(crate) tied: bool,
     /// num_nextn_predict_layers.
     prediction_layers: u64,
 }
 
-struct IndexerDims {
+pub(crate) struct IndexerDims {
     heads: u64,
     head_dim: u64,
 }
 
-struct ExpertDims {
-    routed: u64,
-    shared: u64,
+pub(crate) struct ExpertDims {
+    pub(crate) routed: u64,
+    pub(crate) shared: u64,
     inner: u64,
     first_layer: u64,
     every: u64,
-    correction_bias: bool,
+    pub(crate) correction_bias: bool,
 }
 
 impl Dims {
-    fn from_model(model: &Model) -> Result<Self, PlanError> {
+    pub(crate) fn from_model(model: &Model) -> Result<Self, PlanError> {
         let c = &model.text();
         let indexes = model.family.may_index() && c.get("index_topk").is_some();
         let experts = match c.opt_count("n_routed_experts")? {
@@ -99,7 +99,7 @@ impl Dims {
     }
 
     /// The expert dimensions of layer `i` when it has experts (reference §1.1).
-    fn experts_of(&self, i: u32) -> Option<&ExpertDims> {
+    pub(crate) fn experts_of(&self, i: u32) -> Option<&ExpertDims> {
         let i = u64::from(i);
         self.experts.as_ref().filter(|e| i >= e.first_layer && i % e.every == 0)
     }
@@ -143,10 +143,7 @@ fn declare_draft(
     dims: &Dims,
     prefix: &str,
 ) -> Result<(), PlanError> {
-    if dims.prediction_layers != 1 {
-        let found = format!("num_nextn_predict_layers {}", dims.prediction_layers);
-        return Err(PlanError::unsupported("--draft", found, "needs exactly one prediction layer"));
-    }
+    check_draft(dims)?;
     let (target, source) =
         (format!("{prefix}model."), format!("{prefix}model.layers.{}.", dims.layers));
     d.layer = Some(dims.layers);
@@ -350,12 +347,20 @@ pub(super) fn prediction_copies(model: &Model) -> Result<Vec<Source>, PlanError>
     Ok(vec![copy("embed_tokens"), copy("shared_head.head")])
 }
 
-fn check_fusion(dims: &Dims) -> Result<(), PlanError> {
+pub(crate) fn check_fusion(dims: &Dims) -> Result<(), PlanError> {
     let shared = dims.experts.as_ref().map_or(0, |e| e.shared);
     if shared != 1 {
         let found = format!("n_shared_experts {shared}");
         let expected = "needs exactly one shared expert";
         return Err(PlanError::unsupported("--fuse-shared-experts", found, expected));
+    }
+    Ok(())
+}
+
+pub(crate) fn check_draft(dims: &Dims) -> Result<(), PlanError> {
+    if dims.prediction_layers != 1 {
+        let found = format!("num_nextn_predict_layers {}", dims.prediction_layers);
+        return Err(PlanError::unsupported("--draft", found, "needs exactly one prediction layer"));
     }
     Ok(())
 }

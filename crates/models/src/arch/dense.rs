@@ -18,7 +18,7 @@ pub(crate) struct Dims {
     kv_heads: u64,
     head_dim: u64,
     vocab: u64,
-    tied: bool,
+    pub(crate) tied: bool,
 }
 
 impl Dims {

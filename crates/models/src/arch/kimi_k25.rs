@@ -12,7 +12,8 @@ use crate::{
     parallel::Members,
 };
 
-const LANGUAGE: &str = "language_model.";
+/// What the inner model's names start with.
+pub(crate) const LANGUAGE: &str = "language_model.";
 const VISION: [&str; 2] = ["vision_tower.", "mm_projector."];
 
 pub(super) fn declare(d: &mut Declare<'_>, model: &Model) -> Result<(), PlanError> {
@@ -92,6 +93,11 @@ impl Vision {
             text_hidden: model.text().dim("hidden_size")?,
         })
     }
+}
+
+/// Blocks of the vision tower.
+pub(crate) fn vision_layers(model: &Model) -> Result<u64, PlanError> {
+    Ok(Vision::from_model(model)?.layers)
 }
 
 fn vision(d: &mut Declare<'_>, model: &Model) -> Result<(), PlanError> {

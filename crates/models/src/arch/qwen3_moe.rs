@@ -6,26 +6,45 @@ use crate::{
     error::PlanError,
 };
 
+/// Which layers have experts, and how many.
+pub(crate) struct MoeLayers {
+    pub(crate) routed: u64,
+    step: u64,
+    dense: Vec<u64>,
+}
+
+impl MoeLayers {
+    pub(crate) fn from_model(model: &Model) -> Result<Self, PlanError> {
+        let c = &model.config;
+        let routed = c.dim("num_experts")?;
+        moe::check_experts(c, "num_experts", routed)?;
+        let dense = c.get("mlp_only_layers").and_then(|v| v.as_array());
+        Ok(Self {
+            routed,
+            step: c.dim_or("decoder_sparse_step", 1)?,
+            dense: dense.into_iter().flatten().filter_map(|v| v.as_u64()).collect(),
+        })
+    }
+
+    pub(crate) fn has_experts(&self, layer: u32) -> bool {
+        let layer = u64::from(layer);
+        !self.dense.contains(&layer) && (layer + 1) % self.step == 0
+    }
+}
+
 pub(super) fn declare(d: &mut Declare<'_>, model: &Model) -> Result<(), PlanError> {
     let c = &model.config;
     let dims = dense::Dims::from_model(model)?;
-    let dense_inner = c.dim("intermediate_size")?;
-    let (routed, inner) = (c.dim("num_experts")?, c.dim("moe_intermediate_size")?);
-    let step = c.dim_or("decoder_sparse_step", 1)?;
-    let dense_layers: Vec<u64> = c
-        .get("mlp_only_layers")
-        .and_then(|v| v.as_array())
-        .map(|list| list.iter().filter_map(|v| v.as_u64()).collect())
-        .unwrap_or_default();
-    moe::check_experts(c, "num_experts", routed)?;
+    let layers = MoeLayers::from_model(model)?;
+    let (routed, dense_inner) = (layers.routed, c.dim("intermediate_size")?);
+    let inner = c.dim("moe_intermediate_size")?;
 
     dense::embedding(d, &dims)?;
     for i in 0..dims.layers {
         d.layer = Some(i);
         let a = format!("model.layers.{i}.");
         dense::attention(d, &a, &dims, true)?;
-        let layer = u64::from(i);
-        if dense_layers.contains(&layer) || (layer + 1) % step != 0 {
+        if !layers.has_experts(i) {
             dense::mlp(d, &format!("{a}mlp."), dense_inner, dims.hidden)?;
             continue;
         }
