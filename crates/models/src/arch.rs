@@ -220,8 +220,8 @@ impl Model {
 
 impl Model {
     /// The configuration of the language model: `text_config` where there is one.
-    pub(crate) fn text(&self) -> Config {
-        self.config.nested("text_config").unwrap_or_else(|| self.config.clone())
+    pub(crate) fn text(&self) -> Cow<'_, Config> {
+        self.config.nested("text_config").map_or(Cow::Borrowed(&self.config), Cow::Owned)
     }
 }
 
