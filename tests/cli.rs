@@ -2,7 +2,7 @@
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use longshore_harness::scratch::Scratch;
 use serde_json::Value;
@@ -105,6 +105,68 @@ fn digest_does_not_depend_on_the_way() {
     assert_ne!(first, digest(&["--ep", "2"]));
 }
 
+/// `inspect --map`: every tensor in file order, where it goes, or why nowhere.
+#[test]
+fn inspect_maps_every_tensor_to_its_parameter() {
+    let source = ["inspect", "synth:deepseek_v3-fp8", "--map"];
+    let plain = json(&[&source[..], &["--json"]].concat());
+    let map = plain["map"].as_array().unwrap();
+    assert_eq!(map.len() as u64, plain["tensors"].as_u64().unwrap());
+    let entry = |map: &[Value], tensor: &str| -> Value {
+        map.iter().find(|e| e["tensor"] == tensor).unwrap_or_else(|| panic!("{tensor}")).clone()
+    };
+    let kv_a = entry(map, "model.layers.1.self_attn.kv_a_proj_with_mqa.weight_scale_inv");
+    let wanted = serde_json::json!({
+        "tensor": "model.layers.1.self_attn.kv_a_proj_with_mqa.weight_scale_inv",
+        "runtime": "model.layers.1.self_attn.fused_qkv_a_proj_with_mqa.weight_scale_inv",
+        "shard": 1, "shards": 2, "expert": null, "local_experts": null,
+    });
+    assert_eq!(kv_a, wanted);
+    let norm = entry(map, "model.norm.weight");
+    assert_eq!((&norm["shard"], &norm["shards"]), (&Value::Null, &Value::from(1)));
+    let skipped = entry(map, "model.layers.3.enorm.weight");
+    keys(&skipped, &["tensor", "skipped"]);
+    assert!(skipped["runtime"].is_null() && skipped.get("shards").is_some_and(Value::is_null));
+    let mapped = map.iter().filter(|e| e.get("skipped").is_none()).count();
+    assert_eq!(map.len() - mapped, plain["skipped"].as_array().unwrap().len());
+
+    let fused = ["--ep", "2", "--fuse-shared-experts", "--json"];
+    let fused = json(&[&source[..], &fused].concat());
+    let shared =
+        entry(fused["map"].as_array().unwrap(), "model.layers.1.mlp.shared_experts.up_proj.weight");
+    let found = [&shared["runtime"], &shared["shard"], &shared["expert"], &shared["local_experts"]];
+    let wanted: [Value; 4] =
+        ["model.layers.1.mlp.experts.w13_weight".into(), "w3".into(), 8.into(), 5.into()];
+    assert_eq!(found, wanted.each_ref());
+
+    let draft = json(&[&source[..], &["--draft", "--json"]].concat());
+    let enorm = entry(draft["map"].as_array().unwrap(), "model.layers.3.enorm.weight");
+    assert_eq!(enorm["runtime"], "model.enorm.weight");
+
+    let text = longshore(&source).stdout;
+    let lines: Vec<String> = String::from_utf8(text).unwrap().lines().map(str::to_owned).collect();
+    let lines: Vec<&String> = lines.iter().filter(|l| l.starts_with("model.")).collect();
+    assert_eq!(lines.len() + 1, map.len(), "one line each, and one for lm_head");
+    let mut columns: Vec<usize> = lines.iter().filter_map(|l| l.find(" shard")).collect();
+    columns.dedup();
+    assert_eq!(columns.len(), 1, "aligned");
+}
+
+/// `longshore inspect … --map | head`: no panic, no complaint.
+#[test]
+fn reader_that_has_seen_enough_is_no_failure() {
+    let mut run = Command::new(env!("CARGO_BIN_EXE_longshore"))
+        .env("XDG_CACHE_HOME", concat!(env!("CARGO_TARGET_TMPDIR"), "/cache"))
+        .args(["inspect", "synth:deepseek_v3-fp8", "--map", "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(run.stdout.take());
+    let run = run.wait_with_output().unwrap();
+    assert_eq!((run.status.code(), String::from_utf8_lossy(&run.stderr)), (Some(0), "".into()));
+}
+
 #[test]
 fn headers_only_checkpoints_plan_at_full_scale() {
     let scratch = Scratch::new().unwrap();
@@ -140,6 +202,10 @@ fn bad_input_is_one_line_and_exit_code_2() {
         &["load", "ftp://host/model", "--tp", "2"],
         &["plan", "synth:llama-bf16", "--tp", "2", "--nonsense"],
         &["inspect", "/"],
+        &["inspect", "synth:deepseek_v3-fp8", "--ep", "2"],
+        &["inspect", "synth:deepseek_v3-fp8", "--map", "--ep", "3"],
+        &["inspect", "synth:deepseek_v3-fp8", "--map", "--ep", "0"],
+        &["inspect", "synth:llama-bf16", "--map", "--fuse-shared-experts"],
         &["frobnicate"],
     ] {
         let run = longshore(&[arguments, &["--log-level", "error"]].concat());

@@ -3,7 +3,12 @@
 mod arguments;
 mod watch;
 
-use std::{collections::BTreeMap, process::ExitCode, time::Instant};
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    process::ExitCode,
+    time::Instant,
+};
 
 use clap::Parser;
 use serde::Serialize;
@@ -72,13 +77,22 @@ fn start_log(level: LevelFilter) {
         .init();
 }
 
-/// One JSON document, or the text.
-#[expect(clippy::print_stdout, reason = "this is the command's result")]
-fn print(value: &impl Serialize, json: bool, text: impl FnOnce() -> String) {
-    if json {
-        println!("{}", serde_json::to_string_pretty(value).unwrap_or_default());
-    } else {
-        println!("{}", text());
+/// Writes one JSON document, or the text. A reader that has seen enough (`… | head`) is no failure.
+fn print(
+    value: &impl Serialize,
+    json: bool,
+    text: impl FnOnce() -> String,
+) -> Result<(), LoadError> {
+    let result = match json {
+        true => serde_json::to_string_pretty(value).unwrap_or_default(),
+        false => text(),
+    };
+    let mut stdout = io::stdout().lock();
+    match writeln!(stdout, "{result}").and_then(|()| stdout.flush()) {
+        Err(source) if source.kind() != io::ErrorKind::BrokenPipe => {
+            Err(LoadError::Io { path: "stdout".into(), action: "writing the result", source })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -95,17 +109,18 @@ fn run_plan(arguments: &PlanArgs, json: bool) -> Result<(), LoadError> {
     let plan = make_plan(arguments, &arguments.source, &mut phases)?;
     let mut report = Report::forecast(&plan, &arguments.source);
     report.phases = phases.0;
-    print(&report, json, || report.table());
-    Ok(())
+    print(&report, json, || report.table())
 }
 
 fn run_inspect(arguments: &InspectArgs, json: bool) -> Result<(), LoadError> {
     let discovered = discover(&source::resolve(&arguments.source)?)?;
-    let options = PlanOptions::default();
+    let options = PlanOptions { model: arguments.model_options(), ..PlanOptions::default() };
     let plan = Plan::new(discovered, &options)?;
-    let inspection = Inspection::new(&plan, &arguments.source);
-    print(&inspection, json, || inspection.text());
-    Ok(())
+    let mut inspection = Inspection::new(&plan, &arguments.source);
+    if arguments.map {
+        inspection = inspection.with_map(&plan, arguments.ep)?;
+    }
+    print(&inspection, json, || inspection.text())
 }
 
 fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
@@ -123,8 +138,7 @@ fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
             written.checkpoint_bytes,
             written.files
         )
-    });
-    Ok(())
+    })
 }
 
 fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
@@ -150,8 +164,7 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
         phases.measure("out", || out::write(dir, &plan, ranks, source))?;
     }
     report.phases = phases.0;
-    print(&report, json, || report.table());
-    Ok(())
+    print(&report, json, || report.table())
 }
 
 /// One checkpoint of a `load` command: the first, or one that is reloaded.

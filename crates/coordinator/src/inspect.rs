@@ -1,10 +1,14 @@
 //! What a checkpoint holds: architecture, quantisation, tensors and bytes by kind, what would be skipped.
 
+mod map;
+
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+pub use self::map::MapEntry;
 use crate::{
+    error::LoadError,
     plan::Plan,
     report::{Report, SkippedEntry, bytes_text},
 };
@@ -45,6 +49,9 @@ pub struct Inspection {
     pub skipped: Vec<SkippedEntry>,
     /// What looked odd.
     pub warnings: Vec<String>,
+    /// Where each tensor goes, if that was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub map: Option<Vec<MapEntry>>,
 }
 
 impl Inspection {
@@ -74,7 +81,16 @@ impl Inspection {
             dtypes,
             skipped: report.skipped,
             warnings: report.warnings,
+            map: None,
         }
+    }
+
+    /// Adds where each tensor goes when the experts are shared out over `ep` groups of ranks.
+    ///
+    /// # Errors
+    /// `ep` does not divide the experts.
+    pub fn with_map(self, plan: &Plan, ep: u32) -> Result<Self, LoadError> {
+        Ok(Self { map: Some(map::entries(plan, ep)?), ..self })
     }
 
     /// The inspection for people.
@@ -102,6 +118,7 @@ impl Inspection {
         }
         lines.extend(reasons.iter().map(|(why, count)| format!("skipped {count}: {why}")));
         lines.extend(self.warnings.iter().map(|w| format!("warning: {w}")));
+        lines.extend(self.map.iter().flat_map(|entries| map::lines(entries)));
         lines.join("\n")
     }
 }

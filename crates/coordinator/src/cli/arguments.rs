@@ -115,6 +115,18 @@ pub(super) struct LoadArgs {
 pub(super) struct InspectArgs {
     /// A checkpoint directory, or synth:FAMILY-SCHEME.
     pub(super) source: String,
+    /// List which runtime parameter each tensor becomes part of.
+    #[arg(long)]
+    pub(super) map: bool,
+    /// Expert-parallel size that --map counts a rank's experts for.
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "map")]
+    pub(super) ep: u32,
+    /// Make the shared expert the last routed expert.
+    #[arg(long)]
+    fuse_shared_experts: bool,
+    /// Inspect for the prediction layer as the draft model.
+    #[arg(long)]
+    draft: bool,
 }
 
 #[derive(Debug, Args)]
@@ -199,6 +211,16 @@ impl PlanArgs {
             },
             memory_limit: self.memory_limit,
             read_bytes: self.read_size,
+        }
+    }
+}
+
+impl InspectArgs {
+    pub(super) fn model_options(&self) -> ModelOptions {
+        ModelOptions {
+            fuse_shared_experts: self.fuse_shared_experts,
+            draft: self.draft,
+            ..ModelOptions::default()
         }
     }
 }
