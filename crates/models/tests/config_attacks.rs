@@ -1,8 +1,8 @@
 //! Configurations that lie: the model is refused or declared, never a panic, never an allocation without bound.
 
 use longshore_models::{
-    arch::Model, config::Config, declare::Lookup, options::ModelOptions, parallel::Parallel,
-    quant::Scheme,
+    arch::Model, config::Config, declare::Lookup, mapping::Mapper, options::ModelOptions,
+    parallel::Parallel, quant::Scheme,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -91,6 +91,7 @@ proptest! {
         if let Ok(model) = Model::new(config, None, options) {
             // sizes that do not fit in 64 bits would panic here, where arithmetic is checked
             let _ = model.declare(Parallel::new(tp, 1).unwrap(), &Everything(scheme));
+            let _ = Mapper::new(&model, tp);
         }
     }
 }
