@@ -68,7 +68,7 @@ fn with_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Policy
         round_bytes: policy.round_bytes,
     };
     for run in runs(placement, checkpoint, policy.read_bytes) {
-        let reads = cut(checkpoint, run.file, run.range, policy.read_bytes);
+        let reads = checkpoint.cut(run.file, run.range, policy.read_bytes);
         reads.for_each(|range| share.give(run.file, range, run.owner));
     }
     let rounds = share.round + u32::from(share.any_round);
@@ -211,7 +211,7 @@ fn without_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Pol
             }
         }
         let cuts = runs.iter().flat_map(|run| {
-            let ranges = cut(checkpoint, run.file, run.range, policy.read_bytes);
+            let ranges = checkpoint.cut(run.file, run.range, policy.read_bytes);
             ranges.map(|range| Read { file: run.file, range, round: None })
         });
         cuts.collect()
@@ -226,45 +226,5 @@ fn join(runs: &mut Vec<Run>, run: Run, gap_bytes: u64) {
             last.range.end = last.range.end.max(run.range.end);
         }
         _ => runs.push(run),
-    }
-}
-
-/// Cuts a run into reads of at most `read_bytes`, on page boundaries where these cut no element.
-fn cut(
-    checkpoint: &Checkpoint,
-    file: u32,
-    run: ByteRange,
-    read_bytes: u64,
-) -> impl Iterator<Item = ByteRange> {
-    let mut at = run.start;
-    std::iter::from_fn(move || {
-        if at == run.end {
-            return None;
-        }
-        let end = if run.end - at <= read_bytes {
-            run.end
-        } else {
-            cut_before(checkpoint, file, at, at + read_bytes)
-        };
-        let range = ByteRange::new(at, end);
-        at = end;
-        Some(range)
-    })
-}
-
-/// The best place to cut in `at + 8 .. limit`: no element is cut, and on a page boundary if possible.
-fn cut_before(checkpoint: &Checkpoint, file: u32, at: u64, limit: u64) -> u64 {
-    const PAGE: u64 = 4096;
-    // no element is longer than this
-    const ELEMENT: u64 = 8;
-    let page = limit - limit % PAGE;
-    let wanted = if page > at + ELEMENT { page } else { limit };
-    let tensors = &checkpoint.tensors;
-    let number = tensors.partition_point(|t| (t.file, t.file_range.end) <= (file, wanted));
-    match tensors.get(number) {
-        Some(t) if t.file == file && t.file_range.start < wanted => {
-            wanted - (wanted - t.file_range.start) % ELEMENT
-        }
-        _ => wanted,
     }
 }

@@ -147,6 +147,46 @@ impl Checkpoint {
         &self.files[tensor.file as usize].name
     }
 
+    /// Cuts `range` of `file` into pieces of at most `bytes_max` (at least 16), on page boundaries of the file where these
+    /// cut no element.
+    pub fn cut(
+        &self,
+        file: u32,
+        range: ByteRange,
+        bytes_max: u64,
+    ) -> impl Iterator<Item = ByteRange> {
+        let mut at = range.start;
+        std::iter::from_fn(move || {
+            if at == range.end {
+                return None;
+            }
+            let end = if range.end - at <= bytes_max {
+                range.end
+            } else {
+                self.cut_before(file, at, at + bytes_max)
+            };
+            let piece = ByteRange::new(at, end);
+            at = end;
+            Some(piece)
+        })
+    }
+
+    /// The best place to cut in `at + 8 .. limit`: no element is cut, and on a page boundary if possible.
+    fn cut_before(&self, file: u32, at: u64, limit: u64) -> u64 {
+        const PAGE: u64 = 4096;
+        // no element is longer than this
+        const ELEMENT: u64 = 8;
+        let page = limit - limit % PAGE;
+        let wanted = if page > at + ELEMENT { page } else { limit };
+        let number = self.tensors.partition_point(|t| (t.file, t.file_range.end) <= (file, wanted));
+        match self.tensors.get(number) {
+            Some(t) if t.file == file && t.file_range.start < wanted => {
+                wanted - (wanted - t.file_range.start) % ELEMENT
+            }
+            _ => wanted,
+        }
+    }
+
     /// Bytes of data of all tensors, headers not counted.
     pub fn data_bytes(&self) -> u64 {
         self.tensors.iter().map(|t| t.file_range.len()).sum()

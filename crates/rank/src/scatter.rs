@@ -2,8 +2,8 @@
 //!
 //! A file in the page cache is read straight into parameters, by one scattered read; what would fall into many short
 //! runs (row-parallel weights), needs conversion, or is wanted by nobody goes to a slab instead, and from there to its
-//! places. A read past the page cache goes to a slab as a whole. Bytes that several ranks need are read once and copied
-//! from the first.
+//! places. Such a read is taken in steps that stay within a core's cache ([`steps`]). A read past the page cache goes to a
+//! slab as a whole. Bytes that several ranks need are read once and copied from the first.
 //!
 //! ```text
 //! file      | gate rows of rank 0 | gate rows of rank 1 | down: 256 bytes each to ranks 0 1 0 1 0 1 … | norm |
@@ -28,6 +28,20 @@ use crate::{
 
 /// Tensors whose runs are shorter than this on average are cheaper through a slab than as iovecs of their own.
 const RUN_BYTES_MIN: u64 = 1024;
+
+/// Bytes of one step through the page cache: what is placed from the slab, and the pages that were just zeroed, are still
+/// in a core's second-level cache (2 ranks of a checkpoint of small tensors: 5 % less processor time than with 2 MiB).
+const STEP_BYTES: u64 = 512 << 10;
+
+/// The steps in which `range` of `file` is carried out.
+pub fn steps(
+    checkpoint: &Checkpoint,
+    file: u32,
+    range: ByteRange,
+    direct: bool,
+) -> impl Iterator<Item = ByteRange> {
+    checkpoint.cut(file, range, if direct { range.len() } else { STEP_BYTES })
+}
 
 /// Carries out the reads of one rank; one per worker, so that its lists are reused.
 #[derive(Debug, Default)]
@@ -68,7 +82,8 @@ pub struct Outcome {
 }
 
 impl Scatter {
-    /// Reads `read` on behalf of `rank` and places every byte of it in the parameters that want it.
+    /// Reads `read` (one of the [`steps`] of a planned one) on behalf of `rank` and places every byte of it in the
+    /// parameters that want it.
     ///
     /// [`Scatter::spans`] then tells what landed.
     ///

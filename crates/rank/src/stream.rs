@@ -11,6 +11,7 @@ use std::{
     },
 };
 
+use longshore_models::placement::Span;
 use ractor::ActorRef;
 
 use crate::{
@@ -18,8 +19,8 @@ use crate::{
     error::RankError,
     params::ParamMemory,
     post_process,
-    protocol::{Generation, LoadPlan, Peer, Progress, RankMessage, WorkerEvent},
-    scatter::{Scatter, count_exchange},
+    protocol::{Generation, LoadPlan, Peer, Progress, RankMessage, Read, WorkerEvent},
+    scatter::{Scatter, count_exchange, steps},
     staging::{DIRECT_ALIGNMENT, Staging},
     storage::CheckpointSource,
 };
@@ -161,21 +162,38 @@ impl Job {
     fn read(&self, number: usize, scatter: &mut Scatter) -> Result<(), RankError> {
         let read = &self.plan.reads[self.rank as usize][number];
         let source = &self.sources[read.file as usize];
-        let outcome =
-            scatter.execute(&self.plan, self.rank, read, source, &self.peers, &self.staging)?;
         let progress = self.progress();
-        progress.read_bytes.fetch_add(read.range.len(), Ordering::Relaxed);
-        progress.padding_bytes.fetch_add(outcome.padding_bytes, Ordering::Relaxed);
-        progress.reads.fetch_add(outcome.reads, Ordering::Relaxed);
-        count_exchange(scatter.spans(), self.rank, &self.peers);
-        for span in scatter.spans() {
+        // the steps of one read are one read to storage, unless it answers short
+        progress.reads.fetch_add(1, Ordering::Relaxed);
+        for range in steps(&self.plan.checkpoint, read.file, read.range, source.mode.direct) {
+            let step = Read { range, ..*read };
+            let outcome = scatter.execute(
+                &self.plan,
+                self.rank,
+                &step,
+                source,
+                &self.peers,
+                &self.staging,
+            )?;
+            progress.read_bytes.fetch_add(range.len(), Ordering::Relaxed);
+            progress.padding_bytes.fetch_add(outcome.padding_bytes, Ordering::Relaxed);
+            progress.reads.fetch_add(outcome.reads.saturating_sub(1), Ordering::Relaxed);
+            self.land(scatter.spans())?;
+        }
+        if self.reads_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.tell(self.rank, WorkerEvent::ReadsDone);
+        }
+        Ok(())
+    }
+
+    /// Counts what has landed, and tells each rank of its parameters that are complete.
+    fn land(&self, spans: &[Span]) -> Result<(), RankError> {
+        count_exchange(spans, self.rank, &self.peers);
+        for span in spans {
             let peer = &self.peers[span.rank as usize];
             if peer.memory.landed(span.param, span.target_bytes())? {
                 self.tell(span.rank, WorkerEvent::ParamLanded(span.param));
             }
-        }
-        if self.reads_left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.tell(self.rank, WorkerEvent::ReadsDone);
         }
         Ok(())
     }
