@@ -1,5 +1,5 @@
-//! The parameter mapping against the placement of real checkpoints: every tensor of every family and scheme goes where its
-//! bytes land, and an update is called complete exactly when its last tensor has come.
+//! The parameter mapping against the placement of generated checkpoints: every tensor of every family and scheme goes
+//! where its bytes land, and an update is called complete exactly when its last tensor has come.
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
 
@@ -84,8 +84,8 @@ impl<'p> Both<'p> {
         (0..parallel.ep()).map(move |ep_rank| (ep_rank, ep_rank * parallel.moe_tp()))
     }
 
-    /// Every tensor with pieces maps to the parameters that they land in; every other one is skipped for the placement's
-    /// reason, or is a second part that is checked but not kept.
+    /// Every tensor with pieces maps to the parameters that they land in; every other one is skipped for the
+    /// placement's reason, or is a second part that is checked but not kept.
     fn check_tensors(&self) {
         let placement = self.plan.placement();
         let skipped: BTreeMap<u32, &str> =
@@ -112,8 +112,8 @@ impl<'p> Both<'p> {
         }
     }
 
-    /// For each parameter on each expert group: its sources are what maps to it, as many as promised, and in the order in
-    /// which they land.
+    /// For each parameter on each expert group: its sources are what maps to it, as many as promised, and in the order
+    /// in which they land.
     fn check_params(&self) {
         let placement = self.plan.placement();
         let mut mapped: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();

@@ -58,8 +58,8 @@ pub struct Mapping {
     pub shards: u32,
     /// The expert, counted over all of them; a fused shared expert is the last, E.
     pub expert: Option<u64>,
-    /// How many experts' pieces one rank needs to complete the parameter: E / ep and a fused shared one. All of them for
-    /// `input_scale`, which every rank holds in full (reference §3.5).
+    /// How many experts' pieces one rank needs to complete the parameter: E / ep and a fused shared one. All of them
+    /// for `input_scale`, which every rank holds in full (reference §3.5).
     pub local_experts: Option<u64>,
 }
 
@@ -128,8 +128,8 @@ impl Mapper {
 
     /// Where `tensor` goes; `None` when it is skipped ([`Mapper::skip_reason`]) or no tensor of the model.
     ///
-    /// A scheme's suffix is known whatever scheme the model declares: whether a module is quantised is for the checkpoint
-    /// to say.
+    /// A scheme's suffix is known whatever scheme the model declares: whether a module is quantised is for the
+    /// checkpoint to say.
     pub fn map(&self, tensor: &str) -> Option<Mapping> {
         let canonical = self.model.family.canonical(tensor);
         let (module, suffix) = canonical.rsplit_once('.')?;
@@ -152,8 +152,8 @@ impl Mapper {
     /// The tensors that complete `runtime` on a rank of expert group `ep_rank`, in the order in which kernels that want
     /// gate before up have them in memory.
     ///
-    /// Empty for a name that no tensor makes up (a derived parameter, an alias, an unknown one) and for a group that does
-    /// not exist. Whether the checkpoint has the tensors is not asked: the names follow from the parameter's.
+    /// Empty for a name that no tensor makes up (a derived parameter, an alias, an unknown one) and for a group that
+    /// does not exist. Whether the checkpoint has the tensors is not asked: the names follow from the parameter's.
     pub fn sources(&self, runtime: &str, ep_rank: u32) -> Vec<Piece> {
         let Some((fused, suffix)) = self.table.module(runtime) else {
             return Vec::new();

@@ -1,5 +1,5 @@
-//! The rules for names against the declarations, which were written apart: every tensor that a family declares, in every
-//! scheme, maps to the parameter that its bytes land in, in the order in which they lie there.
+//! The rules for names against the declarations, which were written apart: every tensor that a family declares, in
+//! every scheme, maps to the parameter that its bytes land in, in the order in which they lie there.
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
 

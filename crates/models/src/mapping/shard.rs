@@ -6,8 +6,8 @@ use serde::{Serialize, Serializer};
 
 /// Which part of a runtime parameter a tensor is.
 ///
-/// Prints as the field writes it (`q`, `0`, `w1`, `none`); in JSON the numbers are numbers and `none` is `null`, so that
-/// a Python trainer gets what its `weight_loader` takes. Source: reference §2.1, §2.8, §2.9.
+/// Prints as the field writes it (`q`, `0`, `w1`, `none`); in JSON the numbers are numbers and `none` is `null`, so
+/// that a Python trainer gets what its `weight_loader` takes. Source: reference §2.1, §2.8, §2.9.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Shard {
     /// The tensor is the whole parameter (of an expert, where there are experts).
