@@ -91,7 +91,7 @@ impl Dims {
             },
             indexer_norm_dtype: match model.family {
                 Family::GlmMoeDsa => Dtype::F32,
-                _ => Dtype::BF16,
+                _ => model.dtype,
             },
             tied: c.flag("tie_word_embeddings")?,
             prediction_layers: prediction_layers(c),

@@ -144,11 +144,8 @@ impl Exclude {
 
 /// Whether the module or the fused one that it is a part of matches, with or without the wrapper's prefix.
 fn any_spelling(patterns: &Patterns, module: &str) -> bool {
-    let either = |name: &str| {
-        patterns.matches(name)
-            || name.strip_prefix(LANGUAGE).is_some_and(|inner| patterns.matches(inner))
-    };
-    either(module) || fused(module).is_some_and(|name| either(&name))
+    patterns.matches(module, LANGUAGE)
+        || fused(module).is_some_and(|name| patterns.matches(&name, LANGUAGE))
 }
 
 /// The run-time module that `module` is a part of.

@@ -3,7 +3,7 @@
 //! Lists name hundreds of modules and a checkpoint has ten thousands, so nothing here is tried entry by entry: literal
 //! entries go into an automaton, globs are found by their literal beginning, regular expressions are one set.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use aho_corasick::AhoCorasick;
 use regex::bytes::{RegexSet, RegexSetBuilder};
@@ -14,11 +14,18 @@ pub(super) struct Patterns {
     exact: HashSet<String>,
     runs: Option<AhoCorasick>,
     parts: Option<AhoCorasick>,
-    globs: HashMap<String, Vec<String>>,
-    /// The lengths of the keys of `globs`.
-    glob_starts: Vec<usize>,
+    globs: Vec<GlobGroup>,
     segment_globs: Vec<String>,
     regexes: Option<RegexSet>,
+}
+
+/// The globs with one literal beginning.
+#[derive(Clone)]
+struct GlobGroup {
+    start: String,
+    globs: Vec<String>,
+    /// The group with the longest beginning that this one begins with.
+    parent: Option<usize>,
 }
 
 /// Collects patterns.
@@ -44,25 +51,35 @@ impl PatternsBuilder {
     pub(super) fn build(self) -> (Patterns, Vec<String>) {
         let mut unusable = Vec::new();
         let runs: Vec<String> = self.runs.iter().map(|run| format!(".{run}.")).collect();
-        let mut globs: HashMap<String, Vec<String>> = HashMap::new();
-        for glob in self.globs {
-            let start = glob.split(['*', '?']).next().unwrap_or_default().to_owned();
-            globs.entry(start).or_default().push(glob);
-        }
-        let mut glob_starts: Vec<usize> = globs.keys().map(String::len).collect();
-        glob_starts.sort_unstable();
-        glob_starts.dedup();
         let patterns = Patterns {
             exact: self.exact.into_iter().collect(),
             runs: literals(&runs, false, &mut unusable),
             parts: literals(&self.parts, true, &mut unusable),
-            globs,
-            glob_starts,
+            globs: glob_groups(self.globs),
             segment_globs: self.segment_globs,
             regexes: regexes(self.regexes, &mut unusable),
         };
         (patterns, unusable)
     }
+}
+
+/// The groups, sorted by their beginnings.
+fn glob_groups(globs: Vec<String>) -> Vec<GlobGroup> {
+    let mut by_start: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for glob in globs {
+        let start = glob.split(['*', '?']).next().unwrap_or_default().to_owned();
+        by_start.entry(start).or_default().push(glob);
+    }
+    let mut groups: Vec<GlobGroup> = Vec::with_capacity(by_start.len());
+    for (start, globs) in by_start {
+        // what begins with a text follows it directly, so the parent is the group before or one of its parents
+        let mut parent = groups.len().checked_sub(1);
+        while let Some(at) = parent.filter(|&at| !start.starts_with(&groups[at].start)) {
+            parent = groups[at].parent;
+        }
+        groups.push(GlobGroup { start, globs, parent });
+    }
+    groups
 }
 
 fn literals(texts: &[String], any_case: bool, unusable: &mut Vec<String>) -> Option<AhoCorasick> {
@@ -115,20 +132,40 @@ impl Patterns {
             && self.regexes.is_none()
     }
 
-    /// Whether any pattern matches `name`.
-    pub(super) fn matches(&self, name: &str) -> bool {
-        self.exact.contains(name)
-            || self.runs.as_ref().is_some_and(|runs| runs.is_match(&format!(".{name}.")))
+    /// Whether any pattern matches `name`, or `name` without `prefix` where it begins with that.
+    pub(super) fn matches(&self, name: &str, prefix: &str) -> bool {
+        // what matches within the shorter name matches within the longer one
+        self.within(name)
+            || self.whole(name)
+            || name.strip_prefix(prefix).is_some_and(|shorter| self.whole(shorter))
+    }
+
+    /// The patterns that match a part of a name.
+    fn within(&self, name: &str) -> bool {
+        self.runs.as_ref().is_some_and(|runs| runs.is_match(&format!(".{name}.")))
             || self.parts.as_ref().is_some_and(|parts| parts.is_match(name))
-            || self.any_glob(name)
             || self.any_segment_glob(name)
+    }
+
+    /// The patterns that match from a name's beginning.
+    fn whole(&self, name: &str) -> bool {
+        self.exact.contains(name)
+            || self.any_glob(name)
             || self.regexes.as_ref().is_some_and(|set| set.is_match(name.as_bytes()))
     }
 
     fn any_glob(&self, name: &str) -> bool {
-        let globs = |start: &usize| self.globs.get(name.get(..*start)?);
-        let mut candidates = self.glob_starts.iter().filter_map(globs).flatten();
-        candidates.any(|glob| glob_matches(glob.as_bytes(), name.as_bytes()))
+        // every beginning of `name` is the last group up to `name` in order, or one of its parents
+        let after = self.globs.partition_point(|group| group.start.as_str() <= name);
+        let mut at = after.checked_sub(1);
+        while let Some(group) = at.map(|at| &self.globs[at]) {
+            let matches = |glob: &String| glob_matches(glob.as_bytes(), name.as_bytes());
+            if name.starts_with(&group.start) && group.globs.iter().any(matches) {
+                return true;
+            }
+            at = group.parent;
+        }
+        false
     }
 
     fn any_segment_glob(&self, name: &str) -> bool {
@@ -177,23 +214,27 @@ mod tests {
         patterns
     }
 
+    fn hit(patterns: &Patterns, name: &str) -> bool {
+        patterns.matches(name, "wrapper.")
+    }
+
     #[test]
     fn a_run_is_whole_segments_at_the_start_in_the_middle_or_at_the_end() {
         let runs = one(|b| b.runs = vec!["mlp.gate".into(), "lm_head".into(), "a.1".into()]);
         for name in ["mlp.gate", "x.mlp.gate", "mlp.gate.y", "x.mlp.gate.y", "lm_head", "a.1.b"] {
-            assert!(runs.matches(name), "{name}");
+            assert!(hit(&runs, name), "{name}");
         }
         for name in ["mlp.gate_proj", "xmlp.gate", "mlp.experts.gate", "mlp", "a.10", "ba.1"] {
-            assert!(!runs.matches(name), "{name}");
+            assert!(!hit(&runs, name), "{name}");
         }
     }
 
     #[test]
     fn a_regex_is_anchored_at_the_start_only() {
         let set = one(|b| b.regexes = vec![r"model\.layers\.\d+\.self_attn".into()]);
-        assert!(set.matches("model.layers.12.self_attn.o_proj"));
-        assert!(!set.matches("language_model.model.layers.12.self_attn"));
-        assert!(!set.matches("model.layers.x.self_attn"));
+        assert!(hit(&set, "model.layers.12.self_attn.o_proj"));
+        assert!(!hit(&set, "language_model.model.layers.12.self_attn"));
+        assert!(!hit(&set, "model.layers.x.self_attn"));
     }
 
     #[test]
@@ -201,14 +242,27 @@ mod tests {
         let texts = [r"(?=x)y", r".*\.q", r"(", "(a{1000}){1000}"].map(str::to_owned).to_vec();
         let (set, unusable) = PatternsBuilder { regexes: texts, ..Default::default() }.build();
         assert_eq!(unusable, ["(?=x)y", "(", "(a{1000}){1000}"]);
-        assert!(set.matches("x.q") && !set.matches("y"));
+        assert!(hit(&set, "x.q") && !hit(&set, "y"));
     }
 
     #[test]
     fn parts_ignore_case_and_segments() {
         let parts = one(|b| b.parts = vec!["LM_Head".into(), "shared".into()]);
-        assert!(parts.matches("x.lm_head") && parts.matches("mlp.Shared_experts.up"));
-        assert!(!parts.matches("head"));
+        assert!(hit(&parts, "x.lm_head") && hit(&parts, "mlp.Shared_experts.up"));
+        assert!(!hit(&parts, "head"));
+    }
+
+    #[test]
+    fn a_prefix_may_be_left_out_of_whole_names() {
+        let fills: [fn(&mut PatternsBuilder); 3] = [
+            |b| b.exact = vec!["a.b".into()],
+            |b| b.globs = vec!["a.*".into()],
+            |b| b.regexes = vec!["a".into()],
+        ];
+        for fill in fills {
+            let set = one(fill);
+            assert!(hit(&set, "a.b") && hit(&set, "wrapper.a.b") && !hit(&set, "other.a.b"));
+        }
     }
 
     /// The definition of a glob, by trying everything.
@@ -225,9 +279,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn globs_match_what_the_definition_says(glob in "[ab.?*]{0,8}", name in "[ab.]{0,10}") {
-            let set = one(|b| b.globs = vec![glob.clone()]);
-            prop_assert_eq!(set.matches(&name), naive(glob.as_bytes(), name.as_bytes()));
+        fn globs_match_what_the_definition_says(
+            globs in proptest::collection::vec("[ab.]{0,4}[ab.?*]{0,5}", 1..6), name in "[ab.]{0,10}",
+        ) {
+            let wanted = globs.iter().any(|glob| naive(glob.as_bytes(), name.as_bytes()));
+            let set = one(|b| b.globs = globs);
+            prop_assert_eq!(hit(&set, &name), wanted);
         }
     }
 }
