@@ -59,7 +59,7 @@ def main():
     ap.add_argument("--memory-limit")
     ap.add_argument("--hold-gib", type=float)
     ap.add_argument("options", nargs="*", help="more options of `longshore load`, after --")
-    a = ap.parse_args()
+    a = ap.parse_intermixed_args()
     with harness.HeldMemory(a.hold_gib, harness.tensor_bytes(a.ckpt)) as memory:
         line = run(a.bin, a.ckpt, a.tp, a.state, memory, a.options, a.memory_limit)
     print(json.dumps(line))

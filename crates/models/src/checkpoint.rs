@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use foldhash::fast::RandomState;
+
 use crate::dtype::Dtype;
 
 use crate::{
@@ -47,7 +49,7 @@ pub struct Checkpoint {
     pub files: Vec<CheckpointFile>,
     /// All tensors, in the order in which they lie in the files.
     pub tensors: Vec<Tensor>,
-    by_name: HashMap<String, TensorId>,
+    by_name: HashMap<String, TensorId, RandomState>,
 }
 
 impl Checkpoint {
@@ -65,7 +67,7 @@ impl Checkpoint {
         let mut this = Self {
             files: Vec::with_capacity(headers.len()),
             tensors: Vec::with_capacity(count),
-            by_name: HashMap::with_capacity(count),
+            by_name: HashMap::with_capacity_and_hasher(count, RandomState::default()),
         };
         for (file, entries) in headers {
             this.add_file(file, entries)?;
@@ -109,7 +111,7 @@ impl Checkpoint {
     fn check_index(&self, index: &Index) -> Result<(), CheckpointError> {
         let mut listed = vec![false; self.tensors.len()];
         for (tensor, file) in index.entries() {
-            let id = self.by_name.get(tensor).map(|&id| id as usize);
+            let id = self.id(tensor).map(|id| id as usize);
             match id.filter(|&id| self.file_name(&self.tensors[id]) == file) {
                 None => {
                     return Err(CheckpointError::IndexMissingTensor {
@@ -139,7 +141,12 @@ impl Checkpoint {
 
     /// The tensor of that name.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
-        self.by_name.get(name).map(|&id| &self.tensors[id as usize])
+        self.id(name).map(|id| &self.tensors[id as usize])
+    }
+
+    /// The number of the tensor of that name.
+    pub fn id(&self, name: &str) -> Option<TensorId> {
+        self.by_name.get(name).copied()
     }
 
     /// The name of the file that holds `tensor`.

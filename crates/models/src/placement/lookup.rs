@@ -23,7 +23,8 @@ use crate::{
 pub(super) struct Names<'a> {
     checkpoint: &'a Checkpoint,
     declared: &'a Declared,
-    by_canonical: HashMap<Cow<'a, str>, TensorId>,
+    /// The tensors that declarations spell otherwise than the checkpoint: usually none.
+    renamed: HashMap<String, TensorId>,
     canonical: Vec<Cow<'a, str>>,
     /// The first module found in a scheme that is neither BF16 nor the declared one.
     undeclared: RefCell<Option<(String, Scheme)>>,
@@ -56,22 +57,25 @@ impl Odd {
 
 impl<'a> Names<'a> {
     pub(super) fn new(model: &'a Model, checkpoint: &'a Checkpoint) -> Result<Self, PlanError> {
-        let mut by_canonical = HashMap::with_capacity(checkpoint.tensors.len());
+        let mut renamed = HashMap::new();
         let mut canonical = Vec::with_capacity(checkpoint.tensors.len());
         for (id, tensor) in checkpoint.tensors.iter().enumerate() {
             let name = model.family.canonical(&tensor.name);
-            if let Some(other) = by_canonical.insert(name.clone(), id as TensorId) {
-                return Err(PlanError::DoublySupplied {
-                    first: checkpoint.tensors[other as usize].name.clone(),
-                    second: tensor.name.clone(),
-                });
+            if let Cow::Owned(name) = &name {
+                let twin = renamed.insert(name.clone(), id as TensorId);
+                if let Some(other) = twin.or_else(|| checkpoint.id(name)) {
+                    return Err(PlanError::DoublySupplied {
+                        first: checkpoint.tensors[other as usize].name.clone(),
+                        second: tensor.name.clone(),
+                    });
+                }
             }
             canonical.push(name);
         }
         Ok(Self {
             checkpoint,
             declared: &model.declared,
-            by_canonical,
+            renamed,
             canonical,
             undeclared: RefCell::default(),
             quantised: Cell::new(false),
@@ -81,7 +85,7 @@ impl<'a> Names<'a> {
     }
 
     pub(super) fn tensor(&self, canonical: &str) -> Option<TensorId> {
-        self.by_canonical.get(canonical).copied()
+        self.renamed.get(canonical).copied().or_else(|| self.checkpoint.id(canonical))
     }
 
     pub(super) fn canonical(&self, tensor: TensorId) -> &str {
@@ -188,6 +192,6 @@ impl Lookup for Names<'_> {
     }
 
     fn has(&self, tensor: &str) -> bool {
-        self.by_canonical.contains_key(tensor)
+        self.tensor(tensor).is_some()
     }
 }
