@@ -30,6 +30,12 @@ fn checkpoints() -> Vec<Checkpoint> {
         wide(Checkpoint::new(Family::Qwen3Moe, Scheme::Bf16)),
         moe(Checkpoint::new(Family::DeepseekV3, Scheme::Bf16)),
         moe(Checkpoint::new(Family::DeepseekV3, Scheme::Fp8)).set("num_attention_heads", 16),
+        moe(Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4)),
+        moe(Checkpoint::new(Family::DeepseekV32, Scheme::Bf16)),
+        moe(Checkpoint::new(Family::GlmMoeDsa, Scheme::Mxfp4)).set("moe_intermediate_size", 512),
+        moe(Checkpoint::new(Family::KimiK25, Scheme::Int4))
+            .set("vt_hidden_size", 64)
+            .set("vt_num_attention_heads", 8),
     ]
 }
 

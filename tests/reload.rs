@@ -5,6 +5,7 @@
 use std::{
     fs::OpenOptions,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use longshore::{
@@ -15,6 +16,7 @@ use longshore::{
     plan::{Exchange, Plan},
 };
 use longshore_harness::{
+    compare,
     generator::{Break, Checkpoint, Family, Preset, Scheme},
     oracle,
     scratch::Scratch,
@@ -214,4 +216,35 @@ fn a_reload_that_fails_while_writing_puts_the_old_weights_back() {
     let plan_b = plan(&b, &options, Exchange::On).unwrap();
     reload(&mut group, &plan_b).unwrap_or_else(|e| panic!("{}", e.line()));
     assert_eq!(digest(&group), digest(&start(&plan_b)));
+}
+
+/// `load A --reload B --reload A --reload B --out` leaves B's parameters; a broken B leaves nothing at all.
+#[test]
+fn the_command_line_reloads_in_turn_and_writes_the_last() {
+    let scratch = Scratch::new().unwrap();
+    let [a, b] = pair(&scratch, &Checkpoint::new(Family::KimiK25, Scheme::Int4));
+    let out = scratch.join("out");
+    let load = |arguments: &[&Path]| {
+        let run = Command::new(env!("CARGO_BIN_EXE_longshore"))
+            .args(["load", "--tp", "2", "--json", "--log-level", "error"])
+            .args(arguments)
+            .output()
+            .unwrap();
+        (run.status.code(), run.stdout, String::from_utf8_lossy(&run.stderr).into_owned())
+    };
+    let reload = Path::new("--reload");
+    let (code, json, complaint) =
+        load(&[&a, reload, &b, reload, &a, reload, &b, Path::new("--out"), &out]);
+    assert_eq!((code, complaint.as_str()), (Some(0), ""));
+    let report: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    let options = oracle::Options::tp(2);
+    let fresh = digest(&start(&plan(&b, &options, Exchange::On).unwrap()));
+    assert_eq!((report["digest"].as_str(), &report["generation"]), (Some(&*fresh), &4.into()));
+    compare::with_answer(&out, &oracle::answer(&b, &options).unwrap())
+        .unwrap_or_else(|e| panic!("{e}"));
+
+    let (broken, nowhere) = (broken(&scratch, Break::MissingScale), scratch.join("nowhere"));
+    let (code, json, complaint) = load(&[&a, reload, &broken, Path::new("--out"), &nowhere]);
+    assert_eq!((code, json.len(), complaint.lines().count()), (Some(2), 0, 1), "{complaint}");
+    assert!(!nowhere.exists());
 }
