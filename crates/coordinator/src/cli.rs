@@ -6,6 +6,7 @@ mod watch;
 use std::{collections::BTreeMap, process::ExitCode, time::Instant};
 
 use clap::Parser;
+use longshore_models::options::{KernelLayout, ModelOptions};
 use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -19,7 +20,6 @@ use crate::{
     plan::{Plan, PlanOptions},
     report::Report,
     source,
-    synth::Synth,
 };
 
 use self::arguments::{Cli, Command, InspectArgs, LoadArgs, PlanArgs, SynthArgs};
@@ -100,20 +100,17 @@ fn run_plan(arguments: &PlanArgs, json: bool) -> Result<(), LoadError> {
 
 fn run_inspect(arguments: &InspectArgs, json: bool) -> Result<(), LoadError> {
     let discovered = discover(&source::resolve(&arguments.source)?)?;
-    let options = PlanOptions::default();
-    let plan = Plan::new(discovered, &options)?;
+    // nothing is derived, so nothing is refused that only some kernels could not take
+    let kernel_layout = Some(KernelLayout::None);
+    let model = ModelOptions { kernel_layout, ..ModelOptions::default() };
+    let plan = Plan::new(discovered, &PlanOptions { model, ..PlanOptions::default() })?;
     let inspection = Inspection::new(&plan, &arguments.source);
     print(&inspection, json, || inspection.text());
     Ok(())
 }
 
 fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
-    let synth = Synth::new(&arguments.model, &arguments.quant)
-        .scale(arguments.scale)
-        .layers(arguments.layers)
-        .headers_only(arguments.headers_only)
-        .seed(arguments.seed);
-    let written = synth.write(&arguments.dir)?;
+    let written = arguments.synth().write(&arguments.dir)?;
     print(&written, json, || {
         format!(
             "{}: {} tensors, {} bytes in {} files",
