@@ -11,6 +11,7 @@ use std::{
 };
 
 use clap::Parser;
+use longshore_models::options::{KernelLayout, ModelOptions};
 use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -25,7 +26,6 @@ use crate::{
     plan::{Plan, PlanOptions},
     report::Report,
     source,
-    synth::Synth,
 };
 
 use self::arguments::{Cli, Command, InspectArgs, LoadArgs, PlanArgs, SynthArgs};
@@ -114,7 +114,10 @@ fn run_plan(arguments: &PlanArgs, json: bool) -> Result<(), LoadError> {
 
 fn run_inspect(arguments: &InspectArgs, json: bool) -> Result<(), LoadError> {
     let discovered = discover(&source::resolve(&arguments.source)?)?;
-    let options = PlanOptions { model: arguments.model_options(), ..PlanOptions::default() };
+    // nothing is derived, so nothing is refused that only some kernels could not take
+    let kernel_layout = Some(KernelLayout::None);
+    let model = ModelOptions { kernel_layout, ..arguments.model_options() };
+    let options = PlanOptions { model, ..PlanOptions::default() };
     let plan = Plan::new(discovered, &options)?;
     let mut inspection = Inspection::new(&plan, &arguments.source);
     if arguments.map {
@@ -124,12 +127,7 @@ fn run_inspect(arguments: &InspectArgs, json: bool) -> Result<(), LoadError> {
 }
 
 fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
-    let synth = Synth::new(&arguments.model, &arguments.quant)
-        .scale(arguments.scale)
-        .layers(arguments.layers)
-        .headers_only(arguments.headers_only)
-        .seed(arguments.seed);
-    let written = synth.write(&arguments.dir)?;
+    let written = arguments.synth().write(&arguments.dir)?;
     print(&written, json, || {
         format!(
             "{}: {} tensors, {} bytes in {} files",

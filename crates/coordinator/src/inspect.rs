@@ -33,6 +33,8 @@ pub struct Inspection {
     pub architecture: &'static str,
     /// Quantisation scheme.
     pub quant: &'static str,
+    /// The file that declares it.
+    pub quant_declared_in: String,
     /// Checkpoint files.
     pub files: usize,
     /// All tensors.
@@ -73,6 +75,7 @@ impl Inspection {
             family: plan.model.family.name(),
             architecture: plan.model.family.architecture(),
             quant: plan.model.declared.scheme.name(),
+            quant_declared_in: plan.model.declared.declared_in.clone(),
             files: checkpoint.files.len(),
             tensors: checkpoint.tensors.len(),
             checkpoint_bytes: report.checkpoint_bytes,
@@ -96,10 +99,11 @@ impl Inspection {
     /// The inspection for people.
     pub fn text(&self) -> String {
         let mut lines = vec![format!(
-            "{} ({}), {}: {} tensors, {} in {} files, {} needed",
+            "{} ({}), {} ({}): {} tensors, {} in {} files, {} needed",
             self.family,
             self.architecture,
             self.quant,
+            self.quant_declared_in,
             self.tensors,
             bytes_text(self.checkpoint_bytes),
             self.files,

@@ -1,29 +1,31 @@
 //! Synthetic checkpoints: real names, shapes, dtypes and configuration files over random weights.
 //!
+//! | step | module | in → out |
+//! |---|---|---|
+//! | configuration files | `configs`, `quantization`, `shrink` | family, scheme and scale, or an existing configuration → JSON |
+//! | tensors | `tensors` | configuration files → names, dtypes, shapes |
+//! | files | `files`, `data` | tensors → headers, index, random weights or holes |
+//!
 //! The tensors are those that the family's declaration asks for, so what `synth` writes is what `load` expects; the
-//! tests' own generator, which knows nothing of the declarations, keeps both honest.
+//! tests' own generator and list matcher, which know nothing of the declarations, keep both honest.
 
 mod configs;
 mod data;
+mod files;
+mod quantization;
+mod shrink;
+mod tensors;
 
 use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    io::{self, BufWriter, Write},
+    fs, io,
     path::{Path, PathBuf},
     str::FromStr,
 };
 
 use longshore_models::{
-    Dtype,
     arch::{Family, Model},
-    config::{CONFIG_FILE, Config},
-    declare::{Lookup, Source},
-    error::PlanError,
-    header::tensor_bytes,
-    index::{INDEX_FILE, SINGLE_FILE},
-    options::{KernelLayout, ModelOptions},
-    parallel::Parallel,
+    config::{CONFIG_FILE, Config, HF_QUANT_CONFIG_FILE},
+    options::ModelOptions,
     quant::Scheme,
 };
 use serde_json::{Value, json};
@@ -33,7 +35,7 @@ use crate::error::LoadError;
 /// How large a synthetic checkpoint is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scale {
-    /// Under a few MiB: tests and trials.
+    /// A few MiB: tests and trials.
     Tiny,
     /// About 1 GiB: a load that takes a moment.
     Small,
@@ -57,12 +59,26 @@ impl FromStr for Scale {
 /// A synthetic checkpoint to be written.
 #[derive(Debug, Clone)]
 pub struct Synth {
-    family: String,
-    scheme: String,
-    scale: Scale,
+    origin: Origin,
+    scale: Option<Scale>,
     layers: Option<u32>,
     headers_only: bool,
     seed: u64,
+}
+
+/// What a synthetic checkpoint is modelled on.
+#[derive(Debug, Clone)]
+enum Origin {
+    /// A family and a scheme, by name.
+    Family { family: String, scheme: String },
+    /// The configuration files in a directory.
+    Config(PathBuf),
+}
+
+/// The configuration files of a checkpoint, as they are written.
+struct ConfigFiles {
+    config: Vec<u8>,
+    hf_quant_config: Option<Vec<u8>>,
 }
 
 /// What was written.
@@ -84,25 +100,29 @@ pub struct Written {
     pub headers_only: bool,
 }
 
-/// The largest checkpoint file at full scale, as the hub's tools write them.
-const FILE_BYTES_MAX: u64 = 5_000_000_000;
+/// Counts up whenever the same arguments give other bytes, so that no old checkpoint is taken from the cache.
+const REVISION: u32 = 2;
 
 impl Synth {
     /// A checkpoint of `family` in `scheme` (names as in the manifest), at tiny scale.
     pub fn new(family: &str, scheme: &str) -> Self {
-        Self {
-            family: family.into(),
-            scheme: scheme.into(),
-            scale: Scale::Tiny,
-            layers: None,
-            headers_only: false,
-            seed: 0,
-        }
+        let (family, scheme) = (family.into(), scheme.into());
+        Self::of(Origin::Family { family, scheme })
     }
 
-    /// Sets the scale.
-    pub fn scale(mut self, scale: Scale) -> Self {
-        self.scale = scale;
+    /// A checkpoint with the dimensions and the quantisation of the `config.json` (and `hf_quant_config.json`) in
+    /// `directory`, at full scale.
+    pub fn like(directory: &Path) -> Self {
+        Self::of(Origin::Config(directory.into()))
+    }
+
+    fn of(origin: Origin) -> Self {
+        Self { origin, scale: None, layers: None, headers_only: false, seed: 0 }
+    }
+
+    /// Sets the scale; `None`: tiny for a family, full for a configuration.
+    pub fn scale(mut self, scale: impl Into<Option<Scale>>) -> Self {
+        self.scale = scale.into();
         self
     }
 
@@ -124,184 +144,142 @@ impl Synth {
         self
     }
 
-    /// A short name for everything that decides the bytes: version, configuration and seed.
+    /// A short name for everything that decides the bytes: revision, configuration and seed.
     ///
     /// # Errors
-    /// An unknown family or scheme; the message lists the known ones.
+    /// An unknown family or scheme (the message lists the known ones), or a configuration that cannot be read.
     pub fn fingerprint(&self) -> Result<String, LoadError> {
-        let text = format!("{} {} {}", env!("CARGO_PKG_VERSION"), self.config()?, self.seed);
-        Ok(format!("{:016x}", xxhash_rust::xxh3::xxh3_64(text.as_bytes())))
-    }
-
-    fn config(&self) -> Result<Value, LoadError> {
-        let reason = |reason| LoadError::Option { option: "synth", reason };
-        let family = Family::from_name(&self.family).ok_or_else(|| {
-            let known: Vec<&str> = Family::names().collect();
-            reason(format!("unknown family {}; known: {}", self.family, known.join(", ")))
-        })?;
-        let mut config = configs::config(family, &self.scheme, self.scale).map_err(reason)?;
-        if let Some(layers) = self.layers {
-            let nested = config.get("text_config").is_some();
-            let text = if nested { &mut config["text_config"] } else { &mut config };
-            text["num_hidden_layers"] = json!(layers);
-        }
-        Ok(config)
+        let files = self.config_files()?;
+        let mut text = format!("{REVISION} {} ", self.seed).into_bytes();
+        text.extend(files.config);
+        text.extend(files.hf_quant_config.unwrap_or_default());
+        Ok(format!("{:016x}", xxhash_rust::xxh3::xxh3_64(&text)))
     }
 
     /// Writes the checkpoint into `dir`, which is created if need be.
     ///
     /// # Errors
-    /// An unknown family or scheme, or a file cannot be written.
+    /// An unknown family or scheme, a configuration that cannot be read or is not supported, or a file cannot be written.
     pub fn write(&self, dir: &Path) -> Result<Written, LoadError> {
-        let config = serde_json::to_vec_pretty(&self.config()?).unwrap_or_default();
+        let given = self.config_files()?;
+        let named = match &self.origin {
+            Origin::Config(from) => from.as_path(),
+            Origin::Family { .. } => dir,
+        };
+        let refused = |source| LoadError::Plan { path: named.into(), source };
+        let config = Config::parse(CONFIG_FILE, &given.config).map_err(refused)?;
+        let beside = match &given.hf_quant_config {
+            Some(json) => Some(Config::parse(HF_QUANT_CONFIG_FILE, json).map_err(refused)?),
+            None => None,
+        };
+        let model =
+            Model::new(config, beside.as_ref(), ModelOptions::default()).map_err(refused)?;
+        let tensors = tensors::implied(&model, beside.as_ref()).map_err(refused)?;
+
         let failed = |action| move |source| LoadError::Io { path: dir.into(), action, source };
-        let refused = |source| LoadError::Plan { path: dir.into(), source };
-        let tensors = tensors(&config).map_err(refused)?;
         fs::create_dir_all(dir).map_err(failed("creating the directory"))?;
-        fs::write(dir.join(CONFIG_FILE), &config).map_err(failed("writing config.json"))?;
-        let total: u64 = tensors.iter().map(|t| t.bytes).sum();
-        let files = split(&tensors, total);
-        self.write_files(dir, &files).map_err(failed("writing a checkpoint file"))?;
-        if files.len() > 1 {
-            write_index(dir, &files, total).map_err(failed("writing the index"))?;
-        }
+        let files = files::split(&tensors);
+        files::write(dir, &files, (!self.headers_only).then_some(self.seed))
+            .map_err(failed("writing a checkpoint file"))?;
+        given.write(dir).map_err(failed("writing a configuration file"))?;
         Ok(Written {
             directory: dir.into(),
-            family: self.family.clone(),
-            quant: self.scheme.clone(),
+            family: model.family.name().into(),
+            quant: model.declared.scheme.name().into(),
             files: files.len(),
             tensors: tensors.len(),
-            checkpoint_bytes: total,
+            checkpoint_bytes: tensors.iter().map(|t| t.bytes).sum(),
             headers_only: self.headers_only,
         })
     }
 
-    fn write_files(&self, dir: &Path, files: &[&[SynthTensor]]) -> io::Result<()> {
-        for (i, tensors) in files.iter().enumerate() {
-            let mut file = File::create(dir.join(file_name(i, files.len())))?;
-            let header = header(tensors);
-            file.write_all(&(header.len() as u64).to_le_bytes())?;
-            file.write_all(header.as_bytes())?;
-            if self.headers_only {
-                let data: u64 = tensors.iter().map(|t| t.bytes).sum();
-                file.set_len(8 + header.len() as u64 + data)?;
-                continue;
+    fn config_files(&self) -> Result<ConfigFiles, LoadError> {
+        match &self.origin {
+            Origin::Family { family, scheme } => self.made(family, scheme),
+            Origin::Config(directory) => self.taken(directory),
+        }
+    }
+
+    /// The configuration of a family in a scheme.
+    fn made(&self, family: &str, scheme: &str) -> Result<ConfigFiles, LoadError> {
+        let refuse = |reason| LoadError::Option { option: "synth", reason };
+        let known = Family::from_name(family).ok_or_else(|| {
+            let names: Vec<&str> = Family::names().collect();
+            refuse(format!("unknown family {family}; known: {}", names.join(", ")))
+        })?;
+        let schemes = quantization::schemes(known);
+        let scheme = schemes.iter().find(|s| s.name() == scheme).ok_or_else(|| {
+            let names: Vec<&str> = schemes.iter().map(|s| s.name()).collect();
+            refuse(format!("{family} is not written in {scheme}; known: {}", names.join(", ")))
+        })?;
+        let mut config = configs::config(known, self.scale.unwrap_or(Scale::Tiny));
+        self.set_layers(&mut config);
+        let beside = quantization::declare(&mut config, known, *scheme);
+        Ok(ConfigFiles { config: pretty(&config), hf_quant_config: beside.as_ref().map(pretty) })
+    }
+
+    /// The configuration of an existing checkpoint, byte for byte unless it is to be another size.
+    fn taken(&self, directory: &Path) -> Result<ConfigFiles, LoadError> {
+        let read = |name: &str| {
+            let path = directory.join(name);
+            fs::read(&path).map_err(|source| LoadError::Io { path, action: "reading", source })
+        };
+        let mut config = read(CONFIG_FILE)?;
+        let hf_quant_config = match read(HF_QUANT_CONFIG_FILE) {
+            Err(LoadError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+            other => Some(other?),
+        };
+        let scale = self.scale.unwrap_or(Scale::Full);
+        if scale != Scale::Full || self.layers.is_some() {
+            let refused = |source| LoadError::Plan { path: directory.into(), source };
+            let parsed = Config::parse(CONFIG_FILE, &config).map_err(refused)?;
+            let family = Family::from_config(&parsed).map_err(refused)?;
+            let mut value = parsed.value().clone();
+            if scale != Scale::Full {
+                shrink::shrink(&mut value, &configs::config(family, scale));
             }
-            let mut out = BufWriter::with_capacity(1 << 20, file);
-            for tensor in *tensors {
-                data::write(&mut out, &tensor.name, tensor.dtype, tensor.bytes, self.seed)?;
-            }
-            out.flush()?;
+            self.set_layers(&mut value);
+            config = pretty(&value);
         }
-        Ok(())
-    }
-}
-
-/// One tensor to be written.
-struct SynthTensor {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<u64>,
-    bytes: u64,
-}
-
-impl SynthTensor {
-    fn new(source: Source) -> Self {
-        let bytes = tensor_bytes(source.usual, &source.shape).unwrap_or(0);
-        Self { name: source.name, dtype: source.usual, shape: source.shape, bytes }
-    }
-}
-
-/// Every tensor that a configuration implies, the prediction layer included, in natural order of names.
-fn tensors(config: &[u8]) -> Result<Vec<SynthTensor>, PlanError> {
-    let config = Config::parse(CONFIG_FILE, config)?;
-    // layout none: the raw tensors; derived parameters need no sources
-    let kernel_layout = Some(KernelLayout::None);
-    let options = ModelOptions { kernel_layout, ..ModelOptions::default() };
-    let model = Model::new(config.clone(), None, options)?;
-    let implied = Implied { scheme: model.declared.scheme };
-    let single = Parallel::new(1, 1)?;
-    let mut sources = model.declare(single, &implied)?.sources;
-    if config.opt_count("num_nextn_predict_layers")? == Some(1) {
-        let draft = Model::new(config, None, ModelOptions { draft: true, ..options })?;
-        sources.extend(draft.declare(single, &implied)?.sources);
-        sources.extend(draft.prediction_copies()?);
-    }
-    let mut tensors: Vec<SynthTensor> = sources.into_iter().map(SynthTensor::new).collect();
-    tensors.sort_by_cached_key(|t| natural_key(&t.name));
-    Ok(tensors)
-}
-
-/// Answers a declaration from the configuration alone.
-struct Implied {
-    scheme: Scheme,
-}
-
-impl Lookup for Implied {
-    fn scheme(&self, _module: &str) -> Option<Scheme> {
-        Some(self.scheme)
+        Ok(ConfigFiles { config, hf_quant_config })
     }
 
-    fn has(&self, _tensor: &str) -> bool {
-        false
-    }
-}
-
-/// Orders `layers.2` before `layers.10`.
-fn natural_key(name: &str) -> Vec<(u64, String)> {
-    let part = |p: &str| match p.parse() {
-        Ok(number) => (number, String::new()),
-        Err(_) => (0, p.to_owned()),
-    };
-    name.split('.').map(part).collect()
-}
-
-/// Consecutive tensors, cut into files; four or so when all would fit into one.
-fn split(tensors: &[SynthTensor], total: u64) -> Vec<&[SynthTensor]> {
-    let limit = (total / 4 + 1).min(FILE_BYTES_MAX);
-    let mut files = Vec::new();
-    let (mut first, mut bytes) = (0, 0);
-    for (i, tensor) in tensors.iter().enumerate() {
-        if bytes > 0 && bytes + tensor.bytes > limit {
-            files.push(&tensors[first..i]);
-            (first, bytes) = (i, 0);
-        }
-        bytes += tensor.bytes;
-    }
-    files.push(&tensors[first..]);
-    files
-}
-
-fn file_name(i: usize, count: usize) -> String {
-    match count {
-        1 => SINGLE_FILE.to_owned(),
-        _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
-    }
-}
-
-/// The header's JSON, padded with spaces so that the data section starts on a multiple of 8.
-fn header(tensors: &[SynthTensor]) -> String {
-    let mut at = 0;
-    let mut text = String::from(r#"{"__metadata__":{"format":"pt"}"#);
-    for t in tensors {
-        let entry = json!({
-            "dtype": t.dtype.to_string(), "shape": t.shape, "data_offsets": [at, at + t.bytes],
-        });
-        text.push_str(&format!(",{}:{entry}", Value::from(t.name.as_str())));
-        at += t.bytes;
-    }
-    text.push('}');
-    text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
-    text
-}
-
-fn write_index(dir: &Path, files: &[&[SynthTensor]], total: u64) -> io::Result<()> {
-    let mut weight_map = BTreeMap::new();
-    for (i, tensors) in files.iter().enumerate() {
-        for t in *tensors {
-            weight_map.insert(t.name.as_str(), file_name(i, files.len()));
+    fn set_layers(&self, config: &mut Value) {
+        if let Some(layers) = self.layers {
+            text_config(config)["num_hidden_layers"] = json!(layers);
         }
     }
-    let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
-    fs::write(dir.join(INDEX_FILE), serde_json::to_vec_pretty(&index)?)
+}
+
+impl ConfigFiles {
+    fn write(&self, dir: &Path) -> io::Result<()> {
+        fs::write(dir.join(CONFIG_FILE), &self.config)?;
+        let beside = dir.join(HF_QUANT_CONFIG_FILE);
+        match &self.hf_quant_config {
+            Some(json) => fs::write(beside, json),
+            // one that an earlier checkpoint left there would declare what is not so
+            None => match fs::remove_file(beside) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+                other => other,
+            },
+        }
+    }
+}
+
+/// The part of a configuration that describes the language model.
+fn text_config(config: &mut Value) -> &mut Value {
+    match config.get("text_config").is_some_and(Value::is_object) {
+        true => &mut config["text_config"],
+        false => config,
+    }
+}
+
+fn pretty(value: &Value) -> Vec<u8> {
+    // a value that was made of plain numbers, texts, lists and objects can always be written
+    serde_json::to_vec_pretty(value).unwrap_or_default()
+}
+
+/// The schemes that `family` is published in, for the command line's help and tests.
+pub fn schemes(family: Family) -> &'static [Scheme] {
+    quantization::schemes(family)
 }

@@ -11,7 +11,7 @@ use crate::{
     error::LoadError,
     load::RunOptions,
     plan::{Exchange, PlanOptions},
-    synth::Scale,
+    synth::{Scale, Synth},
 };
 
 /// Loads a large language model's checkpoint onto the ranks of a tensor-parallel server.
@@ -134,23 +134,27 @@ pub(super) struct SynthArgs {
     /// The directory to write; created if need be.
     pub(super) dir: PathBuf,
     /// Model family: llama, qwen3, qwen3_moe, deepseek_v3, deepseek_v32, glm_moe_dsa or kimi_k25.
-    #[arg(long, value_name = "FAMILY")]
-    pub(super) model: String,
-    /// Quantisation scheme: bf16, or fp8 for deepseek_v3, deepseek_v32 and glm_moe_dsa.
-    #[arg(long, value_name = "SCHEME")]
-    pub(super) quant: String,
-    /// How large: tiny, small or full.
-    #[arg(long, default_value = "tiny")]
-    pub(super) scale: Scale,
+    #[arg(long, value_name = "FAMILY", requires = "quant", required_unless_present = "config")]
+    model: Option<String>,
+    /// Quantisation scheme: bf16; fp8 for deepseek_v3, deepseek_v32 and glm_moe_dsa; nvfp4 for deepseek_v3, glm_moe_dsa and
+    /// kimi_k25; mxfp4 for glm_moe_dsa and kimi_k25; int4 for kimi_k25.
+    #[arg(long, value_name = "SCHEME", requires = "model")]
+    quant: Option<String>,
+    /// Take dimensions and quantisation from the config.json (and hf_quant_config.json) in this directory.
+    #[arg(long, value_name = "CONFIG_DIR", conflicts_with_all = ["model", "quant"])]
+    config: Option<PathBuf>,
+    /// How large: tiny, small or full [default: tiny, with --config full].
+    #[arg(long)]
+    scale: Option<Scale>,
     /// Another number of layers than the scale's.
     #[arg(long, value_name = "N")]
-    pub(super) layers: Option<u32>,
+    layers: Option<u32>,
     /// Write real headers over holes: full length, no space taken.
     #[arg(long)]
-    pub(super) headers_only: bool,
+    headers_only: bool,
     /// Seed of the random weights.
     #[arg(long, default_value_t = 0)]
-    pub(super) seed: u64,
+    seed: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -235,6 +239,19 @@ impl LoadArgs {
             },
             concurrency: self.concurrency.map(usize::from),
         }
+    }
+}
+
+impl SynthArgs {
+    pub(super) fn synth(&self) -> Synth {
+        let start = match (&self.config, &self.model, &self.quant) {
+            (Some(config), ..) => Synth::like(config),
+            (None, model, quant) => {
+                let text = |given: &Option<String>| given.clone().unwrap_or_default();
+                Synth::new(&text(model), &text(quant))
+            }
+        };
+        start.scale(self.scale).layers(self.layers).headers_only(self.headers_only).seed(self.seed)
     }
 }
 

@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 
 use crate::synth::Scale;
 
-/// `config.json` of a family in a scheme.
-pub(super) fn config(family: Family, scheme: &str, scale: Scale) -> Result<Value, String> {
+/// `config.json` of a family, nothing quantised.
+pub(super) fn config(family: Family, scale: Scale) -> Value {
     let mut config = match family {
         Family::Llama => dense(scale),
         Family::Qwen3 => qwen3(scale),
@@ -16,21 +16,10 @@ pub(super) fn config(family: Family, scheme: &str, scale: Scale) -> Result<Value
         Family::GlmMoeDsa => glm_moe_dsa(scale),
         Family::KimiK25 => kimi_k25(scale),
     };
-    let quantization = match (family, scheme) {
-        (_, "bf16") => None,
-        (Family::DeepseekV3 | Family::DeepseekV32 | Family::GlmMoeDsa, "fp8") => Some(json!({
-            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-            "weight_block_size": [128, 128],
-        })),
-        _ => return Err(format!("{} is not written in {scheme}", family.name())),
-    };
     config["architectures"] = json!([family.architecture()]);
     config["model_type"] = json!(family.name());
     config["torch_dtype"] = json!("bfloat16");
-    if let Some(quantization) = quantization {
-        config["quantization_config"] = quantization;
-    }
-    Ok(config)
+    config
 }
 
 /// Llama-3.1-8B, and smaller.
