@@ -171,6 +171,11 @@ impl ReadyParams {
         self.memory
     }
 
+    /// Bytes of memory that the parameters take, the gaps between them included.
+    pub fn allocated_bytes(&self) -> u64 {
+        self.memory.region.len() as u64
+    }
+
     /// All parameters, in model order.
     pub fn iter(&self) -> impl Iterator<Item = ParamView<'_>> {
         let params = &self.memory.placement().params;
