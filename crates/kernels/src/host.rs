@@ -9,3 +9,4 @@ pub mod permute;
 pub mod rows;
 pub mod shuffle;
 pub mod swizzle;
+mod words;
