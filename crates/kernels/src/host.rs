@@ -9,3 +9,5 @@ pub mod permute;
 pub mod rows;
 pub mod shuffle;
 pub mod swizzle;
+mod wide;
+mod words;

@@ -1,4 +1,7 @@
-//! Small floats: decoding E4M3, E2M1 and E8M0.
+//! Small floats: E4M3, E2M1 and E8M0 as values and tables, and conversions between F16, BF16 and F32.
+//!
+//! The conversions are selections between integer expressions, without branches, so that loops over them become vector
+//! instructions of whatever they are compiled for. In them NaNs become quiet and keep sign and leading payload bits.
 
 /// E4M3 (no infinities; 0x7f and 0xff are NaN). Source: OCP 8-bit floating point specification, table 1.
 pub const fn e4m3_to_f32(code: u8) -> f32 {
@@ -26,20 +29,85 @@ pub static E4M3: [f32; 256] = {
 };
 
 /// E2M1: codes 0 to 7, bit 3 is the sign. Source: reference §0.3.
-pub static E2M1: [f32; 16] =
+pub const E2M1: [f32; 16] =
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 /// E8M0: 2^(code − 127); 255 is NaN. Source: OCP microscaling formats specification, §5.4.1.
-pub fn e8m0_to_f32(code: u8) -> f32 {
+pub const fn e8m0_to_f32(code: u8) -> f32 {
     match code {
         0 => f32::from_bits(1 << 22),
         255 => f32::NAN,
-        _ => f32::from_bits(u32::from(code) << 23),
+        _ => f32::from_bits((code as u32) << 23),
     }
+}
+
+/// The two bytes of the BF16 nearest to [`E2M1`] · [`e8m0_to_f32`], by factor and code.
+pub static E2M1_E8M0: [[[u8; 2]; 16]; 256] = {
+    let mut table = [[[0; 2]; 16]; 256];
+    let mut factor = 0;
+    while factor < 256 {
+        let mut code = 0;
+        while code < 16 {
+            let value = E2M1[code] * e8m0_to_f32(factor as u8);
+            table[factor][code] = f32_to_bf16(value).to_le_bytes();
+            code += 1;
+        }
+        factor += 1;
+    }
+    table
+};
+
+/// BF16 of the bits `half`; exact.
+#[inline]
+pub const fn bf16_to_f32(half: u16) -> f32 {
+    let quiet = if half & 0x7fff > 0x7f80 { 0x40 } else { 0 };
+    f32::from_bits(((half | quiet) as u32) << 16)
+}
+
+/// Bits of the BF16 nearest to `x`, ties to even.
+#[inline]
+pub const fn f32_to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let nan = bits | 0x40 << 16;
+    let chosen = if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { nearest };
+    (chosen >> 16) as u16
+}
+
+/// F16 of the bits `half`; exact.
+#[inline]
+pub const fn f16_to_f32(half: u16) -> f32 {
+    let (sign, magnitude) = (((half & 0x8000) as u32) << 16, (half & 0x7fff) as u32);
+    // the exponent moved from bias 15 to 127
+    let normal = (magnitude << 13) + (112 << 23);
+    let subnormal =
+        (f32::from_bits(magnitude << 13 | 113 << 23) - f32::from_bits(113 << 23)).to_bits();
+    let quiet = if magnitude > 0x7c00 { 1 << 22 } else { 0 };
+    let infinite_or_nan = magnitude << 13 | 255 << 23 | quiet;
+    let finite = if magnitude < 0x400 { subnormal } else { normal };
+    f32::from_bits(if magnitude < 0x7c00 { finite } else { infinite_or_nan } | sign)
+}
+
+/// Bits of the F16 nearest to `x`, ties to even; from 65520 on that is infinity.
+#[inline]
+pub const fn f32_to_f16(x: f32) -> u16 {
+    let (sign, bits) = ((x.to_bits() >> 16 & 0x8000) as u16, x.to_bits() & 0x7fff_ffff);
+    // the exponent moved from bias 127 to 15, rounded; beyond 65504 the carry makes infinity
+    let normal = bits.wrapping_sub(112 << 23).wrapping_add(0xfff + (bits >> 13 & 1)) >> 13;
+    // next to 0.5 an F32 is a multiple of 2^−24, which is F16's smallest step: the addition rounds
+    let subnormal = (f32::from_bits(bits) + 0.5).to_bits() - 0.5f32.to_bits();
+    let nan = 0x7e00 | (bits >> 13 & 0x3ff);
+    let small = if bits < 113 << 23 { subnormal } else { normal };
+    let large = if bits > 255 << 23 { nan } else { 0x7c00 };
+    // 143 is the exponent of 65536
+    sign | if bits < 143 << 23 { small } else { large } as u16
 }
 
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -59,5 +127,50 @@ mod tests {
         assert_eq!(e8m0_to_f32(134), 128.0);
         assert_eq!(e8m0_to_f32(0), 2f32.powi(-127));
         assert!(e8m0_to_f32(255).is_nan());
+    }
+
+    /// The smallest factor gives subnormal BF16s, the largest infinity, 255 NaN.
+    #[test]
+    fn scaled_e2m1_is_the_rounded_product() {
+        for (factor, codes) in E2M1_E8M0.iter().enumerate() {
+            for (code, bytes) in codes.iter().enumerate() {
+                let got = bf16::from_le_bytes(*bytes);
+                let want = bf16::from_f32(E2M1[code] * e8m0_to_f32(factor as u8));
+                let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
+                assert!(same, "{code} · 2^({factor} − 127) is {want}, not {got}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_half_widens_as_the_half_crate_says() {
+        for bits in 0..=u16::MAX {
+            assert_eq!(f16_to_f32(bits).to_bits(), f16::from_bits(bits).to_f32().to_bits());
+            assert_eq!(bf16_to_f32(bits).to_bits(), bf16::from_bits(bits).to_f32().to_bits());
+        }
+    }
+
+    fn narrows_as_the_half_crate_says(bits: u32) {
+        let value = f32::from_bits(bits);
+        assert_eq!(f32_to_f16(value), f16::from_f32(value).to_bits(), "F16 of {bits:#x}");
+        assert_eq!(f32_to_bf16(value), bf16::from_f32(value).to_bits(), "BF16 of {bits:#x}");
+    }
+
+    /// All signs, exponents and leading bits, with what decides a rounding below them.
+    #[test]
+    fn rounding_is_to_nearest_even() {
+        for high in 0..=u16::MAX {
+            for low in [0, 1, 0xfff, 0x1000, 0x1001, 0x1fff, 0x2000, 0x7fff, 0x8000, 0x8001, 0xffff]
+            {
+                narrows_as_the_half_crate_says(u32::from(high) << 16 | low);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_value_narrows_as_the_half_crate_says(bits: u32) {
+            narrows_as_the_half_crate_says(bits);
+        }
     }
 }

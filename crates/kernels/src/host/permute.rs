@@ -25,11 +25,33 @@ mod tests {
     /// The golden vectors of §4.0.
     #[test]
     fn orders_begin_as_the_reference_says() {
-        let first: Vec<usize> = (0..16).map(shuffled32).collect();
-        assert_eq!(first, [0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29]);
-        let gated: Vec<usize> = (0..20).map(|i| gated_shuffled32(i, 128)).collect();
-        let want = [0, 2, 4, 6, 8, 10, 12, 14, 64, 66, 68, 70, 72, 74, 76, 78, 1, 3, 5, 7];
-        assert_eq!(gated, want);
+        let first: Vec<usize> = (0..32).map(shuffled32).collect();
+        let want: Vec<usize> = (0..4).flat_map(|a| (0..8).map(move |b| 4 * b + a)).collect();
+        assert_eq!(first, want);
+        assert_eq!(first[..10], [0, 4, 8, 12, 16, 20, 24, 28, 1, 5]);
+        let gated: Vec<usize> = (0..32).map(|i| gated_shuffled32(i, 128)).collect();
+        let want = [
+            [0, 2, 4, 6, 8, 10, 12, 14],
+            [64, 66, 68, 70, 72, 74, 76, 78],
+            [1, 3, 5, 7, 9, 11, 13, 15],
+            [65, 67, 69, 71, 73, 75, 77, 79],
+        ];
+        assert_eq!(gated, want.as_flattened());
+    }
+
+    /// W31PERM is GATED, then SHUF32; IL64 as §4.0 writes it.
+    #[test]
+    fn orders_are_what_they_are_made_of() {
+        let rows = 384;
+        let gated = |i: usize| i % 2 * (rows / 2) + i / 2;
+        for i in 0..rows {
+            assert_eq!(gated_shuffled32(i, rows), gated(shuffled32(i)));
+        }
+        for (t, h, b) in
+            (0..3).flat_map(|t| (0..2).flat_map(move |h| (0..64).map(move |b| (t, h, b))))
+        {
+            assert_eq!(interleaved64(128 * t + 64 * h + b, rows), h * rows / 2 + 64 * t + b);
+        }
     }
 
     #[test]

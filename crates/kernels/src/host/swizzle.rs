@@ -12,6 +12,8 @@
 
 use std::array;
 
+use crate::host::{rows::permute_rows, words::transposed};
+
 /// Rows of a block.
 pub const BLOCK_ROWS: usize = 128;
 /// Columns of a word.
@@ -80,19 +82,30 @@ pub fn swizzle_in_place(
         return;
     }
     assert!(band != 0 && band % BLOCK_ROWS == 0 && rows % band == 0, "bands of {band} of {rows}");
-    workspace.clear();
-    workspace.reserve_exact(band * cols);
     for (number, rows) in matrix.chunks_exact_mut(band * cols).enumerate() {
-        workspace.clear();
-        workspace.extend_from_slice(rows);
-        for (block_number, block) in rows.chunks_exact_mut(BLOCK_ROWS * cols).enumerate() {
-            let row = |m| {
-                let from = order(number * band + block_number * BLOCK_ROWS + m) - number * band;
-                &workspace[from * cols..][..cols]
-            };
-            swizzle_block(array::from_fn(row), block, cols);
+        let order = |m| order(number * band + m).wrapping_sub(number * band);
+        if band == BLOCK_ROWS {
+            swizzle_block_in_place(rows, cols, order, workspace);
+            continue;
+        }
+        permute_rows(rows, cols, band, order, workspace);
+        for block in rows.chunks_exact_mut(BLOCK_ROWS * cols) {
+            swizzle_block_in_place(block, cols, |m| m, workspace);
         }
     }
+}
+
+/// Swizzles 128 rows, by way of a copy that stays in the second-level cache.
+fn swizzle_block_in_place(
+    block: &mut [u8],
+    cols: usize,
+    order: impl Fn(usize) -> usize,
+    workspace: &mut Vec<u8>,
+) {
+    workspace.clear();
+    workspace.reserve_exact(block.len());
+    workspace.extend_from_slice(block);
+    swizzle_block(array::from_fn(|m| &workspace[order(m) * cols..][..cols]), block, cols);
 }
 
 /// Bytes of a block; not zero, so that an empty matrix has no blocks rather than none of a size.
@@ -100,42 +113,40 @@ fn block_bytes(padded_cols: usize) -> usize {
     (BLOCK_ROWS * padded_cols).max(1)
 }
 
-/// Fills one block from its rows, `cols` bytes each or empty for zeros.
+/// Fills one block from its rows, `cols` bytes each or empty for zeros. Panel by panel, so that of source and target
+/// alike a cache line is used up while it is near.
 fn swizzle_block(rows: [&[u8]; BLOCK_ROWS], block: &mut [u8], cols: usize) {
     let (tiles, _) = block.as_chunks_mut::<16>().0.as_chunks_mut::<TILE_ROWS>();
-    for (panel, tiles) in tiles.chunks_mut(PANEL_TILES).enumerate() {
-        let columns = panel * PANEL..cols.min((panel + 1) * PANEL);
-        let piece = |m: usize| rows[m].get(columns.clone()).unwrap_or_default();
+    let complete = rows.iter().all(|row| row.len() == cols);
+    let whole_panels = if complete { cols / PANEL } else { 0 };
+    let (whole, rest) = tiles.split_at_mut(whole_panels * PANEL_TILES);
+    for (panel, tiles) in whole.as_chunks_mut::<PANEL_TILES>().0.iter_mut().enumerate() {
         for r in 0..TILE_ROWS {
-            let four = array::from_fn(|q| piece(q * TILE_ROWS + r));
-            match tiles.as_chunks_mut::<PANEL_TILES>().0 {
-                [whole] if four.iter().all(|p: &&[u8]| p.len() == PANEL) => {
-                    interleave(four.map(|p| p.first_chunk().expect("just measured")), whole, r);
-                }
-                _ => interleave_part(four, tiles, r),
+            let piece = |q: usize| &rows[q * TILE_ROWS + r].as_chunks::<PANEL>().0[panel];
+            interleave(array::from_fn(piece), tiles, r);
+        }
+    }
+    for (panel, tiles) in (whole_panels..).zip(rest.chunks_mut(PANEL_TILES)) {
+        let columns = panel * PANEL..cols.min((panel + 1) * PANEL);
+        for r in 0..TILE_ROWS {
+            let mut pieces = [[0; PANEL]; 4];
+            for (q, piece) in pieces.iter_mut().enumerate() {
+                let row = rows[q * TILE_ROWS + r].get(columns.clone()).unwrap_or_default();
+                piece[..row.len()].copy_from_slice(row);
             }
+            interleave(pieces.each_ref(), tiles, r);
         }
     }
 }
 
-/// Words of four rows into row `r` of a panel of tiles.
-fn interleave(rows: [&[u8; PANEL]; 4], tiles: &mut [Tile; PANEL_TILES], r: usize) {
-    for (k, tile) in tiles.iter_mut().enumerate() {
-        for (q, row) in rows.iter().enumerate() {
-            tile[r][q * WORD..][..WORD].copy_from_slice(&row[k * WORD..][..WORD]);
-        }
-    }
-}
-
-/// As [`interleave`], where rows may be missing or the panel ends early; what is missing is zero.
-fn interleave_part(rows: [&[u8]; 4], tiles: &mut [Tile], r: usize) {
-    for (k, tile) in tiles.iter_mut().enumerate() {
-        for (q, row) in rows.iter().enumerate() {
-            let word = row.get(k * WORD..).unwrap_or_default();
-            let word = &word[..word.len().min(WORD)];
-            let out = &mut tile[r][q * WORD..][..WORD];
-            out[..word.len()].copy_from_slice(word);
-            out[word.len()..].fill(0);
+/// Words of four rows into row `r` of the tiles of a panel.
+#[inline]
+fn interleave(rows: [&[u8; PANEL]; 4], tiles: &mut [Tile], r: usize) {
+    let rows = rows.map(|row| row.as_chunks::<16>().0);
+    for (j, tiles) in tiles.chunks_mut(4).enumerate() {
+        let words = transposed(rows.map(|row| row[j]));
+        for (tile, word) in tiles.iter_mut().zip(words) {
+            tile[r] = word;
         }
     }
 }
