@@ -35,13 +35,6 @@ pub struct Matrices {
     pub row_bytes: u64,
 }
 
-impl Matrices {
-    /// Bytes of one matrix.
-    pub fn matrix_bytes(&self) -> u64 {
-        self.rows * self.row_bytes
-    }
-}
-
 /// How bytes move within one matrix. Source: reference §4.0, §4e, §4g.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reordering {
@@ -185,24 +178,6 @@ impl Finish {
             Finish::SwizzleInto(s) => vec![s.source.param],
             Finish::LinearScalars(s) => vec![s.scale_2, s.input_scale],
             Finish::ExpertScalars(s) => vec![s.w13_scale_2, s.w2_scale_2, s.w13_input, s.w2_input],
-        }
-    }
-
-    /// Working memory that this takes beside its parameters, in bytes: at most one matrix (one expert).
-    pub fn workspace_bytes(&self) -> u64 {
-        /// Rows that the shuffles of rows and tiles, and the swizzle, work on at a time.
-        const BAND: u64 = 32;
-        const SWIZZLE_BAND: u64 = 128;
-        match self {
-            Finish::Reorder(m, how) => match how {
-                Reordering::Rows(order) => order.band(m.rows, BAND) * m.row_bytes,
-                Reordering::Swizzled(order) => order.band(m.rows, SWIZZLE_BAND) * m.row_bytes,
-                Reordering::Blocks(_) => m.matrix_bytes(),
-                Reordering::ScaleTiles | Reordering::WeightTiles => BAND * m.row_bytes,
-            },
-            // 32 rows of BF16
-            Finish::MlaSplit(m) => 64 * m.kl,
-            _ => 0,
         }
     }
 }

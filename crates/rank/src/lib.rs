@@ -6,7 +6,7 @@
 //! | memory | [`region`], [`params`], [`staging`] | placement → addresses that never change |
 //! | storage | [`storage`] | file and range → bytes |
 //! | streaming | [`stream`], [`scatter`] | assignment → bytes in parameters |
-//! | post-processing | `post_process`, `budget` | complete parameters → derived ones |
+//! | post-processing | `post_process` | complete parameters → derived ones |
 //! | the actor | [`state`], [`actor`] | events → decisions → effects |
 //!
 //! Invariants:
@@ -18,10 +18,9 @@
 //! * RNK-4: a message of another generation changes nothing.
 //! * RNK-5: parameters are written again (a reload) only by whoever owns their memory alone: no worker of an earlier
 //!   attempt and no reader is left.
-//! * RNK-6: post-processing works on at most 256 MiB beside the parameters, or on one expert where that is more.
+//! * RNK-6: a worker's post-processing works on at most 128 rows of a matrix beside the parameters.
 
 pub mod actor;
-mod budget;
 pub mod error;
 pub mod params;
 mod post_process;

@@ -17,7 +17,7 @@ use longshore_models::{
 
 use crate::{error::RankError, params::ParamMemory};
 
-/// Runs `finish` on the parameters of `rank`. `workspace` grows to what [`Finish::workspace_bytes`] says.
+/// Runs `finish` on the parameters of `rank`. `workspace` is reused from call to call; it grows to 128 rows (RNK-6).
 ///
 /// # Safety
 /// The finish's inputs are complete, and nothing else reads or writes its inputs and outputs meanwhile (the rank's

@@ -15,7 +15,6 @@ use longshore_models::placement::Span;
 use ractor::ActorRef;
 
 use crate::{
-    budget::Budget,
     error::RankError,
     params::ParamMemory,
     post_process,
@@ -24,9 +23,6 @@ use crate::{
     staging::{DIRECT_ALIGNMENT, Staging},
     storage::CheckpointSource,
 };
-
-/// What post-processing of one rank may hold beside its parameters (RNK-6).
-const WORKSPACE_BYTES: u64 = 256 << 20;
 
 /// One load on one rank, shared by its workers.
 #[derive(Debug)]
@@ -37,7 +33,6 @@ pub(crate) struct Job {
     pub(crate) sources: Arc<Vec<CheckpointSource>>,
     pub(crate) peers: Arc<Vec<Peer>>,
     pub(crate) staging: Staging,
-    workspace: Budget,
     queue: Mutex<Queue>,
     wake: Condvar,
     reads_left: AtomicUsize,
@@ -73,7 +68,6 @@ impl Job {
             sources,
             peers,
             staging: Staging::new(slab_bytes),
-            workspace: Budget::new(WORKSPACE_BYTES),
             queue: Mutex::default(),
             wake: Condvar::new(),
             reads_left,
@@ -124,11 +118,14 @@ impl Job {
 
     fn work(&self) {
         let mut scatter = Scatter::default();
+        let mut workspace = Vec::new();
         loop {
             let step = match self.next() {
                 Work::Exit => return,
                 Work::Read(i) => catch_unwind(AssertUnwindSafe(|| self.read(i, &mut scatter))),
-                Work::Finish(f) => catch_unwind(AssertUnwindSafe(|| self.finish(f))),
+                Work::Finish(f) => {
+                    catch_unwind(AssertUnwindSafe(|| self.finish(f, &mut workspace)))
+                }
             };
             let failed = match step {
                 Ok(Ok(())) => continue,
@@ -198,15 +195,11 @@ impl Job {
         Ok(())
     }
 
-    fn finish(&self, number: u32) -> Result<(), RankError> {
+    fn finish(&self, number: u32, workspace: &mut Vec<u8>) -> Result<(), RankError> {
         let finish = &self.plan.placement.finishes[number as usize];
-        // RNK-6
-        let bytes = finish.workspace_bytes();
-        let _permit = self.workspace.take(bytes);
-        let mut workspace = Vec::with_capacity(bytes as usize);
         // SAFETY: the state machine pushes a finish once, after its inputs have landed (RNK-2); outputs belong to one
         // finish only.
-        unsafe { post_process::run(finish, self.rank, self.memory(), &mut workspace) }?;
+        unsafe { post_process::run(finish, self.rank, self.memory(), workspace) }?;
         self.tell(self.rank, WorkerEvent::FinishDone(number));
         Ok(())
     }
