@@ -102,7 +102,8 @@ fn run_inspect(arguments: &InspectArgs, json: bool) -> Result<(), LoadError> {
     let discovered = discover(&source::resolve(&arguments.source)?)?;
     // nothing is derived, so nothing is refused that only some kernels could not take
     let kernel_layout = Some(KernelLayout::None);
-    let model = ModelOptions { kernel_layout, ..ModelOptions::default() };
+    let quantization = arguments.quantization;
+    let model = ModelOptions { kernel_layout, quantization, ..ModelOptions::default() };
     let plan = Plan::new(discovered, &PlanOptions { model, ..PlanOptions::default() })?;
     let inspection = Inspection::new(&plan, &arguments.source);
     print(&inspection, json, || inspection.text());

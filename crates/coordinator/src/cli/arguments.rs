@@ -112,6 +112,9 @@ pub(super) struct LoadArgs {
 pub(super) struct InspectArgs {
     /// A checkpoint directory, or synth:FAMILY-SCHEME.
     pub(super) source: String,
+    /// What quantised modules are stored in, as for load.
+    #[arg(long, value_name = "METHOD")]
+    pub(super) quantization: Option<Quantization>,
 }
 
 #[derive(Debug, Args)]
