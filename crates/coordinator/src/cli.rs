@@ -11,7 +11,6 @@ use std::{
 };
 
 use clap::Parser;
-use longshore_models::options::{KernelLayout, ModelOptions};
 use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -114,10 +113,7 @@ fn run_plan(arguments: &PlanArgs, json: bool) -> Result<(), LoadError> {
 
 fn run_inspect(arguments: &InspectArgs, json: bool) -> Result<(), LoadError> {
     let discovered = discover(&source::resolve(&arguments.source)?)?;
-    // nothing is derived, so nothing is refused that only some kernels could not take
-    let kernel_layout = Some(KernelLayout::None);
-    let model = ModelOptions { kernel_layout, ..arguments.model_options() };
-    let options = PlanOptions { model, ..PlanOptions::default() };
+    let options = PlanOptions { model: arguments.model_options(), ..PlanOptions::default() };
     let plan = Plan::new(discovered, &options)?;
     let mut inspection = Inspection::new(&plan, &arguments.source);
     if arguments.map {

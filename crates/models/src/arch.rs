@@ -130,6 +130,7 @@ pub struct Model {
     pub options: ModelOptions,
     /// dtype of unquantised parameters (`torch_dtype`/`dtype`).
     pub dtype: Dtype,
+    text: Config,
 }
 
 impl Model {
@@ -162,7 +163,8 @@ impl Model {
                 return Err(PlanError::unsupported(flag, found, format!("needs {needed}")));
             }
         }
-        Ok(Self { family, config, declared, layout, options, dtype })
+        let text = config.nested("text_config").unwrap_or_else(|| config.clone());
+        Ok(Self { family, config, declared, layout, options, dtype, text })
     }
 
     /// Declares every parameter and tensor of the model.
@@ -220,8 +222,8 @@ impl Model {
 
 impl Model {
     /// The configuration of the language model: `text_config` where there is one.
-    pub(crate) fn text(&self) -> Cow<'_, Config> {
-        self.config.nested("text_config").map_or(Cow::Borrowed(&self.config), Cow::Owned)
+    pub fn text(&self) -> &Config {
+        &self.text
     }
 }
 

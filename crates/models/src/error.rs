@@ -302,7 +302,9 @@ pub enum PlanError {
         second_scheme: String,
     },
     /// A module is stored in a scheme that the configuration does not declare.
-    #[error("{module} is stored as {found}, but {declared_in} declares {declared}")]
+    #[error(
+        "{module} is stored as {found}, but {declared_in} declares {declared}; if all quantised modules are, say --quantization {found}"
+    )]
     UndeclaredScheme {
         /// The module.
         module: String,

@@ -1,8 +1,13 @@
 //! Configurations that lie: the model is refused or declared, never a panic, never an allocation without bound.
 
 use longshore_models::{
-    arch::Model, config::Config, declare::Lookup, mapping::Mapper, options::ModelOptions,
-    parallel::Parallel, quant::Scheme,
+    arch::Model,
+    config::Config,
+    declare::Lookup,
+    mapping::Mapper,
+    options::ModelOptions,
+    parallel::Parallel,
+    quant::{Declared, Scheme},
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -92,6 +97,84 @@ proptest! {
             // sizes that do not fit in 64 bits would panic here, where arithmetic is checked
             let _ = model.declare(Parallel::new(tp, 1).unwrap(), &Everything(scheme));
             let _ = Mapper::new(&model, tp);
+        }
+    }
+}
+
+/// Keys and texts of declarations, put together at random.
+const WORDS: [&str; 34] = [
+    "quant_method",
+    "fp8",
+    "modelopt",
+    "quark",
+    "compressed-tensors",
+    "quant_algo",
+    "NVFP4",
+    "group_size",
+    "quantization",
+    "config_groups",
+    "weights",
+    "ignore",
+    "exclude",
+    "exclude_modules",
+    "global_quant_config",
+    "weight",
+    "input_tensors",
+    "layer_quant_config",
+    "layer_type_quant_config",
+    "export",
+    "kv_cache_group",
+    "kv_cache_scheme",
+    "weight_block_size",
+    "modules_to_not_convert",
+    "ignored_layers",
+    "targets",
+    "format",
+    "pack-quantized",
+    "re:(",
+    "re:(?!x)",
+    "*",
+    "**.?*",
+    "model.layers.0*",
+    "Linear",
+];
+
+fn declaration() -> impl Strategy<Value = Value> {
+    let word = || proptest::sample::select(&WORDS[..]);
+    let leaf = prop_oneof![
+        4 => word().prop_map(Value::from),
+        2 => prop_oneof![Just(4u64), Just(16), Just(32), Just(128)].prop_map(Value::from),
+        1 => any::<bool>().prop_map(Value::from),
+        1 => Just(Value::Null),
+        1 => Just(json!([128, 128])),
+    ];
+    leaf.prop_recursive(4, 48, 8, move |inner| {
+        prop_oneof![
+            3 => proptest::collection::vec((word(), inner.clone()), 0..8)
+                .prop_map(|pairs| pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()),
+            1 => proptest::collection::vec(inner, 0..4).prop_map(Value::from),
+        ]
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn any_declaration_is_understood_or_refused(
+        top in declaration(), nested in declaration(), beside in declaration(),
+    ) {
+        let config = json!({"quantization_config": top, "text_config": {"quantization_config": nested}});
+        let config = Config::parse("config.json", config.to_string().as_bytes()).unwrap();
+        let beside = Config::parse("hf_quant_config.json", beside.to_string().as_bytes()).ok();
+        for word in [None, Some("bf16"), Some("fp8"), Some("nvfp4"), Some("mxfp4"), Some("int4")] {
+            let user = word.map(|word| word.parse().unwrap());
+            match Declared::new(&config, beside.as_ref(), user) {
+                Ok(declared) => {
+                    declared.expected("language_model.model.layers.0.mlp.experts.3.up_proj");
+                }
+                Err(e) => prop_assert!(!e.to_string().contains('\n')),
+            }
         }
     }
 }

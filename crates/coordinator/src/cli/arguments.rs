@@ -115,6 +115,9 @@ pub(super) struct LoadArgs {
 pub(super) struct InspectArgs {
     /// A checkpoint directory, or synth:FAMILY-SCHEME.
     pub(super) source: String,
+    /// What quantised modules are stored in, as for load.
+    #[arg(long, value_name = "METHOD")]
+    quantization: Option<Quantization>,
     /// List which runtime parameter each tensor becomes part of.
     #[arg(long)]
     pub(super) map: bool,
@@ -222,6 +225,9 @@ impl PlanArgs {
 impl InspectArgs {
     pub(super) fn model_options(&self) -> ModelOptions {
         ModelOptions {
+            // nothing is derived, so nothing is refused that only some kernels could not take
+            kernel_layout: Some(KernelLayout::None),
+            quantization: self.quantization,
             fuse_shared_experts: self.fuse_shared_experts,
             draft: self.draft,
             ..ModelOptions::default()

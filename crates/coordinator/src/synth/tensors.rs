@@ -58,12 +58,8 @@ pub(super) fn implied(
     Ok(tensors)
 }
 
-fn text(config: &Config) -> Config {
-    config.nested("text_config").unwrap_or_else(|| config.clone())
-}
-
 fn predicts(model: &Model) -> Result<bool, PlanError> {
-    Ok(text(&model.config).opt_count("num_nextn_predict_layers")? == Some(1))
+    Ok(model.text().opt_count("num_nextn_predict_layers")? == Some(1))
 }
 
 /// Answers a declaration from the configuration alone.

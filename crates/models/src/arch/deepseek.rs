@@ -54,7 +54,7 @@ pub(crate) struct ExpertDims {
 
 impl Dims {
     pub(crate) fn from_model(model: &Model) -> Result<Self, PlanError> {
-        let c = &model.text();
+        let c = model.text();
         let indexes = model.family.may_index() && c.get("index_topk").is_some();
         let experts = match c.opt_count("n_routed_experts")? {
             None | Some(0) => None,
@@ -373,7 +373,7 @@ pub(super) fn skip_reason(model: &Model, canonical: &str) -> Option<&'static str
         let (number, _) = rest.split_once('.')?;
         number.parse::<u64>().ok()
     });
-    let predicts = prediction_layers(&text) > 0 && layer.is_some_and(|l| l >= layers);
+    let predicts = prediction_layers(text) > 0 && layer.is_some_and(|l| l >= layers);
     if model.options.draft {
         let copy =
             name.ends_with(".embed_tokens.weight") || name.ends_with(".shared_head.head.weight");
