@@ -21,7 +21,8 @@ const GROUP_ROWS_MAX: usize = 32;
 /// `workspace` grows to 32 rows, or to a row and a bit per row where that is more; it can be reused.
 ///
 /// # Panics
-/// When `matrix` is not `rows · row_bytes` bytes, a row is no whole number of blocks, or `order` is no permutation.
+/// When `matrix` is not `rows · row_bytes` bytes or a row is no whole number of blocks. An order that is no permutation
+/// panics, or gives some rows twice.
 pub fn into_blocks(
     matrix: &mut [u8],
     rows: usize,
@@ -36,16 +37,27 @@ pub fn into_blocks(
     }
     let group = (1 << rows.trailing_zeros()).min(GROUP_ROWS_MAX);
     let (groups, blocks) = (rows / group, row_bytes / BLOCK_BYTES);
-    permute_rows(matrix, row_bytes, rows, order, workspace);
-    for rows in matrix.chunks_exact_mut(group * row_bytes) {
-        cut_group(rows, group, workspace);
+    // SHUF32, say, moves rows only within groups: then they need no pass of their own
+    let stays = (0..rows).all(|i| order(i) / group == i / group);
+    if !stays {
+        permute_rows(matrix, row_bytes, rows, &order, workspace);
+    }
+    for (number, rows) in matrix.chunks_exact_mut(group * row_bytes).enumerate() {
+        let first = number * group;
+        let order = |i| if stays { order(first + i) - first } else { i };
+        cut_group(rows, group, order, workspace);
     }
     let piece = |at: usize| at % groups * blocks + at / groups;
     permute_rows(matrix, group * BLOCK_BYTES, groups * blocks, piece, workspace);
 }
 
-/// [`into_blocks`] of a few rows in order, by way of a copy.
-fn cut_group(matrix: &mut [u8], rows: usize, workspace: &mut Vec<u8>) {
+/// [`into_blocks`] of a few rows, by way of a copy.
+fn cut_group(
+    matrix: &mut [u8],
+    rows: usize,
+    order: impl Fn(usize) -> usize,
+    workspace: &mut Vec<u8>,
+) {
     workspace.clear();
     workspace.reserve_exact(matrix.len());
     workspace.extend_from_slice(matrix);
@@ -54,7 +66,7 @@ fn cut_group(matrix: &mut [u8], rows: usize, workspace: &mut Vec<u8>) {
     let blocks = source.len() / rows;
     for (block, pieces) in target.chunks_exact_mut(rows).enumerate() {
         for (i, piece) in pieces.iter_mut().enumerate() {
-            *piece = source[i * blocks + block];
+            *piece = source[order(i) * blocks + block];
         }
     }
 }
@@ -62,7 +74,7 @@ fn cut_group(matrix: &mut [u8], rows: usize, workspace: &mut Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::permute::gated_shuffled32;
+    use crate::host::permute::{gated_shuffled32, shuffled32};
 
     #[test]
     fn blocks_are_columns_of_permuted_rows() {
@@ -75,12 +87,15 @@ mod tests {
         assert_eq!(got, [6, 4, 2, 0, 7, 5, 3, 1]);
     }
 
-    /// Groups of 32 rows, of fewer, and of one.
+    /// Groups of 32 rows, of fewer, and of one; orders that leave them and one that does not.
     #[test]
     fn any_number_of_rows_equals_the_definition() {
-        for (rows, row_bytes) in [(64, 384), (96, 128), (12, 640), (7, 256), (0, 128), (4, 0)] {
+        let shapes = [(64, 384), (96, 128), (12, 640), (7, 256), (0, 128), (4, 0)];
+        let cases = shapes.into_iter().flat_map(|shape| [(shape, false), (shape, true)]);
+        for ((rows, row_bytes), shuffled) in cases {
+            let shuffled = shuffled && rows % 32 == 0;
             let source: Vec<u8> = (0..rows * row_bytes).map(|i| (i * 7 % 251) as u8).collect();
-            let order = |i| (i + 3) % rows;
+            let order = |i| if shuffled { shuffled32(i) } else { (i + 3) % rows };
             let mut matrix = source.clone();
             into_blocks(&mut matrix, rows, row_bytes, order, &mut Vec::new());
             for (at, byte) in matrix.iter().enumerate() {

@@ -60,10 +60,11 @@ pub fn swizzle(
     }
 }
 
-/// Swizzles `matrix` `[rows, cols]` in place. Row `m` of what is swizzled is row `order(m)` of the matrix; rows move
-/// only within bands of `band` rows, so `workspace` grows to one band.
+/// Swizzles `matrix` in place: row `m` of what is swizzled is row `order(m)` of the matrix.
 ///
-/// `band` is a multiple of 128: 128 for the identity and SHUF32, all rows for W31PERM and IL64.
+/// **Shapes**: `matrix` `[rows, cols]`, one byte per element. Rows move only within bands of `band` rows, a multiple of
+/// 128: 128 for the identity and SHUF32, all rows for W31PERM and IL64. `workspace` grows to 128 rows (or, for narrow
+/// matrices, a row and a bit per row): no more than a band.
 ///
 /// # Panics
 /// When the shape would need padding, `rows` is no multiple of `band` or `band` none of 128, `matrix` does not have its
