@@ -4,39 +4,14 @@
 
 use longshore_harness::{
     generator::{Checkpoint, Family, Preset, Scheme},
-    oracle::{self, Answer},
+    oracle,
     scratch::Scratch,
 };
 
 mod common;
 
-use common::{Loaded, load, plan};
+use common::{compare, load, plan};
 use longshore::plan::Exchange;
-
-/// What every rank holds against what it must hold.
-fn compare(what: &str, loaded: &Loaded, answer: &Answer) {
-    assert_eq!(loaded.ranks.len(), answer.ranks.len(), "{what}: ranks");
-    for (rank, want) in loaded.ranks.iter().zip(&answer.ranks) {
-        let what = format!("{what}, rank {}", rank.rank);
-        let mut names: Vec<&str> = rank.iter().map(|p| p.name).collect();
-        names.sort_unstable();
-        let wanted: Vec<&str> = want.parameters.keys().map(String::as_str).collect();
-        assert_eq!(names, wanted, "{what}: parameters");
-        for param in rank.iter() {
-            let want = &want.parameters[param.name];
-            assert_eq!(param.dtype.to_string(), want.dtype, "{what}: {}", param.name);
-            assert_eq!(param.shape, want.shape, "{what}: {}", param.name);
-            let differs = param.bytes.iter().zip(&want.bytes).position(|(a, b)| a != b);
-            assert_eq!(differs, None, "{what}: {}: first differing byte", param.name);
-            assert_eq!(param.bytes.len(), want.bytes.len(), "{what}: {}", param.name);
-        }
-        let mut aliases: Vec<(String, String)> =
-            rank.aliases().map(|(a, b)| (a.to_owned(), b.to_owned())).collect();
-        aliases.sort();
-        let wanted: Vec<_> = want.aliases.iter().map(|(a, b)| (a.clone(), b.clone())).collect();
-        assert_eq!(aliases, wanted, "{what}: aliases");
-    }
-}
 
 /// Loads `checkpoint` under every combination of sizes and options; returns how many were loaded and how many refused.
 fn sweep(checkpoint: &Checkpoint, tps: &[usize], options: &[oracle::Options]) -> (usize, usize) {

@@ -101,7 +101,8 @@ impl Builder<'_> {
         let [rows, width] = weight.matrix();
         let mut out = Vec::new();
         match self.checkpoint.stored(module) {
-            Stored::Bf16 => return weight.floats(),
+            // the parameter is what is split, in the model's dtype
+            Stored::Bf16 => return weight.cast(self.checkpoint.model_dtype()).floats(),
             Stored::Fp8 => {
                 let scale = cut("weight_scale_inv").cast("F32");
                 let scales = scale.floats();
