@@ -2,9 +2,15 @@
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
 
-use std::process::{Command, Output, Stdio};
+use std::{
+    path::Path,
+    process::{Command, Output, Stdio},
+};
 
-use longshore_harness::scratch::Scratch;
+use longshore_harness::{
+    generator::{Checkpoint, Family, Scheme},
+    scratch::Scratch,
+};
 use serde_json::Value;
 
 fn longshore(arguments: &[&str]) -> Output {
@@ -215,4 +221,19 @@ fn bad_input_is_one_line_and_exit_code_2() {
         assert!(complaint.starts_with("longshore: ") && complaint.len() > 20, "{complaint}");
         assert!(run.stdout.is_empty(), "{arguments:?}");
     }
+}
+
+/// A mistake in where to write shows before anything is loaded.
+#[test]
+fn an_output_that_cannot_be_written_is_refused_before_the_load() {
+    let scratch = Scratch::new().unwrap();
+    let (checkpoint, taken) = (scratch.join("checkpoint"), scratch.join("taken"));
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&checkpoint).unwrap();
+    std::fs::write(&taken, "a file").unwrap();
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let run = longshore(&["load", &text(&checkpoint), "--tp", "2", "--out", &text(&taken)]);
+    let complaint = String::from_utf8_lossy(&run.stderr);
+    assert_eq!(run.status.code(), Some(2), "{complaint}");
+    assert_eq!(complaint.lines().count(), 1, "nothing was read before: {complaint}");
+    assert!(complaint.contains(&text(&taken)), "{complaint}");
 }

@@ -137,6 +137,15 @@ fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
 
 fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
     let mut steps = plan_steps(arguments)?;
+    // the last step's stand in the summary, if there is one
+    for step in &steps[..steps.len() - usize::from(!json)] {
+        for warning in &step.plan.placement().warnings {
+            tracing::warn!("{}: {warning}", step.source);
+        }
+    }
+    if let Some(dir) = &arguments.out {
+        out::check_writable(dir)?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_time()
@@ -174,9 +183,6 @@ fn plan_steps(arguments: &LoadArgs) -> Result<Vec<Step<'_>>, LoadError> {
     for source in [&arguments.plan.source].into_iter().chain(&arguments.reload) {
         let mut phases = Phases::default();
         let plan = make_plan(&arguments.plan, source, &mut phases)?;
-        for warning in &plan.placement().warnings {
-            tracing::warn!("{source}: {warning}");
-        }
         if let Some(first) = steps.first() {
             let same = first.plan.placement().same_parameters(plan.placement());
             same.map_err(|e| LoadError::Plan { path: plan.dir.clone(), source: e })?;

@@ -156,8 +156,9 @@ fn open_sources(plan: &Plan, io: IoChoice) -> Result<Vec<CheckpointSource>, Load
     let files = &plan.checkpoint().files;
     let mut sources = Vec::with_capacity(files.len());
     for (file, planned) in files.iter().zip(plan.identities.iter()) {
-        let source = CheckpointSource::open(&plan.dir, &file.name, io)
-            .map_err(|source| LoadError::Rank { rank: 0, source })?;
+        let source = CheckpointSource::open(&plan.dir, &file.name, io).map_err(|source| {
+            LoadError::Io { path: plan.dir.join(&file.name), action: "opening", source }
+        })?;
         if source.identity != *planned {
             return Err(LoadError::FileChanged {
                 path: plan.dir.join(&file.name),

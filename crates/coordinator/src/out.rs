@@ -40,6 +40,18 @@ struct ManifestParam<'a> {
     sha256: String,
 }
 
+/// Creates `dir` if need be and makes sure that files can be written there: before a load, not after it.
+///
+/// # Errors
+/// They cannot.
+pub fn check_writable(dir: &Path) -> Result<(), LoadError> {
+    let failed = |action| move |e| LoadError::Io { path: dir.into(), action, source: e };
+    fs::create_dir_all(dir).map_err(failed("creating the directory"))?;
+    let probe = temporary(dir, "probe");
+    File::create(&probe).map_err(failed("creating a file"))?;
+    fs::remove_file(&probe).map_err(failed("removing a file"))
+}
+
 /// Writes what every rank holds to `dir`, which is created if need be.
 ///
 /// An older manifest is removed first; the new one appears last, when every file is in place.
@@ -59,17 +71,36 @@ pub fn write(
     let names: Vec<String> = (0..ranks.len())
         .map(|r| format!("rank-{r:05}-of-{:05}.safetensors", ranks.len()))
         .collect();
-    for (rank, name) in ranks.iter().zip(&names) {
-        write_rank(&temporary(dir, name), rank).map_err(failed("writing a rank's parameters"))?;
+    let written = write_aside(dir, plan, ranks, source, &names);
+    if written.is_err() {
+        for name in names.iter().map(String::as_str).chain([MANIFEST_FILE]) {
+            // what cannot be removed either is of no use to anyone, and the first error tells more
+            let _ = fs::remove_file(temporary(dir, name));
+        }
     }
-    let identity = Identity::of(plan, source);
-    let manifest = Manifest { identity: &identity, ranks: manifest_ranks(ranks, &names) };
-    let json = serde_json::to_vec_pretty(&manifest).map_err(|e| failed("manifest")(e.into()))?;
-    write_synced(&temporary(dir, MANIFEST_FILE), &json).map_err(failed("writing the manifest"))?;
+    written?;
     for name in names.iter().map(String::as_str).chain([MANIFEST_FILE]) {
         fs::rename(temporary(dir, name), dir.join(name)).map_err(failed("renaming"))?;
     }
     File::open(dir).and_then(|d| d.sync_all()).map_err(failed("syncing the directory"))
+}
+
+/// Writes and syncs every file under its temporary name.
+fn write_aside(
+    dir: &Path,
+    plan: &Plan,
+    ranks: &[ReadyParams],
+    source: &str,
+    names: &[String],
+) -> Result<(), LoadError> {
+    let failed = |action| move |e| LoadError::Io { path: dir.into(), action, source: e };
+    for (rank, name) in ranks.iter().zip(names) {
+        write_rank(&temporary(dir, name), rank).map_err(failed("writing a rank's parameters"))?;
+    }
+    let identity = Identity::of(plan, source);
+    let manifest = Manifest { identity: &identity, ranks: manifest_ranks(ranks, names) };
+    let json = serde_json::to_vec_pretty(&manifest).map_err(|e| failed("manifest")(e.into()))?;
+    write_synced(&temporary(dir, MANIFEST_FILE), &json).map_err(failed("writing the manifest"))
 }
 
 fn manifest_ranks<'a>(ranks: &'a [ReadyParams], names: &[String]) -> Vec<ManifestRank<'a>> {

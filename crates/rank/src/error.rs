@@ -6,15 +6,6 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RankError {
-    /// A file cannot be opened.
-    #[error("{file}: cannot be opened")]
-    Open {
-        /// The checkpoint file.
-        file: String,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
     /// A read failed.
     #[error("{file}: reading {bytes} bytes at offset {offset} failed")]
     Read {

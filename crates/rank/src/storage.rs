@@ -88,11 +88,10 @@ impl CheckpointSource {
     ///
     /// # Errors
     /// The file cannot be opened.
-    pub fn open(dir: &Path, name: &str, choice: IoChoice) -> Result<Self, RankError> {
+    pub fn open(dir: &Path, name: &str, choice: IoChoice) -> io::Result<Self> {
         let path = dir.join(name);
-        let failed = |source| RankError::Open { file: name.to_owned(), source };
-        let buffered = File::open(&path).map_err(failed)?;
-        let identity = FileIdentity::of(&buffered).map_err(failed)?;
+        let buffered = File::open(&path)?;
+        let identity = FileIdentity::of(&buffered)?;
         let (mut mode, wanted) = match choice {
             IoChoice::Buffered => {
                 (IoMode { direct: false, reason: "asked for", resident: None }, false)
