@@ -237,3 +237,113 @@ fn an_output_that_cannot_be_written_is_refused_before_the_load() {
     assert_eq!(complaint.lines().count(), 1, "nothing was read before: {complaint}");
     assert!(complaint.contains(&text(&taken)), "{complaint}");
 }
+
+fn llama(scratch: &Scratch) -> (std::path::PathBuf, String) {
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    let text = dir.to_str().unwrap().to_owned();
+    (dir, text)
+}
+
+/// Whatever a link leads to, and however long a file is.
+#[test]
+fn configuration_files_that_are_no_small_plain_files_are_refused() {
+    for name in ["config.json", "model.safetensors.index.json", "hf_quant_config.json"] {
+        for long in [false, true] {
+            let scratch = Scratch::new().unwrap();
+            let (dir, text) = llama(&scratch);
+            let path = dir.join(name);
+            let _ = std::fs::remove_file(&path);
+            match long {
+                true => std::fs::File::create(&path).unwrap().set_len(1 << 40).unwrap(),
+                false => std::os::unix::fs::symlink("/dev/zero", &path).unwrap(),
+            }
+            let run = longshore(&["load", &text, "--tp", "2", "--log-level", "error"]);
+            let complaint = String::from_utf8_lossy(&run.stderr);
+            assert_eq!(run.status.code(), Some(2), "{name}: {complaint}");
+            assert_eq!(complaint.lines().count(), 1, "{complaint}");
+            assert!(complaint.contains(name), "{complaint}");
+        }
+    }
+}
+
+/// Options of `load` are options of `plan`, and Run:ai's environment is honoured; flags win over it.
+#[test]
+fn plan_takes_the_options_of_load_and_the_environment_counts() {
+    let scratch = Scratch::new().unwrap();
+    let (_, dir) = llama(&scratch);
+    let nowhere = scratch.join("nowhere").to_str().unwrap().to_owned();
+    json(&[
+        "plan",
+        &dir,
+        "--tp",
+        "2",
+        "--concurrency",
+        "4",
+        "--out",
+        &nowhere,
+        "--reload",
+        &dir,
+        "--json",
+    ]);
+    assert!(!Path::new(&nowhere).exists(), "plan writes nothing");
+
+    let load = |variable: (&str, &str), flags: &[&str]| {
+        let run = Command::new(env!("CARGO_BIN_EXE_longshore"))
+            .env(variable.0, variable.1)
+            .args(["load", &dir, "--tp", "1", "--io", "direct", "--json", "--log-level", "error"])
+            .args(flags)
+            .output()
+            .unwrap();
+        (run.status.code(), String::from_utf8_lossy(&run.stdout).into_owned(), run.stderr)
+    };
+    let staging = |text: &str| {
+        let report: Value = serde_json::from_str(text).unwrap();
+        report["ranks"][0]["peak_staging_bytes"].as_u64().unwrap()
+    };
+    let limit = "RUNAI_STREAMER_MEMORY_LIMIT";
+    assert!(staging(&load((limit, "262144"), &[]).1) <= 262_144);
+    assert!(staging(&load((limit, "262144"), &["--memory-limit", "64MiB"]).1) > 262_144);
+    assert!(staging(&load((limit, "-1"), &[]).1) > 262_144);
+    let (code, _, complaint) = load(("RUNAI_STREAMER_CONCURRENCY", "abc"), &[]);
+    let complaint = String::from_utf8_lossy(&complaint);
+    assert_eq!(code, Some(2));
+    assert!(complaint.contains("RUNAI_STREAMER_CONCURRENCY"), "{complaint}");
+}
+
+/// Rank files are as readable as any new file, and what an ended process left behind goes.
+#[test]
+fn outputs_are_readable_and_leave_nothing_else() {
+    use std::os::unix::fs::PermissionsExt;
+    let scratch = Scratch::new().unwrap();
+    let (_, dir) = llama(&scratch);
+    let out = scratch.join("out");
+    let abandoned = out.join(".longshore.4194305.tmp");
+    std::fs::create_dir_all(&abandoned).unwrap();
+    std::fs::write(abandoned.join("rank-00000-of-00001.safetensors"), "half").unwrap();
+    json(&["load", &dir, "--tp", "2", "--out", out.to_str().unwrap(), "--json"]);
+    let mut names = Vec::new();
+    let mut modes = Vec::new();
+    for entry in std::fs::read_dir(&out).unwrap().flatten() {
+        names.push(entry.file_name().into_string().unwrap());
+        modes.push(entry.metadata().unwrap().permissions().mode());
+    }
+    names.sort();
+    let ranks = ["rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"];
+    assert_eq!(names, ["manifest.json", ranks[0], ranks[1]]);
+    assert!(modes.iter().all(|mode| mode == &modes[0]), "{modes:?}");
+}
+
+/// Of a fused A-projection's scalars only q_a's are kept; a kv_a that says otherwise is worth a word.
+#[test]
+fn scalars_that_are_discarded_although_they_differ_give_a_warning() {
+    let scratch = Scratch::new().unwrap();
+    for (attention, warned) in [(true, true), (false, false)] {
+        let dir = scratch.join(&format!("checkpoint-{attention}"));
+        let checkpoint = Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4);
+        checkpoint.set("nvfp4_attention", attention).write(&dir).unwrap();
+        let loaded = json(&["load", dir.to_str().unwrap(), "--tp", "2", "--json"]);
+        let said = loaded["warnings"].to_string().contains("kv_a_proj_with_mqa");
+        assert_eq!(said, warned, "{}", loaded["warnings"]);
+    }
+}

@@ -60,3 +60,32 @@ fn a_file_that_changed_since_planning_is_refused_before_the_first_read() {
     let error = load_with(&plan, &RunOptions::default()).err().unwrap();
     assert!(matches!(error, LoadError::FileChanged { .. }), "{error:?}");
 }
+
+fn workers() -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+    names.filter(|name| name.starts_with("rank")).count()
+}
+
+/// However a rank's actor ends, its workers end too, and with them the last hold on its memory.
+#[test]
+fn no_worker_outlives_a_failed_load() {
+    let scratch = Scratch::new().unwrap();
+    let runtime = runtime();
+    for round in 0..40 {
+        let dir = scratch.join(&format!("checkpoint-{round}"));
+        Checkpoint::new(Family::DeepseekV3, Scheme::Bf16).write(&dir).unwrap();
+        let plan = plan(&dir, &oracle::Options::tp(4), Exchange::On).unwrap();
+        let options = RunOptions { concurrency: Some(4), ..RunOptions::default() };
+        let prepared = prepare(&plan, &options).unwrap();
+        let file = &plan.checkpoint().files[1];
+        let path = plan.dir.join(&file.name);
+        OpenOptions::new().write(true).open(path).unwrap().set_len(file.bytes / 2).unwrap();
+        runtime.block_on(run(prepared, progress_of(&plan))).unwrap_err();
+    }
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while workers() > 0 {
+        assert!(Instant::now() < deadline, "{} workers are left", workers());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

@@ -248,3 +248,50 @@ fn the_command_line_reloads_in_turn_and_writes_the_last() {
     assert_eq!((code, json.len(), complaint.lines().count()), (Some(2), 0, 1), "{complaint}");
     assert!(!nowhere.exists());
 }
+
+/// Takes a tensor out of a checkpoint: out of its file, and out of the index.
+fn drop_tensor(dir: &Path, plan: &Plan, name: &str) {
+    let tensor = plan.checkpoint().get(name).unwrap();
+    let path = dir.join(plan.checkpoint().file_name(tensor));
+    let bytes = std::fs::read(&path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let kept: Vec<_> = file.tensors().into_iter().filter(|(n, _)| n != name).collect();
+    safetensors::serialize_to_file(kept, None, &path).unwrap();
+    let path = dir.join("model.safetensors.index.json");
+    let mut index: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    index["weight_map"].as_object_mut().unwrap().remove(name).unwrap();
+    std::fs::write(&path, index.to_string()).unwrap();
+}
+
+/// A scale that one checkpoint has and another leaves to be derived is the same parameter.
+#[test]
+fn a_derived_scale_and_a_given_one_reload_into_each_other() {
+    let scratch = Scratch::new().unwrap();
+    let checkpoint = Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4).set("kv_scales", true);
+    let [a, b] = pair(&scratch, &checkpoint);
+    let options = oracle::Options::tp(2);
+    let plan_a = plan(&a, &options, Exchange::On).unwrap();
+    let whole = plan(&b, &options, Exchange::On).unwrap();
+    drop_tensor(&b, &whole, "model.layers.0.self_attn.v_proj.v_scale");
+    let plan_b = plan(&b, &options, Exchange::On).unwrap();
+    let [fresh_a, fresh_b] = [&plan_a, &plan_b].map(|plan| digest(&start(plan)));
+    let mut group = start(&plan_a);
+    for (next, want) in [(&plan_b, &fresh_b), (&plan_a, &fresh_a), (&plan_b, &fresh_b)] {
+        reload(&mut group, next).unwrap_or_else(|e| panic!("{}", e.line()));
+        assert_eq!(&digest(&group), want);
+    }
+}
+
+/// The same parameters for other kernels are not the same: up before gate here, gate before up there.
+#[test]
+fn another_layout_is_refused_even_where_names_and_shapes_agree() {
+    let scratch = Scratch::new().unwrap();
+    let [a, b] = pair(&scratch, &Checkpoint::new(Family::Qwen3Moe, Scheme::Bf16));
+    let with = |dir: &Path, layout: &str| {
+        plan(dir, &oracle::Options::tp(2).kernel_layout(layout), Exchange::On).unwrap()
+    };
+    let mut group = start(&with(&a, "cutlass"));
+    let error = reload(&mut group, &with(&b, "flashinfer-cutlass")).unwrap_err();
+    assert!(error.line().contains("kernel layout"), "{}", error.line());
+}

@@ -5,7 +5,7 @@ mod watch;
 
 use std::{
     collections::BTreeMap,
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     process::ExitCode,
     time::Instant,
 };
@@ -71,6 +71,7 @@ fn start_log(level: LevelFilter) {
         .with_writer(std::io::stderr)
         .with_max_level(level)
         .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
         .without_time()
         .compact()
         .init();
@@ -99,14 +100,17 @@ fn make_plan(arguments: &PlanArgs, source: &str, phases: &mut Phases) -> Result<
     arguments.check_supported()?;
     let dir = phases.measure("source", || source::resolve(source))?;
     let discovered = phases.measure("headers", || discover(&dir))?;
-    let options = arguments.plan_options();
+    let options = arguments.plan_options()?;
     phases.measure("plan", || Plan::new(discovered, &options))
 }
 
-fn run_plan(arguments: &PlanArgs, json: bool) -> Result<(), LoadError> {
-    let mut phases = Phases::default();
-    let plan = make_plan(arguments, &arguments.source, &mut phases)?;
-    let mut report = Report::forecast(&plan, &arguments.source);
+/// The forecast of the load; what would be reloaded is only checked.
+fn run_plan(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
+    arguments.run_options()?;
+    let Some(Step { source, plan, phases }) = plan_steps(arguments)?.into_iter().next() else {
+        return Ok(());
+    };
+    let mut report = Report::forecast(&plan, source);
     report.phases = phases.0;
     print(&report, json, || report.table())
 }
@@ -136,6 +140,7 @@ fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
 }
 
 fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
+    let options = arguments.run_options()?;
     let mut steps = plan_steps(arguments)?;
     // the last step's stand in the summary, if there is one
     for step in &steps[..steps.len() - usize::from(!json)] {
@@ -151,7 +156,7 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
         .enable_time()
         .build()
         .map_err(|e| LoadError::Runtime(e.to_string()))?;
-    let group = run_steps(&runtime, &mut steps, &arguments.run_options());
+    let group = run_steps(&runtime, &mut steps, &options);
     // a read that hangs in the kernel must not keep the process from ending
     runtime.shutdown_background();
     let group = group?;

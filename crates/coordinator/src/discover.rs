@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, Read},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{
@@ -15,7 +15,7 @@ use longshore_models::{
     checkpoint::{Checkpoint, CheckpointFile},
     config::{CONFIG_FILE, Config, HF_QUANT_CONFIG_FILE},
     error::CheckpointError,
-    header::{HeaderEntry, header_bytes, parse_header},
+    header::{HEADER_BYTES_MAX, HeaderEntry, header_bytes, parse_header},
     index::{INDEX_FILE, Index, SINGLE_FILE},
 };
 use longshore_rank::storage::FileIdentity;
@@ -74,15 +74,34 @@ pub fn read_configs(dir: &Path) -> Result<(Config, Option<Config>), LoadError> {
         Config::parse(name, json).map_err(|source| LoadError::Plan { path: dir.into(), source })
     };
     let path = dir.join(CONFIG_FILE);
-    let json = std::fs::read(&path).map_err(|e| io_error(&path, "reading", e))?;
+    let json = read_json(&path).map_err(|e| io_error(&path, "reading", e))?;
     let config = parse(CONFIG_FILE, &json)?;
     let path = dir.join(HF_QUANT_CONFIG_FILE);
-    let hf_quant_config = match std::fs::read(&path) {
+    let hf_quant_config = match read_json(&path) {
         Ok(json) => Some(parse(HF_QUANT_CONFIG_FILE, &json)?),
         Err(e) if e.kind() == io::ErrorKind::NotFound => None,
         Err(e) => return Err(io_error(&path, "reading", e)),
     };
     Ok((config, hf_quant_config))
+}
+
+/// The longest JSON file that is read: the limit of headers, which say more.
+const JSON_BYTES_MAX: u64 = HEADER_BYTES_MAX;
+
+/// Reads a file that ought to be small: a plain file of at most [`JSON_BYTES_MAX`], whatever a link leads to.
+fn read_json(path: &Path) -> io::Result<Vec<u8>> {
+    let data = std::fs::metadata(path)?;
+    let refuse = |reason: String| Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+    if !data.is_file() {
+        return refuse("not a plain file".into());
+    }
+    if data.len() > JSON_BYTES_MAX {
+        return refuse(format!("{} bytes, at most {JSON_BYTES_MAX} are read", data.len()));
+    }
+    let mut json = Vec::with_capacity(data.len() as usize);
+    // the file may grow meanwhile
+    File::open(path)?.take(JSON_BYTES_MAX).read_to_end(&mut json)?;
+    Ok(json)
 }
 
 fn io_error(path: &Path, action: &'static str, source: io::Error) -> LoadError {
@@ -91,7 +110,7 @@ fn io_error(path: &Path, action: &'static str, source: io::Error) -> LoadError {
 
 fn read_index(dir: &Path) -> Result<Option<Index>, LoadError> {
     let path = dir.join(INDEX_FILE);
-    match std::fs::read(&path) {
+    match read_json(&path) {
         Ok(json) => Index::parse(&json)
             .map(Some)
             .map_err(|source| LoadError::Checkpoint { path: dir.into(), source }),

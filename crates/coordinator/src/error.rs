@@ -28,6 +28,17 @@ pub enum LoadError {
         #[source]
         source: io::Error,
     },
+    /// The parameters are complete, but could not be written to `--out`.
+    #[error("{}: {action} failed", .path.display())]
+    Output {
+        /// The file or directory.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The checkpoint is damaged.
     #[error("{}", .path.display())]
     Checkpoint {
@@ -137,6 +148,7 @@ impl LoadError {
             LoadError::Rank { .. }
             | LoadError::RankDied { .. }
             | LoadError::FileModified { .. }
+            | LoadError::Output { .. }
             | LoadError::NotReady { .. }
             | LoadError::Runtime(_) => 1,
             LoadError::Io { .. }
@@ -158,6 +170,38 @@ impl LoadError {
             line.push_str(&e.to_string());
             cause = e.source();
         }
-        line.replace('\n', " ")
+        one_line(&line)
+    }
+}
+
+/// The longest message: room for any name and shape that is meant seriously.
+const LINE_CHARS_MAX: usize = 2000;
+
+/// `text` on one line: control characters escaped (names come from files, and terminals obey them), cut where it is
+/// longer than anyone reads.
+pub(crate) fn one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for (i, c) in text.chars().enumerate() {
+        match c {
+            _ if i == LINE_CHARS_MAX => {
+                line.push('…');
+                break;
+            }
+            '\n' => line.push(' '),
+            c if c.is_control() => line.extend(c.escape_default()),
+            c => line.push(c),
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_one_line_of_printable_text() {
+        assert_eq!(one_line("a\nb \u{1b}[31mé"), "a b \\u{1b}[31mé");
+        assert_eq!(one_line(&"x".repeat(5000)).chars().count(), LINE_CHARS_MAX + 1);
     }
 }

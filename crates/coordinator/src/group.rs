@@ -37,6 +37,8 @@ pub struct Group {
     weights: Weights,
     /// What each rank did in the load of these weights.
     pub reports: Vec<RankReport>,
+    /// What looked odd in their values.
+    pub warnings: Vec<String>,
     /// Seconds that it took, from opening the files until every rank was ready.
     pub seconds: f64,
 }
@@ -57,6 +59,7 @@ impl Group {
             generation: finished.generation,
             weights: Weights::Ready(finished.ranks),
             reports: finished.reports,
+            warnings: finished.warnings,
             seconds: finished.seconds,
         }
     }
@@ -141,6 +144,7 @@ impl Group {
         let reuse = reuse.clone();
         let finished = attempt(prepared, self.generation, Some(reuse), progress).await?;
         self.reports = finished.reports;
+        self.warnings = finished.warnings;
         self.seconds = finished.seconds;
         self.weights = Weights::Ready(finished.ranks);
         Ok(())

@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Instant};
 
+use longshore_kernels::host::cast::cast;
+use longshore_models::Dtype;
 use longshore_rank::{
     params::{ParamMemory, ReadyParams},
     protocol::{Generation, Progress, RankReport},
@@ -93,6 +95,7 @@ const FIRST_GENERATION: Generation = 1;
 pub(crate) struct Finished {
     pub(crate) ranks: Vec<ReadyParams>,
     pub(crate) reports: Vec<RankReport>,
+    pub(crate) warnings: Vec<String>,
     pub(crate) generation: Generation,
     pub(crate) seconds: f64,
 }
@@ -123,9 +126,10 @@ pub(crate) async fn attempt(
     let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
     // the actors have nothing left to do; only their mailboxes go away here
     handle.await.map_err(|e| LoadError::Runtime(e.to_string()))?;
+    let warnings = discarded_scalars(prepared)?;
     check_unchanged(prepared)?;
     let (ranks, reports) = ready.into_iter().unzip();
-    Ok(Finished { ranks, reports, generation, seconds })
+    Ok(Finished { ranks, reports, warnings, generation, seconds })
 }
 
 /// The files are what they were when they were opened: bytes of a file that was written meanwhile may be half old, half
@@ -138,6 +142,39 @@ fn check_unchanged(prepared: &Prepared) -> Result<(), LoadError> {
         None => Ok(()),
         Some(source) => Err(LoadError::FileModified { path: prepared.plan.dir.join(&source.name) }),
     }
+}
+
+/// Reads the scalars that were discarded in favour of others and warns where the two differ (contract §2, "scalars"). A
+/// few bytes for each layer, which no rank receives and which do not count as read.
+fn discarded_scalars(prepared: &Prepared) -> Result<Vec<String>, LoadError> {
+    let checkpoint = prepared.plan.checkpoint();
+    let value = |id: u32| {
+        let tensor = &checkpoint.tensors[id as usize];
+        let mut stored = vec![0; tensor.file_range.len() as usize];
+        prepared.sources[tensor.file as usize]
+            .read_full(tensor.file_range, &mut stored)
+            .map_err(|source| LoadError::Rank { rank: 0, source })?;
+        let mut single = [0; 4];
+        if !cast(&stored, tensor.dtype, &mut single, Dtype::F32) {
+            // the parameter is F32, so what no conversion is known for is F32 already
+            single.copy_from_slice(&stored);
+        }
+        Ok(f32::from_le_bytes(single))
+    };
+    let (mut count, mut first) = (0, None);
+    for &(kept, discarded) in &prepared.plan.placement().discarded {
+        let (a, b) = (value(kept)?, value(discarded)?);
+        if a.to_bits() != b.to_bits() {
+            count += 1;
+            let name = |id: u32| &checkpoint.tensors[id as usize].name;
+            let (kept, discarded) = (name(kept), name(discarded));
+            first.get_or_insert_with(|| format!("{discarded} is {b}, {kept} is {a}"));
+        }
+    }
+    let text = |first| {
+        format!("{count} scalars of fused layers differ and the first part's are used: {first}")
+    };
+    Ok(first.map(text).into_iter().collect())
 }
 
 /// [`prepare`], then [`run`].

@@ -206,6 +206,7 @@ impl Report {
             entry.seconds = Some(report.elapsed.as_secs_f64());
         }
         this.generation = group.generation();
+        this.warnings.extend_from_slice(&group.warnings);
         this.storage_bytes_read = group.reports.iter().map(|r| r.storage_bytes_read).sum();
         this.padding_bytes_read = group.reports.iter().map(|r| r.padding_bytes_read).sum();
         this.exchanged_bytes = group.reports.iter().map(|r| r.received_bytes).sum();

@@ -118,6 +118,8 @@ pub struct Declaration {
     pub pieces: Vec<Piece>,
     /// Tensors that must exist but are not kept, with the reason.
     pub unplaced: Vec<(u32, &'static str)>,
+    /// Scalars that are kept, each with one that is `unplaced` in its favour: they had better be equal.
+    pub discarded: Vec<(u32, u32)>,
     /// What is computed once parameters are complete.
     pub finishes: Vec<Finish>,
     /// Second names.

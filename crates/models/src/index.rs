@@ -26,6 +26,7 @@ pub struct Index {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object with weight_map")]
 struct RawIndex {
     weight_map: Index,
 }

@@ -15,6 +15,7 @@ use crate::{
     declare::{Accept, Alias, Declaration, Param, ParamId, Source, Split, rows_of},
     dtype::{Dtype, elem_bytes},
     error::PlanError,
+    options::Layout,
     parallel::{Members, Parallel},
     transform::Finish,
 };
@@ -59,6 +60,8 @@ pub struct PlacedPiece {
 pub struct Placement {
     /// The group.
     pub parallel: Parallel,
+    /// The kernels that the parameters end in.
+    pub layout: Layout,
     /// The parameters; the same on every rank.
     pub params: Vec<Param>,
     /// What is computed once parameters are complete.
@@ -67,6 +70,8 @@ pub struct Placement {
     pub aliases: Vec<Alias>,
     /// Tensors that no rank needs.
     pub skipped: Vec<Skipped>,
+    /// Scalars that are kept, each with one that is skipped in its favour.
+    pub discarded: Vec<(TensorId, TensorId)>,
     /// What looked odd but did no harm.
     pub warnings: Vec<String>,
     /// All pieces, ordered by tensor.
@@ -93,9 +98,22 @@ impl Placement {
         let (skipped, unknown) = explain_rest(model, checkpoint, &names, &declaration, &matched)?;
         warnings.extend(unknown);
         let (pieces, first_piece) = place(&declaration, &matched, checkpoint);
+        let tensor = |source: u32| matched[source as usize];
+        let discarded = declaration.discarded.iter().map(|&(a, b)| (tensor(a), tensor(b)));
+        let discarded = discarded.collect();
         let Declaration { params, finishes, aliases, .. } = declaration;
-        let this =
-            Self { parallel, params, finishes, aliases, skipped, warnings, pieces, first_piece };
+        let this = Self {
+            parallel,
+            layout: model.layout,
+            params,
+            finishes,
+            aliases,
+            skipped,
+            discarded,
+            warnings,
+            pieces,
+            first_piece,
+        };
         validate::check(&this, checkpoint)?;
         Ok(this)
     }
@@ -163,12 +181,20 @@ impl Placement {
             let text = |p: Parallel| format!("tp {} ep {}", p.tp(), p.ep());
             return differs("(group)", text(other.parallel), text(self.parallel));
         }
+        if self.layout != other.layout {
+            let text = |l: Layout| match l.derive {
+                true => format!("kernel layout {}", l.kernels),
+                false => "an explicit kernel layout none".to_owned(),
+            };
+            return differs("(kernel layout)", text(other.layout), text(self.layout));
+        }
         let form = |p: &Param| format!("{} {:?}", p.dtype, p.shape);
         let none = || "no such parameter".to_owned();
         for i in 0..self.params.len().max(other.params.len()) {
             match (self.params.get(i), other.params.get(i)) {
+                // whether it is read or derived does not matter: the memory is the same
                 (Some(a), Some(b)) if a.name == b.name => {
-                    if a != b {
+                    if (a.dtype, &a.shape, a.bytes) != (b.dtype, &b.shape, b.bytes) {
                         return differs(&a.name, form(b), form(a));
                     }
                 }
@@ -180,9 +206,9 @@ impl Placement {
                 (None, None) => {}
             }
         }
-        if self.finishes != other.finishes || self.aliases != other.aliases {
-            let found = "another post-processing".to_owned();
-            return differs("(kernel layout)", found, "the same".to_owned());
+        if self.aliases != other.aliases {
+            let text = |p: &Placement| format!("{} aliases", p.aliases.len());
+            return differs("(aliases)", text(other), text(self));
         }
         Ok(())
     }
@@ -290,7 +316,7 @@ fn match_sources(
 fn wanting_param(declaration: &Declaration, source: u32) -> String {
     let piece = declaration.pieces.iter().find(|p| p.source == source);
     piece.map_or_else(
-        || "(none; its fused partner)".to_owned(),
+        || "of its fused layer".to_owned(),
         |p| declaration.params[p.param as usize].name.clone(),
     )
 }

@@ -48,6 +48,14 @@ struct Running {
     started: Instant,
 }
 
+/// However a load ends on this rank, its workers end with it: also when the actor is killed, which runs no `post_stop`.
+/// A worker left waiting would hold the parameters for ever (RNK-5).
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.job.stop();
+    }
+}
+
 impl Actor for RankActor {
     type Msg = RankMessage;
     type State = RankState;
@@ -81,17 +89,6 @@ impl Actor for RankActor {
             RankMessage::Command(RankCommand::Start { generation }) => state.start(generation),
             RankMessage::Command(RankCommand::Abort { generation }) => state.abort(generation),
             RankMessage::Worker(generation, event) => state.worker(generation, event),
-        }
-        Ok(())
-    }
-
-    async fn post_stop(
-        &self,
-        _myself: ActorRef<RankMessage>,
-        state: &mut RankState,
-    ) -> Result<(), ActorProcessingErr> {
-        if let Some(running) = state.running.take() {
-            running.job.stop();
         }
         Ok(())
     }
@@ -156,9 +153,7 @@ impl RankState {
     }
 
     fn abort(&mut self, generation: Generation) {
-        if let Some(running) = self.running.take_if(|r| r.job.generation == generation) {
-            running.job.stop();
-        }
+        self.running.take_if(|r| r.job.generation == generation);
     }
 
     fn worker(&mut self, generation: Generation, event: WorkerEvent) {
@@ -207,7 +202,6 @@ impl RankState {
         let (Some(running), Some(memory)) = (self.running.take(), &self.memory) else {
             return;
         };
-        running.job.stop();
         running.job.staging.release();
         let rank = self.arguments.rank;
         let Some(params) = ReadyParams::new(rank, Arc::clone(memory)) else {
@@ -235,9 +229,7 @@ impl RankState {
     }
 
     fn fail(&mut self, generation: Generation, error: RankError) {
-        if let Some(running) = self.running.take() {
-            running.job.stop();
-        }
+        self.running = None;
         self.report(generation, RankEventKind::Failed(error));
     }
 

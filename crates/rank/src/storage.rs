@@ -165,7 +165,11 @@ impl CheckpointSource {
         Ok(Staged { begin, padding_bytes: (got.max(wanted) - range.len() as usize) as u64, reads })
     }
 
-    fn read_full(&self, range: ByteRange, target: &mut [u8]) -> Result<u64, RankError> {
+    /// Fills `target` with `range`, through the page cache; returns the number of reads.
+    ///
+    /// # Errors
+    /// The read fails, or the file has become shorter.
+    pub fn read_full(&self, range: ByteRange, target: &mut [u8]) -> Result<u64, RankError> {
         let (mut got, mut reads) = (0, 0);
         while got < target.len() {
             let at = range.start + got as u64;

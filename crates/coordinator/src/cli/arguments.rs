@@ -10,7 +10,7 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     error::LoadError,
     load::RunOptions,
-    plan::{Exchange, PlanOptions},
+    plan::{Exchange, MEMORY_LIMIT, PlanOptions},
     synth::{Scale, Synth},
 };
 
@@ -32,8 +32,8 @@ pub(super) struct Cli {
 pub(super) enum Command {
     /// Load a checkpoint onto N ranks until every one is complete.
     Load(LoadArgs),
-    /// Show who would read, exchange and hold what; reads headers only.
-    Plan(PlanArgs),
+    /// Show who would read, exchange and hold what; reads headers only. Takes the options of load.
+    Plan(LoadArgs),
     /// Show what a checkpoint holds.
     Inspect(InspectArgs),
     /// Write a synthetic checkpoint.
@@ -76,9 +76,9 @@ pub(super) struct PlanArgs {
     /// Whether ranks pass bytes to each other, so that each is read once.
     #[arg(long, value_enum, default_value_t = ExchangeArg::Auto)]
     exchange: ExchangeArg,
-    /// Staging memory that a rank may hold beside its parameters.
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, default_value = "512MiB")]
-    memory_limit: u64,
+    /// Staging memory that a rank may hold beside its parameters [default: RUNAI_STREAMER_MEMORY_LIMIT, else 512MiB].
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    memory_limit: Option<u64>,
     /// The longest read [default: 2MiB, less where --memory-limit wants it].
     #[arg(long, value_name = "BYTES", value_parser = parse_read_size)]
     read_size: Option<u64>,
@@ -100,7 +100,7 @@ pub(super) struct LoadArgs {
     /// Then load this checkpoint into the same parameters, in place (repeatable).
     #[arg(long, value_name = "SOURCE")]
     pub(super) reload: Vec<String>,
-    /// Reads in flight per rank [default: what storage and cores suggest].
+    /// Reads in flight per rank [default: RUNAI_STREAMER_CONCURRENCY, else what storage and cores suggest].
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..=256))]
     concurrency: Option<u16>,
     /// Read through the page cache, past it, or as each file's state suggests.
@@ -198,8 +198,10 @@ impl PlanArgs {
         }
     }
 
-    pub(super) fn plan_options(&self) -> PlanOptions {
-        PlanOptions {
+    /// # Errors
+    /// An environment variable that cannot be understood.
+    pub(super) fn plan_options(&self) -> Result<PlanOptions, LoadError> {
+        Ok(PlanOptions {
             tp: self.tp,
             ep: self.ep,
             model: ModelOptions {
@@ -216,9 +218,17 @@ impl PlanArgs {
                 ExchangeArg::On => Exchange::On,
                 ExchangeArg::Off => Exchange::Off,
             },
-            memory_limit: self.memory_limit,
+            memory_limit: match self.memory_limit {
+                Some(bytes) => bytes,
+                None => from_environment("RUNAI_STREAMER_MEMORY_LIMIT", |text| match text {
+                    // Run:ai's "no limit" and "as little as works": no limit of the user's own
+                    "-1" | "0" => Ok(MEMORY_LIMIT),
+                    text => parse_bytes(text),
+                })?
+                .unwrap_or(MEMORY_LIMIT),
+            },
             read_bytes: self.read_size,
-        }
+        })
     }
 }
 
@@ -236,15 +246,23 @@ impl InspectArgs {
 }
 
 impl LoadArgs {
-    pub(super) fn run_options(&self) -> RunOptions {
-        RunOptions {
+    /// # Errors
+    /// An environment variable that cannot be understood.
+    pub(super) fn run_options(&self) -> Result<RunOptions, LoadError> {
+        Ok(RunOptions {
             io: match self.io {
                 IoArg::Auto => IoChoice::Auto,
                 IoArg::Buffered => IoChoice::Buffered,
                 IoArg::Direct => IoChoice::Direct,
             },
-            concurrency: self.concurrency.map(usize::from),
-        }
+            concurrency: match self.concurrency {
+                Some(count) => Some(usize::from(count)),
+                None => from_environment("RUNAI_STREAMER_CONCURRENCY", |text| {
+                    let count = text.parse().ok().filter(|count| (1..=256).contains(count));
+                    count.ok_or_else(|| "a number from 1 to 256".to_owned())
+                })?,
+            },
+        })
     }
 }
 
@@ -259,6 +277,21 @@ impl SynthArgs {
         };
         start.scale(self.scale).layers(self.layers).headers_only(self.headers_only).seed(self.seed)
     }
+}
+
+/// What an environment variable says, if it is set; flags win over it (contract §1).
+fn from_environment<T>(
+    variable: &'static str,
+    parse: impl FnOnce(&str) -> Result<T, String>,
+) -> Result<Option<T>, LoadError> {
+    let Some(text) = std::env::var_os(variable).filter(|text| !text.is_empty()) else {
+        return Ok(None);
+    };
+    let text = text.to_string_lossy();
+    parse(text.trim()).map(Some).map_err(|expected| LoadError::Option {
+        option: variable,
+        reason: format!("expected {expected}, found {text}"),
+    })
 }
 
 /// `1048576`, `512MiB`, `4 GiB`, `2GB`.

@@ -1,11 +1,10 @@
 //! Conversions between element types, out of place. Floats round to nearest, ties to even, also to subnormals; what is too
 //! large becomes infinity. Source: contract §4 "dtypes" for which pairs there are.
 
-use half::{bf16, f16};
 use longshore_models::Dtype;
 
 use crate::host::{
-    float::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16},
+    float::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, f64_to_odd_f32},
     wide::widest,
 };
 
@@ -44,10 +43,14 @@ fn convert(source: &[u8], from: Dtype, target: &mut [u8], to: Dtype) -> bool {
             each(source, target, |b| f32_to_f16(f32::from_le_bytes(b)).to_le_bytes());
         }
         (Dtype::F64, Dtype::BF16) => {
-            each(source, target, |b: [u8; 8]| bf16::from_f64(f64::from_le_bytes(b)).to_le_bytes());
+            each(source, target, |b: [u8; 8]| {
+                f32_to_bf16(f64_to_odd_f32(f64::from_le_bytes(b))).to_le_bytes()
+            });
         }
         (Dtype::F64, Dtype::F16) => {
-            each(source, target, |b: [u8; 8]| f16::from_f64(f64::from_le_bytes(b)).to_le_bytes());
+            each(source, target, |b: [u8; 8]| {
+                f32_to_f16(f64_to_odd_f32(f64::from_le_bytes(b))).to_le_bytes()
+            });
         }
         (Dtype::F64, Dtype::F32) => {
             each(source, target, |b: [u8; 8]| (f64::from_le_bytes(b) as f32).to_le_bytes());
@@ -79,6 +82,8 @@ fn each<const S: usize, const T: usize>(
 
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+
     use super::*;
 
     fn f32_to_bf16(bits: u32) -> u16 {
@@ -93,6 +98,27 @@ mod tests {
         assert_eq!(f32_to_bf16(0x3f81_8000), 0x3f82);
         assert_eq!(f32_to_bf16(0x3f80_8001), 0x3f81);
         assert_eq!(f32_to_bf16(0x7f7f_ffff), 0x7f80);
+    }
+
+    /// A little more than a tie in F64 is no tie, although it is one in F32.
+    #[test]
+    fn doubles_are_rounded_once() {
+        let to = |dtype, x: f64| {
+            let mut out = [0; 2];
+            assert!(cast(&x.to_le_bytes(), Dtype::F64, &mut out, dtype));
+            u16::from_le_bytes(out)
+        };
+        let little = 2f64.powi(-40);
+        assert_eq!(to(Dtype::BF16, 1.0 + 2f64.powi(-8) + little), 0x3f81);
+        assert_eq!(to(Dtype::BF16, 1.0 + 2f64.powi(-8)), 0x3f80);
+        assert_eq!(to(Dtype::BF16, -1.0 - 2f64.powi(-8) - little), 0xbf81);
+        assert_eq!(to(Dtype::F16, 1.0 + 2f64.powi(-11) + little), 0x3c01);
+        assert_eq!(to(Dtype::F16, 65_519.999_999), 0x7bff);
+        assert_eq!(to(Dtype::F16, 65_520.0), 0x7c00);
+        assert_eq!(to(Dtype::BF16, 1e300), 0x7f80);
+        assert_eq!(to(Dtype::BF16, -1e-300), 0x8000);
+        assert_eq!(to(Dtype::F16, f64::NEG_INFINITY), 0xfc00);
+        assert!(f16::from_bits(to(Dtype::F16, f64::NAN)).is_nan());
     }
 
     #[test]
@@ -118,8 +144,8 @@ mod tests {
             _ => f64::from(halves[i]) * 1.000_000_001 - 3e4,
         };
         let store = |dtype, value: f64| match dtype {
-            BF16 => bf16::from_f64(value).to_le_bytes().to_vec(),
-            F16 => f16::from_f64(value).to_le_bytes().to_vec(),
+            BF16 => bf16::from_f32(f64_to_odd_f32(value)).to_le_bytes().to_vec(),
+            F16 => f16::from_f32(f64_to_odd_f32(value)).to_le_bytes().to_vec(),
             F32 => (value as f32).to_le_bytes().to_vec(),
             _ => value.to_le_bytes().to_vec(),
         };

@@ -103,6 +103,20 @@ pub const fn f32_to_f16(x: f32) -> u16 {
     sign | if bits < 143 << 23 { small } else { large } as u16
 }
 
+/// F64 to F32, rounded to odd: towards zero, and to an odd last bit when anything was lost.
+///
+/// A second rounding, to a type with at least two bits less, then gives what one rounding of the F64 would give. Source:
+/// Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008.
+pub fn f64_to_odd_f32(x: f64) -> f32 {
+    let nearest = x as f32;
+    if x.is_nan() || f64::from(nearest) == x {
+        return nearest;
+    }
+    // the bits of floats of one sign are in the order of their magnitudes
+    let beyond = f64::from(nearest).abs() > x.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(beyond)) | 1)
+}
+
 #[cfg(test)]
 mod tests {
     use half::{bf16, f16};

@@ -19,8 +19,7 @@ pub(crate) fn kv_scales(
     match (d.has(&k), d.has(&v)) {
         (false, false) => Ok(()),
         (false, true) if d.layout.derive => {
-            let expected = format!("{k}, which it goes with");
-            Err(PlanError::unsupported(v, "present", expected))
+            Err(PlanError::unsupported(v, format!("{k} is missing"), "a v_scale needs a k_scale"))
         }
         (has_k, has_v) => {
             for (name, source, has) in [(&k_name, &k, has_k), (&v_name, &v, has_v)] {

@@ -249,11 +249,14 @@ impl Declare<'_> {
     ) -> ParamId {
         let count = if slots == Slots::First { 1 } else { parts.len() as u64 };
         let param = self.param(name, Dtype::F32, vec![count]);
+        let mut first = None;
         for (i, part) in parts.iter().enumerate() {
             let source = self.scalar(format!("{}.{suffix}", part.source));
+            let first = *first.get_or_insert(source);
             if (i as u64) < count {
                 self.slot(source, Members::replicated(self.parallel), param, i as u64);
             } else {
+                self.out.discarded.push((first, source));
                 self.out
                     .unplaced
                     .push((source, "the first part's scalar counts for the fused layer"));
