@@ -370,3 +370,15 @@ fn the_command_takes_options_in_any_order() {
         assert_eq!(complaint.lines().count(), 1, "{arguments:?}: {complaint}");
     }
 }
+
+/// The one mistake that would cost a real checkpoint.
+#[test]
+fn a_checkpoint_is_not_overwritten_after_its_own_configuration() {
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Generated::Llama, Stored::Bf16).write(&dir).unwrap();
+    let before = fs::read(dir.join("model.safetensors.index.json")).unwrap();
+    let refused = Synth::like(&dir).write(&dir).unwrap_err();
+    assert!(refused.line().contains("holds a checkpoint"), "{}", refused.line());
+    assert_eq!(fs::read(dir.join("model.safetensors.index.json")).unwrap(), before);
+}

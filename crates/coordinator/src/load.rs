@@ -226,11 +226,22 @@ fn open_sources(plan: &Plan, io: IoChoice) -> Result<Vec<CheckpointSource>, Load
 /// Direct reads that keep a fast disk busy, all ranks together.
 const DIRECT_IN_FLIGHT: usize = 16;
 
+/// The most staging memory that a rank of `plan` takes unless it is told another number of reads in flight, in bytes:
+/// every file read past the page cache.
+pub fn staging_forecast(plan: &Plan) -> u64 {
+    let in_flight = direct_in_flight(plan).min(plan.slabs_max() as usize) as u64;
+    in_flight * slab_bytes(plan.load.read_bytes_max)
+}
+
+fn direct_in_flight(plan: &Plan) -> usize {
+    (DIRECT_IN_FLIGHT / plan.load.reads.len()).max(4)
+}
+
 /// Reads in flight per rank: as many as were asked for or as the storage wants, within the staging memory.
 fn concurrency(plan: &Plan, options: &RunOptions, sources: &[CheckpointSource]) -> usize {
     let ranks = plan.load.reads.len();
     let suggested = if sources.iter().any(|s| s.mode.direct) {
-        (DIRECT_IN_FLIGHT / ranks).max(4)
+        direct_in_flight(plan)
     } else {
         // a buffered read is a copy by the CPU
         let cores = std::thread::available_parallelism().map_or(2, usize::from);

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Write};
 use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
 use serde::Serialize;
 
-use crate::{group::Group, plan::Plan};
+use crate::{group::Group, load::staging_forecast, plan::Plan};
 
 /// What was loaded, for whom: the keys that manifest and JSON share.
 #[derive(Debug, Clone, Serialize)]
@@ -70,7 +70,7 @@ pub struct RankEntry {
     pub received_bytes: u64,
     /// Bytes handed to other ranks.
     pub sent_bytes: u64,
-    /// The most staging memory held.
+    /// The most staging memory held; of a plan, the most that it would take.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_staging_bytes: Option<u64>,
     /// Staging memory still held at the end.
@@ -154,7 +154,7 @@ impl Report {
             padding_bytes_read: None,
             received_bytes: f.received_bytes,
             sent_bytes: f.sent_bytes,
-            peak_staging_bytes: None,
+            peak_staging_bytes: Some(staging_forecast(plan)),
             final_staging_bytes: None,
             peak_rss_bytes: None,
             seconds: None,
@@ -261,10 +261,11 @@ impl Report {
         // writing to a String cannot fail
         let _ = write!(
             text,
-            "\nread from storage {} ({ratio:.3} × needed), exchanged {} in {} rounds (exchange {exchange}: {})",
+            "\nread from storage {} ({ratio:.3} × needed), exchanged {} in {} round{} (exchange {exchange}: {})",
             bytes_text(self.storage_bytes_read),
             bytes_text(self.exchanged_bytes),
             self.rounds,
+            if self.rounds == 1 { "" } else { "s" },
             self.exchange_reason,
         );
         if !self.skipped.is_empty() {

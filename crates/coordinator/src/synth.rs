@@ -161,6 +161,9 @@ impl Synth {
     /// # Errors
     /// An unknown family or scheme, a configuration that cannot be read or is not supported, or a file cannot be written.
     pub fn write(&self, dir: &Path) -> Result<Written, LoadError> {
+        if let Origin::Config(from) = &self.origin {
+            refuse_its_own(from, dir)?;
+        }
         let given = self.config_files()?;
         let named = match &self.origin {
             Origin::Config(from) => from.as_path(),
@@ -264,6 +267,20 @@ impl ConfigFiles {
             },
         }
     }
+}
+
+/// A checkpoint is not replaced by random weights after its own configuration.
+fn refuse_its_own(from: &Path, dir: &Path) -> Result<(), LoadError> {
+    let same = matches!((from.canonicalize(), dir.canonicalize()), (Ok(a), Ok(b)) if a == b);
+    let holds_weights = || {
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        entries.map(|e| e.path()).any(|path| path.extension().is_some_and(|x| x == "safetensors"))
+    };
+    if same && holds_weights() {
+        let reason = format!("{} holds a checkpoint; give another directory", dir.display());
+        return Err(LoadError::Option { option: "synth --config", reason });
+    }
+    Ok(())
 }
 
 /// The part of a configuration that describes the language model.
