@@ -59,7 +59,7 @@ impl Group {
             generation: finished.generation,
             weights: Weights::Ready(finished.ranks),
             reports: finished.reports,
-            warnings: finished.warnings,
+            warnings: prepared.warnings,
             seconds: finished.seconds,
         }
     }
@@ -131,20 +131,19 @@ impl Group {
         self.generation += 1;
         let reuse = self.memory_alone().await?;
         let placement = &prepared.plan.load.placement;
+        let alone: Option<Vec<&mut ParamMemory>> = reuse.iter_mut().map(Arc::get_mut).collect();
+        let Some(alone) = alone else {
+            return Err(LoadError::NotReady { why: "its memory is in use".into() });
+        };
         std::thread::scope(|scope| {
-            for (rank, memory) in reuse.iter_mut().enumerate() {
-                scope.spawn(move || {
-                    // alone: `memory_alone` has just seen to it, and nobody else can clone these
-                    if let Some(memory) = Arc::get_mut(memory) {
-                        memory.begin_again(Arc::clone(placement), rank as u32);
-                    }
-                });
+            for (rank, memory) in alone.into_iter().enumerate() {
+                scope.spawn(move || memory.begin_again(Arc::clone(placement), rank as u32));
             }
         });
         let reuse = reuse.clone();
         let finished = attempt(prepared, self.generation, Some(reuse), progress).await?;
         self.reports = finished.reports;
-        self.warnings = finished.warnings;
+        self.warnings.clone_from(&prepared.warnings);
         self.seconds = finished.seconds;
         self.weights = Weights::Ready(finished.ranks);
         Ok(())

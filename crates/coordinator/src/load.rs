@@ -1,6 +1,6 @@
 //! The whole load on one screen: open the files, check the memory, run the ranks, collect what they hold.
 
-use std::{sync::Arc, time::Instant};
+use std::{io, sync::Arc, time::Instant};
 
 use longshore_kernels::host::cast::cast;
 use longshore_models::Dtype;
@@ -41,6 +41,8 @@ pub fn progress_of(plan: &Plan) -> Vec<Arc<Progress>> {
 pub struct Prepared {
     pub(crate) plan: Plan,
     pub(crate) options: RunOptions,
+    /// What looked odd in the values that validation reads.
+    pub(crate) warnings: Vec<String>,
     sources: Arc<Vec<CheckpointSource>>,
     concurrency: usize,
     opening_seconds: f64,
@@ -65,6 +67,7 @@ pub(crate) fn prepare_into(
     let concurrency = concurrency(plan, options, &sources);
     check_host_memory(plan, parameter_bytes, concurrency)?;
     Ok(Prepared {
+        warnings: discarded_scalars(plan, &sources)?,
         plan: plan.clone(),
         options: *options,
         sources: Arc::new(sources),
@@ -95,7 +98,6 @@ const FIRST_GENERATION: Generation = 1;
 pub(crate) struct Finished {
     pub(crate) ranks: Vec<ReadyParams>,
     pub(crate) reports: Vec<RankReport>,
-    pub(crate) warnings: Vec<String>,
     pub(crate) generation: Generation,
     pub(crate) seconds: f64,
 }
@@ -126,10 +128,9 @@ pub(crate) async fn attempt(
     let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
     // the actors have nothing left to do; only their mailboxes go away here
     handle.await.map_err(|e| LoadError::Runtime(e.to_string()))?;
-    let warnings = discarded_scalars(prepared)?;
     check_unchanged(prepared)?;
     let (ranks, reports) = ready.into_iter().unzip();
-    Ok(Finished { ranks, reports, warnings, generation, seconds })
+    Ok(Finished { ranks, reports, generation, seconds })
 }
 
 /// The files are what they were when they were opened: bytes of a file that was written meanwhile may be half old, half
@@ -146,14 +147,16 @@ fn check_unchanged(prepared: &Prepared) -> Result<(), LoadError> {
 
 /// Reads the scalars that were discarded in favour of others and warns where the two differ (contract §2, "scalars"). A
 /// few bytes for each layer, which no rank receives and which do not count as read.
-fn discarded_scalars(prepared: &Prepared) -> Result<Vec<String>, LoadError> {
-    let checkpoint = prepared.plan.checkpoint();
+fn discarded_scalars(plan: &Plan, sources: &[CheckpointSource]) -> Result<Vec<String>, LoadError> {
+    let checkpoint = plan.checkpoint();
     let value = |id: u32| {
         let tensor = &checkpoint.tensors[id as usize];
         let mut stored = vec![0; tensor.file_range.len() as usize];
-        prepared.sources[tensor.file as usize]
-            .read_full(tensor.file_range, &mut stored)
-            .map_err(|source| LoadError::Rank { rank: 0, source })?;
+        let source = &sources[tensor.file as usize];
+        source.read_full(tensor.file_range, &mut stored).map_err(|e| {
+            let (path, action) = (plan.dir.join(&source.name), "reading a scalar");
+            LoadError::Io { path, action, source: io::Error::other(e) }
+        })?;
         let mut single = [0; 4];
         if !cast(&stored, tensor.dtype, &mut single, Dtype::F32) {
             // the parameter is F32, so what no conversion is known for is F32 already
@@ -162,7 +165,7 @@ fn discarded_scalars(prepared: &Prepared) -> Result<Vec<String>, LoadError> {
         Ok(f32::from_le_bytes(single))
     };
     let (mut count, mut first) = (0, None);
-    for &(kept, discarded) in &prepared.plan.placement().discarded {
+    for &(kept, discarded) in &plan.placement().discarded {
         let (a, b) = (value(kept)?, value(discarded)?);
         if a.to_bits() != b.to_bits() {
             count += 1;

@@ -7,7 +7,6 @@ pub(crate) mod deepseek;
 pub(crate) mod dense;
 pub(crate) mod kimi_k25;
 mod llama;
-pub(crate) mod moe;
 mod qwen3;
 pub(crate) mod qwen3_moe;
 pub(crate) mod scales;

@@ -17,6 +17,9 @@ pub const HF_QUANT_CONFIG_FILE: &str = "hf_quant_config.json";
 /// that the size of any parameter (three dimensions and an element) fits in 64 bits.
 pub const DIM_MAX: u64 = 1 << 20;
 
+/// The most experts that are believed (published models have up to 384).
+pub const EXPERTS_MAX: u64 = 4096;
+
 /// The largest vocabulary that is believed.
 pub const VOCAB_MAX: u64 = 1 << 24;
 

@@ -149,7 +149,7 @@ pub struct RankReport {
     pub storage_bytes_read: u64,
     /// Bytes read beyond them because direct I/O works in blocks.
     pub padding_bytes_read: u64,
-    /// Reads issued.
+    /// Reads issued to storage; the steps in which one goes through the page cache are one read.
     pub reads: u64,
     /// Bytes that other ranks read and this one received.
     pub received_bytes: u64,
@@ -197,7 +197,7 @@ pub struct Progress {
     pub read_bytes: AtomicU64,
     /// Bytes read for alignment only.
     pub padding_bytes: AtomicU64,
-    /// Reads issued.
+    /// Reads issued to storage; the steps in which one goes through the page cache are one read.
     pub reads: AtomicU64,
     /// Bytes received from other ranks.
     pub received_bytes: AtomicU64,

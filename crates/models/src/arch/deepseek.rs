@@ -3,8 +3,8 @@
 //! Source: reference §1.1, §1.2, §2.1–2.5, §3.3–3.5, §4d.
 
 use crate::{
-    arch::{Family, Model, dense, moe, scales::kv_scales},
-    config::{Config, VOCAB_MAX},
+    arch::{Family, Model, dense, scales::kv_scales},
+    config::{Config, EXPERTS_MAX, VOCAB_MAX},
     declare::{
         Accept, Declare, Source,
         experts::Experts,
@@ -58,8 +58,8 @@ impl Dims {
         let indexes = model.family.may_index() && c.get("index_topk").is_some();
         let experts = match c.opt_count("n_routed_experts")? {
             None | Some(0) => None,
-            Some(routed) => {
-                moe::check_experts(c, "n_routed_experts", routed)?;
+            Some(_) => {
+                let routed = c.dim_up_to("n_routed_experts", EXPERTS_MAX)?;
                 Some(ExpertDims {
                     routed,
                     shared: c.opt_count("n_shared_experts")?.unwrap_or(0),

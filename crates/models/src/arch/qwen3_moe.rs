@@ -1,7 +1,8 @@
 //! Qwen3-MoE: Qwen3 with routed experts and no shared one. Source: reference §1.5, §2.9.
 
 use crate::{
-    arch::{Model, dense, moe},
+    arch::{Model, dense},
+    config::EXPERTS_MAX,
     declare::{Declare, experts::Experts},
     error::PlanError,
 };
@@ -16,8 +17,7 @@ pub(crate) struct MoeLayers {
 impl MoeLayers {
     pub(crate) fn from_model(model: &Model) -> Result<Self, PlanError> {
         let c = &model.config;
-        let routed = c.dim("num_experts")?;
-        moe::check_experts(c, "num_experts", routed)?;
+        let routed = c.dim_up_to("num_experts", EXPERTS_MAX)?;
         let dense = c.get("mlp_only_layers").and_then(|v| v.as_array());
         Ok(Self {
             routed,
