@@ -39,6 +39,7 @@ pub mod load;
 pub mod out;
 pub mod plan;
 pub mod report;
+pub mod secret;
 pub mod source;
 mod supervisor;
 pub mod synth;
