@@ -21,6 +21,7 @@
 //! * RNK-6: a worker's post-processing works on at most 128 rows of a matrix beside the parameters.
 
 pub mod actor;
+pub mod collective;
 pub mod error;
 pub mod params;
 mod post_process;
