@@ -27,8 +27,6 @@ pub struct Policy {
     pub read_bytes: u64,
     /// Without exchange: the longest gap between needed bytes that is read through.
     pub gap_bytes: u64,
-    /// The most bytes that one rank contributes to an exchange round.
-    pub round_bytes: u64,
 }
 
 /// The reads of every rank.
@@ -62,10 +60,9 @@ fn with_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Policy
     let mut share = Share {
         reads: vec![Vec::new(); ranks],
         loads: vec![0; ranks],
-        in_round: vec![0; ranks],
+        in_round: vec![false; ranks],
         round: 0,
         any_round: false,
-        round_bytes: policy.round_bytes,
     };
     for run in runs(placement, checkpoint, policy.read_bytes) {
         let reads = checkpoint.cut(run.file, run.range, policy.read_bytes);
@@ -79,17 +76,17 @@ fn with_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Policy
 struct Share {
     reads: Vec<Vec<Read>>,
     loads: Vec<u64>,
-    in_round: Vec<u64>,
+    /// Who contributes to the present round already.
+    in_round: Vec<bool>,
     round: u32,
     any_round: bool,
-    round_bytes: u64,
 }
 
 impl Share {
     fn give(&mut self, file: u32, range: ByteRange, owner: Option<u32>) {
         let reader = owner.map_or_else(|| self.least_loaded(), |rank| rank as usize);
         self.loads[reader] += range.len();
-        let round = owner.is_none().then(|| self.round_for(reader, range.len()));
+        let round = owner.is_none().then(|| self.round_for(reader));
         self.reads[reader].push(Read { file, range, round });
     }
 
@@ -97,12 +94,14 @@ impl Share {
         (0..self.loads.len()).min_by_key(|&r| self.loads[r]).unwrap_or(0)
     }
 
-    fn round_for(&mut self, reader: usize, bytes: u64) -> u32 {
-        if self.in_round[reader] > 0 && self.in_round[reader] + bytes > self.round_bytes {
-            self.in_round.fill(0);
+    /// To a round each rank contributes one read: rounds stay small, so that what is passed on is still in a cache, and
+    /// whoever wants larger ones takes several together.
+    fn round_for(&mut self, reader: usize) -> u32 {
+        if self.in_round[reader] {
+            self.in_round.fill(false);
             self.round += 1;
         }
-        self.in_round[reader] += bytes;
+        self.in_round[reader] = true;
         self.any_round = true;
         self.round
     }

@@ -126,14 +126,53 @@ pub enum LoadError {
         #[source]
         source: RankError,
     },
-    /// A rank's actor died.
-    #[error("rank {rank} died: {reason}")]
-    RankDied {
+    /// A rank's actor or process is gone, or was not heard of.
+    #[error("rank {rank} was lost: {reason}")]
+    RankLost {
         /// The rank.
         rank: u32,
         /// What the supervisor was told.
         reason: String,
     },
+    /// A rank lives and does not get on.
+    #[error(
+        "rank {rank} is alive but has not got on for {seconds} s ({phase}, {read_bytes} bytes read)"
+    )]
+    RankStuck {
+        /// The rank.
+        rank: u32,
+        /// How long.
+        seconds: u64,
+        /// What it was doing.
+        phase: &'static str,
+        /// Weight bytes that it had read from storage.
+        read_bytes: u64,
+    },
+    /// Ranks have not joined in time.
+    #[error("{} of {world_size} ranks have not joined within {seconds} s: {}", .missing.len(), numbers(.missing))]
+    Missing {
+        /// Those that have not.
+        missing: Vec<u32>,
+        /// Ranks of the group.
+        world_size: u32,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// The coordinator's process is gone, or was not heard of.
+    #[error("the coordinator (rank 0) was lost: {reason}")]
+    CoordinatorLost {
+        /// What happened to the connection.
+        reason: String,
+    },
+    /// The coordinator has ended the load, and tells the cause itself.
+    #[error("the coordinator ended the load: {why}")]
+    GroupEnded {
+        /// Why.
+        why: String,
+    },
+    /// The processes of the group cannot be joined.
+    #[error("the ranks cannot be joined")]
+    Join(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The runtime or the actor system could not be started.
     #[error("the runtime could not be started: {0}")]
     Runtime(String),
@@ -143,10 +182,14 @@ impl LoadError {
     /// The exit code of the command line: 2 for what the user can mend before any weight is read, 1 for a failed load.
     pub fn exit_code(&self) -> u8 {
         match self {
-            LoadError::Rank { source: RankError::Values { .. }, .. } => 2,
+            LoadError::Rank { source, .. } if source.is_refusal() => 2,
             LoadError::Reload { source, .. } => source.exit_code(),
             LoadError::Rank { .. }
-            | LoadError::RankDied { .. }
+            | LoadError::RankLost { .. }
+            | LoadError::RankStuck { .. }
+            | LoadError::Missing { .. }
+            | LoadError::CoordinatorLost { .. }
+            | LoadError::GroupEnded { .. }
             | LoadError::FileModified { .. }
             | LoadError::Output { .. }
             | LoadError::NotReady { .. }
@@ -157,6 +200,7 @@ impl LoadError {
             | LoadError::Checkpoint { .. }
             | LoadError::Plan { .. }
             | LoadError::Option { .. }
+            | LoadError::Join(_)
             | LoadError::HostMemory { .. } => 2,
         }
     }
@@ -172,6 +216,16 @@ impl LoadError {
         }
         one_line(&line)
     }
+}
+
+/// `1, 2, 5`, the first few.
+fn numbers(ranks: &[u32]) -> String {
+    const SHOWN: usize = 16;
+    let mut text: Vec<String> = ranks.iter().take(SHOWN).map(u32::to_string).collect();
+    if ranks.len() > SHOWN {
+        text.push("…".into());
+    }
+    text.join(", ")
 }
 
 /// The longest message: room for any name and shape that is meant seriously.

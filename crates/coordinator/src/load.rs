@@ -1,34 +1,50 @@
 //! The whole load on one screen: open the files, check the memory, run the ranks, collect what they hold.
 
-use std::{io, sync::Arc, time::Instant};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use longshore_kernels::host::cast::cast;
 use longshore_models::Dtype;
 use longshore_rank::{
     params::{ParamMemory, ReadyParams},
-    protocol::{Generation, Progress, RankReport},
+    protocol::{Generation, Progress, RankReport, Work},
+    staging::DIRECT_ALIGNMENT,
     storage::{CheckpointSource, IoChoice},
     stream::slab_bytes,
 };
 use ractor::Actor;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
 use crate::{
     error::LoadError,
     group::Group,
+    place::Place,
     plan::Plan,
+    processes::{STUCK_AFTER, Transport},
     report::bytes_text,
-    supervisor::{Supervisor, SupervisorArguments},
+    supervisor::{Member, Supervisor, SupervisorArguments, SupervisorMessage},
 };
 
 /// How a planned load is carried out.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct RunOptions {
     /// Through the page cache or past it.
     pub io: IoChoice,
     /// Reads in flight per rank; `None`: what storage and cores suggest.
     pub concurrency: Option<usize>,
+    /// A rank that has work in hand and does not get on for so long has failed.
+    pub stuck_after: Duration,
+}
+
+impl Default for RunOptions {
+    /// What the command line has by default.
+    fn default() -> Self {
+        Self { io: IoChoice::Auto, concurrency: None, stuck_after: STUCK_AFTER }
+    }
 }
 
 /// The counters of a load's ranks, to be watched while it runs.
@@ -45,10 +61,34 @@ pub struct Prepared {
     pub(crate) warnings: Vec<String>,
     sources: Arc<Vec<CheckpointSource>>,
     concurrency: usize,
-    opening_seconds: f64,
+    /// What the ranks exchange through, where they are processes.
+    pub(crate) exchange_staging: Option<ExchangeStaging>,
+    pub(crate) opening_seconds: f64,
 }
 
-/// Opens the files of `plan` and makes sure that the host has the memory for it.
+impl Prepared {
+    /// What each rank does.
+    pub(crate) fn work(&self) -> Arc<Work> {
+        Arc::new(Work {
+            plan: Arc::clone(&self.plan.load),
+            sources: Arc::clone(&self.sources),
+            concurrency: self.concurrency,
+        })
+    }
+}
+
+/// The memory that a rank process passes bytes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ExchangeStaging {
+    /// Slots that it sends from.
+    pub(crate) slots: u32,
+    /// Bytes of a slot: one read.
+    pub(crate) slot_bytes: u64,
+    /// Slots that it receives into, for each connection to another host.
+    pub(crate) receive_slots: u32,
+}
+
+/// Opens the files of `plan` and makes sure that the host has the memory for it, with all ranks in this process.
 ///
 /// # Errors
 /// A file cannot be opened or is not the one that was planned for, or memory is short.
@@ -62,18 +102,87 @@ pub(crate) fn prepare_into(
     options: &RunOptions,
     parameter_bytes: u64,
 ) -> Result<Prepared, LoadError> {
+    let ranks = plan.load.reads.len() as u32;
+    prepare_ranks(plan, options, ranks, parameter_bytes, |_| Ok(None))
+}
+
+/// [`prepare`], for the one rank that this process is.
+pub(crate) fn prepare_process(
+    plan: &Plan,
+    options: &RunOptions,
+    place: &Place,
+    transport: Transport,
+) -> Result<Prepared, LoadError> {
+    let here = place.local_world_size.unwrap_or(1);
+    let distant = match transport {
+        Transport::Auto => place.world_size - here,
+        Transport::Tcp => place.world_size - 1,
+    };
+    let parameter_bytes = plan.placement().parameter_bytes();
+    prepare_ranks(plan, options, here, parameter_bytes, |concurrency| {
+        exchange_staging(plan, concurrency, distant).map(Some)
+    })
+}
+
+fn prepare_ranks(
+    plan: &Plan,
+    options: &RunOptions,
+    ranks_here: u32,
+    parameter_bytes: u64,
+    exchange: impl FnOnce(&mut usize) -> Result<Option<ExchangeStaging>, LoadError>,
+) -> Result<Prepared, LoadError> {
     let started = Instant::now();
     let sources = open_sources(plan, options.io)?;
-    let concurrency = concurrency(plan, options, &sources);
-    check_host_memory(plan, parameter_bytes, concurrency)?;
+    let mut concurrency = concurrency(plan, options, &sources, ranks_here);
+    let exchange_staging = exchange(&mut concurrency)?;
+    check_host_memory(plan, ranks_here, parameter_bytes, concurrency)?;
     Ok(Prepared {
         warnings: discarded_scalars(plan, &sources)?,
         plan: plan.clone(),
         options: *options,
         sources: Arc::new(sources),
         concurrency,
+        exchange_staging,
         opening_seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+/// Slots beyond one for each read in flight: what was read waits in them until the others have taken it.
+const SLOTS_AHEAD: u64 = 8;
+
+/// Shares the staging memory of a rank process out: slabs for its reads in flight, slots to receive into for each of `distant`
+/// ranks, and slots to send from; reads in flight become fewer where that is the only way.
+fn exchange_staging(
+    plan: &Plan,
+    concurrency: &mut usize,
+    distant: u32,
+) -> Result<ExchangeStaging, LoadError> {
+    let slab = slab_bytes(plan.load.read_bytes_max);
+    let slot_bytes = plan.load.read_bytes_max.next_multiple_of(DIRECT_ALIGNMENT);
+    let left = |in_flight: u64, receive_slots: u64| {
+        let taken = in_flight * slab + u64::from(distant) * receive_slots * slot_bytes;
+        plan.memory_limit.checked_sub(taken).map(|left| left / slot_bytes)
+    };
+    for (in_flight, receive_slots) in
+        (1..=*concurrency as u64).rev().flat_map(|in_flight| [(in_flight, 2), (in_flight, 1)])
+    {
+        let wanted = in_flight + SLOTS_AHEAD;
+        match left(in_flight, receive_slots) {
+            // half of what is wanted keeps reads going; less is taken only where there is no other way
+            Some(slots) if slots >= wanted.div_ceil(2) || (in_flight == 1 && slots > 0) => {
+                *concurrency = in_flight as usize;
+                let (slots, receive_slots) = (slots.min(wanted) as u32, receive_slots as u32);
+                return Ok(ExchangeStaging { slots, slot_bytes, receive_slots });
+            }
+            _ => {}
+        }
+    }
+    let needed = slab + (u64::from(distant) + 1) * slot_bytes;
+    let reason = format!(
+        "{} bytes; ranks that are processes need {needed} (reads of {} bytes, {distant} ranks on other hosts)",
+        plan.memory_limit, plan.load.read_bytes_max
+    );
+    Err(LoadError::Option { option: "--memory-limit", reason })
 }
 
 /// Runs a prepared load, with all ranks as actors of this process.
@@ -110,32 +219,39 @@ pub(crate) async fn attempt(
     progress: Vec<Arc<Progress>>,
 ) -> Result<Finished, LoadError> {
     let started = Instant::now();
-    let (done, outcome) = oneshot::channel();
-    let arguments = SupervisorArguments {
-        generation,
-        plan: Arc::clone(&prepared.plan.load),
-        sources: Arc::clone(&prepared.sources),
-        concurrency: prepared.concurrency,
-        reuse,
+    let work = prepared.work();
+    let member = |(rank, progress): (usize, Arc<Progress>)| Member::Here {
+        work: Arc::clone(&work),
+        reuse: reuse.as_ref().map(|all| Arc::clone(&all[rank])),
         progress,
-        done,
     };
-    let (_, handle) = Actor::spawn(None, Supervisor, arguments)
+    let ranks: Vec<Member> = progress.into_iter().enumerate().map(member).collect();
+    // threads of one process have nothing to gather
+    let (gathered, _) = mpsc::channel(1);
+    let (world_size, stuck_after) = (ranks.len() as u32, prepared.options.stuck_after);
+    let arguments = SupervisorArguments { world_size, ranks, stuck_after, gathered };
+    let (supervisor, handle) = Actor::spawn(None, Supervisor, arguments)
         .await
         .map_err(|e| LoadError::Runtime(e.to_string()))?;
-    let outcome = outcome.await.map_err(|e| LoadError::Runtime(e.to_string()))?;
-    let ready = outcome?;
+    let (done, outcome) = oneshot::channel();
+    // an actor that is gone drops `done`
+    let _ = supervisor.cast(SupervisorMessage::Load { generation, done });
+    let outcome = outcome.await.map_err(|e| LoadError::Runtime(e.to_string()));
     let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
     // the actors have nothing left to do; only their mailboxes go away here
+    supervisor.stop(None);
     handle.await.map_err(|e| LoadError::Runtime(e.to_string()))?;
+    drop((work, reuse));
+    let (ranks, reports): (Vec<Option<ReadyParams>>, _) = outcome??.into_iter().unzip();
     check_unchanged(prepared)?;
-    let (ranks, reports) = ready.into_iter().unzip();
+    let missing = || LoadError::Runtime("a rank's parameters are in another process".into());
+    let ranks = ranks.into_iter().collect::<Option<Vec<_>>>().ok_or_else(missing)?;
     Ok(Finished { ranks, reports, generation, seconds })
 }
 
 /// The files are what they were when they were opened: bytes of a file that was written meanwhile may be half old, half
 /// new.
-fn check_unchanged(prepared: &Prepared) -> Result<(), LoadError> {
+pub(crate) fn check_unchanged(prepared: &Prepared) -> Result<(), LoadError> {
     let changed = |source: &&CheckpointSource| {
         source.identity_now().map_or(true, |now| now != source.identity)
     };
@@ -237,14 +353,23 @@ pub fn staging_forecast(plan: &Plan) -> u64 {
 }
 
 fn direct_in_flight(plan: &Plan) -> usize {
-    (DIRECT_IN_FLIGHT / plan.load.reads.len()).max(4)
+    per_rank_in_flight(plan.load.reads.len())
+}
+
+fn per_rank_in_flight(ranks_here: usize) -> usize {
+    (DIRECT_IN_FLIGHT / ranks_here).max(4)
 }
 
 /// Reads in flight per rank: as many as were asked for or as the storage wants, within the staging memory.
-fn concurrency(plan: &Plan, options: &RunOptions, sources: &[CheckpointSource]) -> usize {
-    let ranks = plan.load.reads.len();
+fn concurrency(
+    plan: &Plan,
+    options: &RunOptions,
+    sources: &[CheckpointSource],
+    ranks_here: u32,
+) -> usize {
+    let ranks = ranks_here as usize;
     let suggested = if sources.iter().any(|s| s.mode.direct) {
-        direct_in_flight(plan)
+        per_rank_in_flight(ranks)
     } else {
         // a buffered read is a copy by the CPU
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
@@ -257,10 +382,11 @@ fn concurrency(plan: &Plan, options: &RunOptions, sources: &[CheckpointSource]) 
 /// Refuses up front what the host cannot hold: being killed halfway helps nobody.
 fn check_host_memory(
     plan: &Plan,
+    ranks_here: u32,
     parameter_bytes: u64,
     concurrency: usize,
 ) -> Result<(), LoadError> {
-    let ranks = plan.load.reads.len() as u64;
+    let ranks = u64::from(ranks_here);
     let parameters = ranks * parameter_bytes;
     let staging = ranks * concurrency as u64 * slab_bytes(plan.load.read_bytes_max);
     match available_memory() {

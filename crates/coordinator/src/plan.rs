@@ -1,5 +1,7 @@
 //! The plan of a load: placement and assignment, with what they will cost. Data; made once, then trusted.
 
+mod hash;
+
 use std::{path::PathBuf, sync::Arc};
 
 use longshore_models::{
@@ -17,6 +19,7 @@ use crate::{
     assignment::{Assignment, Policy, assign},
     discover::Discovered,
     error::LoadError,
+    processes::message::PLAN_HASH_BYTES,
 };
 
 /// Whether ranks pass bytes to each other.
@@ -71,9 +74,6 @@ pub const MEMORY_LIMIT: u64 = 512 << 20;
 
 /// The least `--memory-limit` that can work: one slab of the smallest read.
 pub const MEMORY_LIMIT_MIN: u64 = 128 << 10;
-
-/// Exchange rounds of at most this many bytes per rank (design: 64 to 256 MiB).
-const ROUND_BYTES: u64 = 64 << 20;
 
 /// Without exchange: gaps up to this length are read through. A read costs about as much as 64 KiB of bandwidth.
 const GAP_BYTES: u64 = 64 << 10;
@@ -156,6 +156,11 @@ impl Plan {
         })
     }
 
+    /// What ranks that plan on their own have to agree on.
+    pub(crate) fn hash(&self) -> [u8; PLAN_HASH_BYTES] {
+        hash::plan_hash(&self.load)
+    }
+
     /// Where each byte belongs.
     pub fn placement(&self) -> &Placement {
         &self.load.placement
@@ -186,7 +191,7 @@ fn read_bytes(options: &PlanOptions) -> Result<u64, LoadError> {
 }
 
 fn policy(exchange: bool, read_bytes: u64) -> Policy {
-    Policy { exchange, read_bytes, gap_bytes: GAP_BYTES, round_bytes: ROUND_BYTES }
+    Policy { exchange, read_bytes, gap_bytes: GAP_BYTES }
 }
 
 /// Storage costs at least as much per byte as handing it on within a host, so `auto` compares bytes read alone.

@@ -2,18 +2,19 @@
 
 use std::{sync::Arc, time::Instant};
 
-use longshore_models::placement::Placement;
 use ractor::{Actor, ActorProcessingErr, ActorRef, DerivedActorRef};
 
 use crate::{
+    collective::Collective,
     error::RankError,
+    exchange::Exchange,
     params::{ParamMemory, ReadyParams},
     protocol::{
-        Generation, LoadPlan, Peer, Phase, Progress, RankCommand, RankEvent, RankEventKind,
-        RankMessage, RankReport, WorkerEvent,
+        Contact, Generation, Join, Peer, Peers, Phase, Progress, RankCommand, RankEvent,
+        RankEventKind, RankMessage, RankReport, Work, WorkerEvent,
     },
+    scatter::Ranks,
     state::{Effect, LoadState},
-    storage::CheckpointSource,
     stream::Job,
 };
 
@@ -30,6 +31,12 @@ pub struct RankArguments {
     pub events: DerivedActorRef<RankEvent>,
     /// Its counters.
     pub progress: Arc<Progress>,
+    /// What it does.
+    pub work: Arc<Work>,
+    /// Memory of an earlier load of the same parameters, to be written again in place; `None`: new memory.
+    pub reuse: Option<Arc<ParamMemory>>,
+    /// How it is joined with the others, when it is a process of its own.
+    pub join: Option<Arc<dyn Join>>,
 }
 
 /// What a rank knows.
@@ -37,6 +44,8 @@ pub struct RankArguments {
 pub struct RankState {
     arguments: RankArguments,
     memory: Option<Arc<ParamMemory>>,
+    /// The generation whose ranks are being joined.
+    joining: Option<Generation>,
     running: Option<Running>,
 }
 
@@ -44,7 +53,6 @@ pub struct RankState {
 struct Running {
     job: Arc<Job>,
     state: LoadState,
-    concurrency: usize,
     started: Instant,
 }
 
@@ -52,7 +60,7 @@ struct Running {
 /// A worker left waiting would hold the parameters for ever (RNK-5).
 impl Drop for Running {
     fn drop(&mut self) {
-        self.job.stop();
+        self.job.stop("the load ended on this rank");
     }
 }
 
@@ -66,7 +74,7 @@ impl Actor for RankActor {
         _myself: ActorRef<RankMessage>,
         arguments: RankArguments,
     ) -> Result<RankState, ActorProcessingErr> {
-        Ok(RankState { arguments, memory: None, running: None })
+        Ok(RankState { arguments, memory: None, joining: None, running: None })
     }
 
     async fn handle(
@@ -76,18 +84,19 @@ impl Actor for RankActor {
         state: &mut RankState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            RankMessage::Command(RankCommand::Allocate { generation, placement, reuse }) => {
-                state.allocate(myself, generation, placement, reuse);
+            RankMessage::Command(RankCommand::Allocate { generation }) => {
+                state.allocate(myself, generation);
             }
-            RankMessage::Command(RankCommand::Load {
-                generation,
-                plan,
-                sources,
-                peers,
-                concurrency,
-            }) => state.load(generation, plan, sources, peers, concurrency),
+            RankMessage::Command(RankCommand::Load { generation, peers }) => {
+                state.load(myself, generation, peers);
+            }
             RankMessage::Command(RankCommand::Start { generation }) => state.start(generation),
-            RankMessage::Command(RankCommand::Abort { generation }) => state.abort(generation),
+            RankMessage::Command(RankCommand::Abort { generation, .. }) => state.abort(generation),
+            // whoever holds the finished parameters acts on it
+            RankMessage::Command(RankCommand::Release { .. }) => {}
+            RankMessage::Worker(generation, WorkerEvent::Joined(collective)) => {
+                state.joined(myself, generation, collective);
+            }
             RankMessage::Worker(generation, event) => state.worker(generation, event),
         }
         Ok(())
@@ -95,42 +104,100 @@ impl Actor for RankActor {
 }
 
 impl RankState {
-    fn allocate(
-        &mut self,
-        myself: ActorRef<RankMessage>,
-        generation: Generation,
-        placement: Arc<Placement>,
-        reuse: Option<Arc<ParamMemory>>,
-    ) {
-        let memory = match reuse {
-            Some(memory) => Ok(memory),
-            None => ParamMemory::new(placement, self.arguments.rank).map(Arc::new),
-        };
-        let kind = match memory {
-            Ok(memory) => {
-                self.memory = Some(Arc::clone(&memory));
-                let progress = Arc::clone(&self.arguments.progress);
-                RankEventKind::Allocated(Peer { memory, progress, actor: myself })
-            }
+    fn allocate(&mut self, myself: ActorRef<RankMessage>, generation: Generation) {
+        let kind = match self.contact(myself, generation) {
+            Ok(contact) => RankEventKind::Allocated(contact),
             Err(e) => RankEventKind::Failed(e),
         };
         self.report(generation, kind);
     }
 
-    fn load(
+    fn contact(
+        &mut self,
+        myself: ActorRef<RankMessage>,
+        generation: Generation,
+    ) -> Result<Contact, RankError> {
+        let RankArguments { rank, work, reuse, join, .. } = &self.arguments;
+        self.memory = Some(match reuse {
+            Some(memory) => Arc::clone(memory),
+            None => Arc::new(ParamMemory::new(Arc::clone(&work.plan.placement), *rank)?),
+        });
+        match join {
+            None => Ok(Contact::Here(self.own(myself)?)),
+            Some(join) => Ok(Contact::Apart(join.announce(generation)?)),
+        }
+    }
+
+    /// This rank as others of its process see it.
+    fn own(&self, myself: ActorRef<RankMessage>) -> Result<Peer, RankError> {
+        let memory = self.memory.as_ref().map(Arc::clone).ok_or_else(|| {
+            RankError::Panicked("the rank was to load before it had memory".to_owned())
+        })?;
+        let progress = Arc::clone(&self.arguments.progress);
+        Ok(Peer { memory, progress, actor: myself })
+    }
+
+    fn load(&mut self, myself: ActorRef<RankMessage>, generation: Generation, peers: Peers) {
+        match peers {
+            Peers::Here(all) => {
+                let own = self.own(myself);
+                self.prepare(generation, own.map(|own| (own, Ranks::All(all), None)));
+            }
+            Peers::Apart(roster) => {
+                self.joining = Some(generation);
+                let (rank, join) = (self.arguments.rank, self.arguments.join.clone());
+                // reaching other hosts may take long, and an actor must not wait
+                let connect = move || {
+                    let missing = || RankError::Panicked("the rank cannot join others".to_owned());
+                    let joined = join.ok_or_else(missing).and_then(|j| j.join(generation, &roster));
+                    let event = joined.map_or_else(WorkerEvent::Failed, WorkerEvent::Joined);
+                    // a rank that is gone has no use for it
+                    let _ = myself.cast(RankMessage::Worker(generation, event));
+                };
+                let named = std::thread::Builder::new().name(format!("rank{rank}-join"));
+                if let Err(e) = named.spawn(connect) {
+                    self.fail(generation, RankError::Thread(e));
+                }
+            }
+        }
+    }
+
+    fn joined(
+        &mut self,
+        myself: ActorRef<RankMessage>,
+        generation: Generation,
+        collective: Arc<dyn Collective>,
+    ) {
+        // RNK-4
+        if self.joining != Some(generation) {
+            return collective.abort("the load has ended");
+        }
+        let rank = self.arguments.rank;
+        let prepared = self.own(myself).map(|own| {
+            let exchange = Exchange::new(rank, &self.arguments.work.plan, collective);
+            (own.clone(), Ranks::One(rank, Box::new(own)), Some(exchange))
+        });
+        self.prepare(generation, prepared);
+    }
+
+    fn prepare(
         &mut self,
         generation: Generation,
-        plan: Arc<LoadPlan>,
-        sources: Arc<Vec<CheckpointSource>>,
-        peers: Arc<Vec<Peer>>,
-        concurrency: usize,
+        prepared: Result<(Peer, Ranks, Option<Exchange>), RankError>,
     ) {
-        let rank = self.arguments.rank;
-        let landing = plan.placement.landing_bytes(rank);
-        let (state, effects) = LoadState::start(&plan.placement, &landing);
-        let job = Arc::new(Job::new(rank, generation, plan, sources, peers));
-        self.running = Some(Running { job, state, concurrency, started: Instant::now() });
+        self.joining = None;
+        let (own, ranks, exchange) = match prepared {
+            Ok(prepared) => prepared,
+            Err(e) => return self.fail(generation, e),
+        };
+        let RankArguments { rank, work, .. } = &self.arguments;
+        let landing = work.plan.placement.landing_bytes(*rank);
+        let (state, effects) =
+            LoadState::start(&work.plan.placement, &landing, exchange.is_some());
+        let job = Job::new(*rank, generation, Arc::clone(work), own, ranks, exchange);
+        self.running = Some(Running { job: Arc::new(job), state, started: Instant::now() });
         self.carry_out(generation, effects);
+        self.report(generation, RankEventKind::Prepared);
     }
 
     fn start(&mut self, generation: Generation) {
@@ -139,10 +206,9 @@ impl RankState {
             return;
         };
         running.started = Instant::now();
-        let idle = running.job.plan.reads[rank].is_empty();
-        let spawned = running.job.spawn_workers(running.concurrency);
+        let idle = running.job.work.plan.reads[rank].is_empty();
         self.arguments.progress.enter(Phase::Reading);
-        match spawned {
+        match running.job.spawn_workers() {
             Err(e) => self.fail(generation, e),
             Ok(()) if idle => {
                 let effects = self.on(WorkerEvent::ReadsDone);
@@ -153,12 +219,14 @@ impl RankState {
     }
 
     fn abort(&mut self, generation: Generation) {
+        self.joining.take_if(|g| *g == generation);
         self.running.take_if(|r| r.job.generation == generation);
     }
 
     fn worker(&mut self, generation: Generation, event: WorkerEvent) {
         // RNK-4
-        if self.running.as_ref().is_none_or(|r| r.job.generation != generation) {
+        let running = self.running.as_ref().map(|r| r.job.generation).or(self.joining);
+        if running != Some(generation) {
             return;
         }
         match event {
@@ -181,7 +249,8 @@ impl RankState {
                 self.arguments.progress.enter(Phase::Finishing);
                 running.state.reads_done()
             }
-            WorkerEvent::Failed(_) => Vec::new(),
+            WorkerEvent::ExchangeDone => running.state.exchange_done(),
+            WorkerEvent::Joined(_) | WorkerEvent::Failed(_) => Vec::new(),
         }
     }
 
@@ -210,26 +279,28 @@ impl RankState {
         };
         let report = self.summary(&running);
         self.arguments.progress.enter(Phase::Ready);
-        self.report(generation, RankEventKind::Ready(params, report));
+        self.report(generation, RankEventKind::Ready(Some(params), report));
     }
 
     fn summary(&self, running: &Running) -> RankReport {
         use std::sync::atomic::Ordering::Relaxed;
         let p = &self.arguments.progress;
+        let (peak_staging_bytes, final_staging_bytes) = running.job.staging_bytes();
         RankReport {
             storage_bytes_read: p.read_bytes.load(Relaxed),
             padding_bytes_read: p.padding_bytes.load(Relaxed),
             reads: p.reads.load(Relaxed),
             received_bytes: p.received_bytes.load(Relaxed),
             sent_bytes: p.sent_bytes.load(Relaxed),
-            peak_staging_bytes: running.job.staging.peak_bytes(),
-            final_staging_bytes: running.job.staging.held_bytes(),
+            peak_staging_bytes,
+            final_staging_bytes,
             elapsed: running.started.elapsed(),
         }
     }
 
     fn fail(&mut self, generation: Generation, error: RankError) {
         self.running = None;
+        self.joining = None;
         self.report(generation, RankEventKind::Failed(error));
     }
 

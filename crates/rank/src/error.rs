@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::collective::CollectiveError;
+
 /// Why a rank gave up.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -71,7 +73,25 @@ pub enum RankError {
         /// What does not go together.
         reason: String,
     },
+    /// Passing bytes to or from other ranks failed.
+    #[error(transparent)]
+    Exchange(#[from] CollectiveError),
+    /// A rank in another process gave up.
+    #[error("{text}")]
+    Reported {
+        /// Its error and all causes.
+        text: String,
+        /// Whether the user can mend it before any weight is read, rather than a load that failed.
+        refused: bool,
+    },
     /// A worker panicked: a bug of ours.
     #[error("a worker of this rank panicked: {0}; please report this")]
     Panicked(String),
+}
+
+impl RankError {
+    /// Whether the user can mend it (exit code 2), rather than a load that failed.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, RankError::Values { .. } | RankError::Reported { refused: true, .. })
+    }
 }

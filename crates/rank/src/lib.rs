@@ -6,6 +6,7 @@
 //! | memory | [`region`], [`params`], [`staging`] | placement → addresses that never change |
 //! | storage | [`storage`] | file and range → bytes |
 //! | streaming | [`stream`], [`scatter`] | assignment → bytes in parameters |
+//! | exchange between processes | [`collective`], `exchange` | bytes of one rank → parameters of others |
 //! | post-processing | `post_process` | complete parameters → derived ones |
 //! | the actor | [`state`], [`actor`] | events → decisions → effects |
 //!
@@ -23,6 +24,8 @@
 pub mod actor;
 pub mod collective;
 pub mod error;
+mod exchange;
+pub mod fault;
 pub mod params;
 mod post_process;
 pub mod protocol;

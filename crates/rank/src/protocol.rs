@@ -1,8 +1,12 @@
 //! The words that a rank shares with the coordinator, and with the other ranks of its process.
 //!
-//! Commands go down, events come up; both carry the generation of the load that they belong to (RNK-4).
+//! Commands go down, events come up; both carry the generation of the load that they belong to (RNK-4). They are the same
+//! whether the rank is an actor of the coordinator's process or a process of its own, of which the coordinator holds a
+//! link.
 
 use std::{
+    fmt,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU8, AtomicU64, Ordering},
@@ -14,8 +18,10 @@ use longshore_models::{
     byte_range::ByteRange, checkpoint::Checkpoint, declare::ParamId, placement::Placement,
 };
 use ractor::ActorRef;
+use serde::{Deserialize, Serialize};
 
 use crate::{
+    collective::{Collective, segment::SegmentHandle},
     error::RankError,
     params::{ParamMemory, ReadyParams},
     storage::CheckpointSource,
@@ -31,7 +37,8 @@ pub struct Read {
     pub file: u32,
     /// The bytes, absolute in that file.
     pub range: ByteRange,
-    /// The exchange round that it belongs to; `None` when only the reader itself needs the bytes.
+    /// The exchange round that it belongs to, to which a rank contributes one read at most; `None` when only the reader
+    /// itself needs the bytes.
     pub round: Option<u32>,
 }
 
@@ -61,38 +68,94 @@ pub struct Peer {
     pub actor: ActorRef<RankMessage>,
 }
 
-/// From the coordinator to a rank.
+/// What one rank does in a load, as far as its own process knows it.
 #[derive(Debug)]
+pub struct Work {
+    /// The plan.
+    pub plan: Arc<LoadPlan>,
+    /// The open files.
+    pub sources: Arc<Vec<CheckpointSource>>,
+    /// Reads in flight.
+    pub concurrency: usize,
+}
+
+/// How others reach a rank that is a process of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// The host that it is on: ranks that say the same can open each other's memory.
+    pub host: String,
+    /// The memory that it passes bytes through.
+    pub segment: SegmentHandle,
+    /// Where it takes connections from ranks on other hosts.
+    pub address: SocketAddr,
+}
+
+/// Where a rank's parameters are.
+#[derive(Debug, Clone)]
+pub enum Contact {
+    /// In the coordinator's process.
+    Here(Peer),
+    /// In a process of its own.
+    Apart(Endpoint),
+}
+
+/// All ranks of a load, in their order.
+#[derive(Debug, Clone)]
+pub enum Peers {
+    /// They are threads of one process: bytes are placed straight into whichever wants them.
+    Here(Arc<Vec<Peer>>),
+    /// They are processes, which have to be joined first.
+    Apart(Arc<Vec<Endpoint>>),
+}
+
+/// Joins a rank that is a process of its own with the others.
+pub trait Join: fmt::Debug + Send + Sync {
+    /// What the others need to know to reach this rank in `generation`. Older generations can no longer be joined.
+    ///
+    /// # Errors
+    /// Memory cannot be had.
+    fn announce(&self, generation: Generation) -> Result<Endpoint, RankError>;
+
+    /// Joins the others, all of which do the same; waits for them.
+    ///
+    /// # Errors
+    /// A rank cannot be reached.
+    fn join(
+        &self,
+        generation: Generation,
+        roster: &[Endpoint],
+    ) -> Result<Arc<dyn Collective>, RankError>;
+}
+
+/// From the coordinator to a rank.
+#[derive(Debug, Clone)]
 pub enum RankCommand {
     /// Get hold of memory for parameters.
     Allocate {
         /// The generation.
         generation: Generation,
-        /// What to hold.
-        placement: Arc<Placement>,
-        /// Memory of an earlier load of the same parameters, to be written again in place; `None`: new memory.
-        reuse: Option<Arc<ParamMemory>>,
     },
     /// Get ready to read, place, exchange and finish; other ranks may land bytes here from now on.
     Load {
         /// The generation.
         generation: Generation,
-        /// The plan.
-        plan: Arc<LoadPlan>,
-        /// The open files.
-        sources: Arc<Vec<CheckpointSource>>,
-        /// All ranks of this process, this one included.
-        peers: Arc<Vec<Peer>>,
-        /// Reads in flight.
-        concurrency: usize,
+        /// All ranks, this one included.
+        peers: Peers,
     },
-    /// Begin. Sent once every rank of the process has its `Load`, so that no news of landed bytes comes too early.
+    /// Begin. Sent once every rank is prepared, so that no news of landed bytes comes too early.
     Start {
         /// The generation.
         generation: Generation,
     },
     /// Stop as soon as the reads in flight return.
     Abort {
+        /// The generation.
+        generation: Generation,
+        /// Why.
+        why: String,
+    },
+    /// Every rank is complete: the parameters may be handed out.
+    Release {
         /// The generation.
         generation: Generation,
     },
@@ -107,6 +170,10 @@ pub enum WorkerEvent {
     ReadsDone,
     /// A step of post-processing is done (index into the placement's finishes).
     FinishDone(u32),
+    /// The other ranks have been joined.
+    Joined(Arc<dyn Collective>),
+    /// Everything has arrived from the others, and they have taken everything from this rank.
+    ExchangeDone,
     /// A worker gave up.
     Failed(RankError),
 }
@@ -118,6 +185,23 @@ pub enum RankMessage {
     Command(RankCommand),
     /// From workers of that generation.
     Worker(Generation, WorkerEvent),
+}
+
+impl From<RankCommand> for RankMessage {
+    fn from(command: RankCommand) -> Self {
+        Self::Command(command)
+    }
+}
+
+impl TryFrom<RankMessage> for RankCommand {
+    type Error = RankMessage;
+
+    fn try_from(message: RankMessage) -> Result<Self, RankMessage> {
+        match message {
+            RankMessage::Command(command) => Ok(command),
+            other => Err(other),
+        }
+    }
 }
 
 /// From a rank to the coordinator.
@@ -135,15 +219,17 @@ pub struct RankEvent {
 #[derive(Debug)]
 pub enum RankEventKind {
     /// Parameters are allocated.
-    Allocated(Peer),
-    /// Every parameter is complete.
-    Ready(ReadyParams, RankReport),
+    Allocated(Contact),
+    /// The rank can begin, and can be landed on.
+    Prepared,
+    /// Every parameter is complete; they come along when they are in the coordinator's process.
+    Ready(Option<ReadyParams>, RankReport),
     /// The rank gave up.
     Failed(RankError),
 }
 
 /// What a rank did, once it is ready. Sizes in bytes.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct RankReport {
     /// Weight bytes that it asked of storage.
     pub storage_bytes_read: u64,
@@ -178,6 +264,16 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// The phase that `number` stands for; anything past the last one is the last one.
+    pub fn from_number(number: u8) -> Self {
+        match number {
+            0 => Phase::Waiting,
+            1 => Phase::Reading,
+            2 => Phase::Finishing,
+            _ => Phase::Ready,
+        }
+    }
+
     /// A word for tables and logs.
     pub fn name(self) -> &'static str {
         match self {
@@ -189,7 +285,7 @@ impl Phase {
     }
 }
 
-/// A rank's counters, readable at any time by anyone.
+/// A rank's counters, readable at any time by anyone. Of a rank in another process they are as of its last heartbeat.
 #[derive(Debug, Default)]
 pub struct Progress {
     phase: AtomicU8,
@@ -203,20 +299,21 @@ pub struct Progress {
     pub received_bytes: AtomicU64,
     /// Bytes handed to other ranks.
     pub sent_bytes: AtomicU64,
+    /// Counts everything that brings the rank closer to its end: while it stands still, so does the rank.
+    pub steps: AtomicU64,
+    /// Pieces of work that workers have in hand.
+    pub in_hand: AtomicU64,
 }
 
 impl Progress {
     /// What the rank is doing.
     pub fn phase(&self) -> Phase {
-        match self.phase.load(Ordering::Relaxed) {
-            0 => Phase::Waiting,
-            1 => Phase::Reading,
-            2 => Phase::Finishing,
-            _ => Phase::Ready,
-        }
+        Phase::from_number(self.phase.load(Ordering::Relaxed))
     }
 
-    pub(crate) fn enter(&self, phase: Phase) {
+    /// Notes what the rank is doing.
+    pub fn enter(&self, phase: Phase) {
         self.phase.store(phase as u8, Ordering::Relaxed);
+        self.steps.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -5,12 +5,18 @@
 //! places. Such a read is taken in steps that stay within a core's cache ([`steps`]). A read past the page cache goes to a
 //! slab as a whole. Bytes that several ranks need are read once and copied from the first.
 //!
+//! A rank that is a process of its own reads what others want into a slot that they will see or be sent from. Its own
+//! share goes straight into its parameters where nobody else wants it, and is copied from the slot where others do.
+//!
 //! ```text
 //! file      | gate rows of rank 0 | gate rows of rank 1 | down: 256 bytes each to ranks 0 1 0 1 0 1 … | norm |
 //! iovecs    | → rank 0            | → rank 1            | → slab, then 256 bytes at a time            | → rank 0, copied to 1 |
 //! ```
 
-use std::{ops::Range, sync::atomic::Ordering};
+use std::{
+    ops::Range,
+    sync::{Arc, atomic::Ordering},
+};
 
 use longshore_kernels::host::cast::cast;
 use longshore_models::{
@@ -41,6 +47,34 @@ pub fn steps(
     direct: bool,
 ) -> impl Iterator<Item = ByteRange> {
     checkpoint.cut(file, range, if direct { range.len() } else { STEP_BYTES })
+}
+
+/// The ranks whose parameters are in this process.
+#[derive(Debug, Clone)]
+pub enum Ranks {
+    /// All of them.
+    All(Arc<Vec<Peer>>),
+    /// One; the others are processes of their own.
+    One(u32, Box<Peer>),
+}
+
+impl Ranks {
+    /// A rank, if it is in this process.
+    pub fn here(&self, rank: u32) -> Option<&Peer> {
+        match self {
+            Ranks::All(peers) => peers.get(rank as usize),
+            Ranks::One(own, peer) => (*own == rank).then_some(peer),
+        }
+    }
+}
+
+/// Where bytes go that are not read in place.
+#[derive(Debug)]
+pub enum Slab<'a> {
+    /// A slab of this rank's own, taken when there is need of one.
+    Own(&'a Staging),
+    /// The part of a slot for other processes that this range has; what passes the page cache still needs a slab.
+    Slot(&'a mut [u8], &'a Staging),
 }
 
 /// Carries out the reads of one rank; one per worker, so that its lists are reused.
@@ -83,9 +117,9 @@ pub struct Outcome {
 
 impl Scatter {
     /// Reads `read` (one of the [`steps`] of a planned one) on behalf of `rank` and places every byte of it in the
-    /// parameters that want it.
+    /// parameters of this process that want it; with a slot, the bytes that other processes want are in it afterwards.
     ///
-    /// [`Scatter::spans`] then tells what landed.
+    /// [`Scatter::spans`] then tells what landed where, the spans of other processes included.
     ///
     /// # Errors
     /// Storage fails, or a conversion is not known.
@@ -95,15 +129,15 @@ impl Scatter {
         rank: u32,
         read: &Read,
         source: &CheckpointSource,
-        peers: &[Peer],
-        staging: &Staging,
+        ranks: &Ranks,
+        slab: Slab<'_>,
     ) -> Result<Outcome, RankError> {
         self.find_spans(plan, rank, read);
         if source.mode.direct {
-            return self.read_staged(read.range, source, peers, staging);
+            return self.read_staged(read.range, source, ranks, slab);
         }
-        self.find_runs(peers);
-        self.read_scattered(read.range, source, peers, staging)
+        self.find_runs(ranks);
+        self.read_scattered(read.range, source, ranks, slab)
     }
 
     /// The spans of the last read.
@@ -114,9 +148,9 @@ impl Scatter {
     fn find_spans(&mut self, plan: &LoadPlan, rank: u32, read: &Read) {
         self.spans.clear();
         self.parts.clear();
+        let wanted = |r| plan.exchange || r == rank;
         for (tensor, within, offset) in tensors_in(&plan.checkpoint, read.file, read.range) {
             let first = self.spans.len();
-            let wanted = |r| plan.exchange || r == rank;
             plan.placement.spans(tensor, within, wanted, |mut span| {
                 span.source_offset += offset;
                 self.spans.push(span);
@@ -126,19 +160,21 @@ impl Scatter {
     }
 
     /// Lists the runs that are read in place, in the order of the file.
-    fn find_runs(&mut self, peers: &[Peer]) {
+    fn find_runs(&mut self, ranks: &Ranks) {
         self.runs.clear();
         for part in &mut self.parts {
             let spans = &self.spans[part.spans.clone()];
-            let rows: u64 = spans.iter().map(|s| s.rows).sum();
-            let bytes: u64 = spans.iter().map(Span::source_bytes).sum();
+            let here = || spans.iter().filter_map(|s| Some((s, ranks.here(s.rank)?)));
+            let rows: u64 = here().map(|(s, _)| s.rows).sum();
+            let bytes: u64 = here().map(|(s, _)| s.source_bytes()).sum();
             part.in_place = rows * RUN_BYTES_MIN <= bytes.max(RUN_BYTES_MIN)
-                && spans.iter().all(|s| s.cast.is_none());
+                && here().all(|(s, _)| s.cast.is_none())
+                && !wanted_on_both_sides(spans, ranks);
             if !part.in_place {
                 continue;
             }
-            for span in spans {
-                let first = peers[span.rank as usize].memory.span_target(span).as_ptr();
+            for (span, peer) in here() {
+                let first = peer.memory.span_target(span).as_ptr();
                 for row in 0..span.rows {
                     self.runs.push(Run {
                         source_offset: span.source_offset + row * span.source_stride,
@@ -165,17 +201,21 @@ impl Scatter {
         &mut self,
         range: ByteRange,
         source: &CheckpointSource,
-        peers: &[Peer],
-        staging: &Staging,
+        ranks: &Ranks,
+        slab: Slab<'_>,
     ) -> Result<Outcome, RankError> {
         let in_place: u64 = self.distinct_runs().map(|run| run.bytes).sum();
-        let mut lease = match in_place == range.len() {
-            true => None,
-            false => Some(staging.lease()?),
+        let mut lease;
+        let slab = match slab {
+            Slab::Slot(slot, _) => slot,
+            Slab::Own(_) if in_place == range.len() => &mut [][..],
+            Slab::Own(staging) => {
+                lease = staging.lease()?;
+                lease.bytes_mut()
+            }
         };
-        let slab = lease.as_mut().map_or(&mut [][..], |l| l.bytes_mut());
         self.list_iovecs(range.len(), slab);
-        // SAFETY: each target lies within a parameter (`span_target` checked it) that `peers` keeps alive, where by RNK-1
+        // SAFETY: each target lies within a parameter (`span_target` checked it) that `ranks` keeps alive, where by RNK-1
         // this read is the only one that writes, or within the slab that is leased.
         let reads = unsafe { source.read_scattered(range, &mut self.iovecs) }?;
         for pair in self.runs.windows(2).filter(|w| repeats(&w[0], &w[1])) {
@@ -187,9 +227,7 @@ impl Scatter {
             }
         }
         for part in self.parts.iter().filter(|part| !part.in_place) {
-            for span in &self.spans[part.spans.clone()] {
-                place(span, slab, &peers[span.rank as usize])?;
-            }
+            place_all(&self.spans[part.spans.clone()], slab, ranks)?;
         }
         Ok(Outcome { reads, padding_bytes: 0 })
     }
@@ -222,22 +260,86 @@ impl Scatter {
         self.iovecs = iovecs;
     }
 
-    /// One read past the page cache into a slab, and from there to all places.
+    /// One read past the page cache into a slab, and from there to all places. Slots are not read into directly: their
+    /// pages are small, and a direct read into scattered pages is split into many requests to the device.
     fn read_staged(
         &mut self,
         range: ByteRange,
         source: &CheckpointSource,
-        peers: &[Peer],
-        staging: &Staging,
+        ranks: &Ranks,
+        slab: Slab<'_>,
     ) -> Result<Outcome, RankError> {
+        let (slot, staging) = match slab {
+            Slab::Own(staging) => (None, staging),
+            Slab::Slot(slot, staging) => (Some(slot), staging),
+        };
         let mut lease = staging.lease()?;
         let staged = source.read_staged(range, lease.bytes_mut())?;
         let bytes = &lease.bytes_mut()[staged.begin..][..range.len() as usize];
-        for span in &self.spans {
-            place(span, bytes, &peers[span.rank as usize])?;
+        place_all(&self.spans, bytes, ranks)?;
+        if let Some(slot) = slot {
+            self.fill_slot(bytes, slot, ranks);
         }
         Ok(Outcome { reads: staged.reads, padding_bytes: staged.padding_bytes })
     }
+
+    /// Copies what other processes want to the same offsets of a slot, once for all of them.
+    fn fill_slot(&self, bytes: &[u8], slot: &mut [u8], ranks: &Ranks) {
+        let same = |a: &Span, b: &Span| {
+            (a.source_offset, a.rows, a.width) == (b.source_offset, b.rows, b.width)
+        };
+        let mut last: Option<&Span> = None;
+        for span in self.spans.iter().filter(|s| ranks.here(s.rank).is_none()) {
+            if last.is_some_and(|last| same(last, span)) {
+                continue;
+            }
+            last = Some(span);
+            for row in 0..span.rows {
+                let at = (span.source_offset + row * span.source_stride) as usize;
+                let run = at..at + span.width as usize;
+                slot[run.clone()].copy_from_slice(&bytes[run]);
+            }
+        }
+    }
+}
+
+/// Whether any byte of a tensor's spans is wanted both in this process and in another.
+fn wanted_on_both_sides(spans: &[Span], ranks: &Ranks) -> bool {
+    if let Ranks::All(_) = ranks {
+        return false;
+    }
+    let (here, apart): (Vec<&Span>, Vec<&Span>) =
+        spans.iter().partition(|s| ranks.here(s.rank).is_some());
+    here.iter().any(|a| apart.iter().any(|b| share_bytes(a, b)))
+}
+
+/// Whether two spans of one tensor have source bytes in common.
+fn share_bytes(a: &Span, b: &Span) -> bool {
+    let end = |s: &Span| s.source_offset + (s.rows - 1) * s.source_stride + s.width;
+    if a.rows == 0 || b.rows == 0 || a.source_offset >= end(b) || b.source_offset >= end(a) {
+        return false;
+    }
+    (0..a.rows).any(|row| {
+        let start = a.source_offset + row * a.source_stride;
+        // the first row of `b` that ends past `start`
+        let row = match (start + 1).checked_sub(b.source_offset + b.width) {
+            None => 0,
+            Some(past) if b.rows > 1 => past.div_ceil(b.source_stride),
+            Some(0) => 0,
+            Some(_) => return false,
+        };
+        row < b.rows && b.source_offset + row * b.source_stride < start + a.width
+    })
+}
+
+/// Copies those of the `spans` of a read that are of this process to their parameters.
+pub(crate) fn place_all(spans: &[Span], bytes: &[u8], ranks: &Ranks) -> Result<(), RankError> {
+    for span in spans {
+        if let Some(peer) = ranks.here(span.rank) {
+            place(span, bytes, peer)?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether `b` wants the same bytes of the file as `a`.
@@ -290,11 +392,61 @@ pub fn tensors_in(
         })
 }
 
-/// Adds what the spans of one read moved between ranks to the counters of both sides.
-pub(crate) fn count_exchange(spans: &[Span], reader: u32, peers: &[Peer]) {
+/// Adds what the spans of one read moved between ranks to the counters of both sides, as far as they are here.
+pub(crate) fn count_exchange(spans: &[Span], reader: u32, ranks: &Ranks) {
     for span in spans.iter().filter(|s| s.rank != reader) {
         let bytes = span.source_bytes();
-        peers[reader as usize].progress.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
-        peers[span.rank as usize].progress.received_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(reader) = ranks.here(reader) {
+            reader.progress.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+        if let Some(target) = ranks.here(span.rank) {
+            target.progress.received_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn span(source_offset: u64, width: u64, source_stride: u64, rows: u64) -> Span {
+        let (rank, param, target_offset) = (0, 0, 0);
+        let (target_stride, cast) = (width, None);
+        Span {
+            rank,
+            param,
+            source_offset,
+            target_offset,
+            rows,
+            width,
+            source_stride,
+            target_stride,
+            cast,
+        }
+    }
+
+    /// Against every byte listed.
+    #[test]
+    fn spans_share_bytes_when_they_do() {
+        let bytes = |s: &Span| -> Vec<u64> {
+            let rows = (0..s.rows).map(|r| s.source_offset + r * s.source_stride);
+            rows.flat_map(|first| first..first + s.width).collect()
+        };
+        let mut shared = 0;
+        let spans: Vec<Span> = (0..12)
+            .flat_map(|offset| {
+                [(1, 4, 3), (2, 5, 4), (3, 3, 2), (4, 9, 1), (2, 7, 0)]
+                    .map(|(width, stride, rows)| span(offset, width, stride, rows))
+            })
+            .collect();
+        for a in &spans {
+            for b in &spans {
+                let listed = bytes(b);
+                let want = bytes(a).iter().any(|byte| listed.contains(byte));
+                assert_eq!(share_bytes(a, b), want, "{a:?} {b:?}");
+                shared += u32::from(want);
+            }
+        }
+        assert!(shared > 100);
     }
 }

@@ -1,7 +1,7 @@
 //! What a rank decides while it loads: events in, effects out; no I/O, no clock.
 //!
 //! A finish runs once, when all its inputs are complete; the rank is ready when its reads are placed, every parameter
-//! has landed and every finish is done.
+//! has landed, every finish is done, and what it exchanges with other processes has been taken on both sides.
 
 use longshore_models::{declare::ParamId, placement::Placement};
 
@@ -24,12 +24,17 @@ pub struct LoadState {
     params_left: usize,
     finishes_left: usize,
     reads_done: bool,
+    exchange_done: bool,
 }
 
 impl LoadState {
     /// The state before the first byte; the effects are those of parameters to which nothing will land on this rank
-    /// (`landing_bytes` is 0).
-    pub fn start(placement: &Placement, landing_bytes: &[u64]) -> (Self, Vec<Effect>) {
+    /// (`landing_bytes` is 0). `exchange`: bytes are exchanged with other processes.
+    pub fn start(
+        placement: &Placement,
+        landing_bytes: &[u64],
+        exchange: bool,
+    ) -> (Self, Vec<Effect>) {
         let mut waiting = vec![Vec::new(); placement.params.len()];
         let mut inputs_left = Vec::with_capacity(placement.finishes.len());
         for (number, finish) in placement.finishes.iter().enumerate() {
@@ -46,6 +51,7 @@ impl LoadState {
             params_left: (0..placement.params.len()).filter(raw).count(),
             finishes_left: placement.finishes.len(),
             reads_done: false,
+            exchange_done: !exchange,
         };
         let mut effects = Vec::new();
         for p in (0..placement.params.len()).filter(raw).filter(|&p| landing_bytes[p] == 0) {
@@ -81,8 +87,14 @@ impl LoadState {
         self.ready().into_iter().collect()
     }
 
+    /// Nothing is left to be exchanged.
+    pub fn exchange_done(&mut self) -> Vec<Effect> {
+        self.exchange_done = true;
+        self.ready().into_iter().collect()
+    }
+
     fn ready(&self) -> Option<Effect> {
-        let done = self.reads_done && self.params_left == 0 && self.finishes_left == 0;
+        let done = self.reads_done && self.exchange_done && self.params_left == 0 && self.finishes_left == 0;
         done.then_some(Effect::BecomeReady)
     }
 }

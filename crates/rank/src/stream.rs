@@ -15,13 +15,15 @@ use longshore_models::placement::Span;
 use ractor::ActorRef;
 
 use crate::{
+    collective::slots::Slot,
     error::RankError,
+    exchange::{Exchange, Landed},
+    fault,
     params::ParamMemory,
     post_process,
-    protocol::{Generation, LoadPlan, Peer, Progress, RankMessage, Read, WorkerEvent},
-    scatter::{Scatter, count_exchange, steps},
+    protocol::{Generation, Peer, Progress, RankMessage, Read, Work, WorkerEvent},
+    scatter::{Ranks, Scatter, Slab, count_exchange, place_all, steps},
     staging::{DIRECT_ALIGNMENT, Staging},
-    storage::CheckpointSource,
 };
 
 /// One load on one rank, shared by its workers.
@@ -29,10 +31,13 @@ use crate::{
 pub(crate) struct Job {
     pub(crate) rank: u32,
     pub(crate) generation: Generation,
-    pub(crate) plan: Arc<LoadPlan>,
-    pub(crate) sources: Arc<Vec<CheckpointSource>>,
-    pub(crate) peers: Arc<Vec<Peer>>,
+    pub(crate) work: Arc<Work>,
     pub(crate) staging: Staging,
+    ranks: Ranks,
+    /// Of this rank.
+    own: Peer,
+    /// With ranks in other processes.
+    exchange: Option<Exchange>,
     queue: Mutex<Queue>,
     wake: Condvar,
     reads_left: AtomicUsize,
@@ -41,54 +46,68 @@ pub(crate) struct Job {
 #[derive(Debug, Default)]
 struct Queue {
     next_read: usize,
+    landed: VecDeque<Landed>,
     finishes: VecDeque<u32>,
     stopped: bool,
 }
 
-enum Work {
-    Read(usize),
+enum Task {
+    /// Place what another process has sent.
+    Place(Landed),
+    /// Run a finish.
     Finish(u32),
+    /// Read; with a slot when other processes want of it.
+    Read(usize, Option<Slot>),
     Exit,
 }
 
 impl Job {
+    /// `own` is this rank as the others see it; `exchange` joins it with ranks in other processes.
     pub(crate) fn new(
         rank: u32,
         generation: Generation,
-        plan: Arc<LoadPlan>,
-        sources: Arc<Vec<CheckpointSource>>,
-        peers: Arc<Vec<Peer>>,
+        work: Arc<Work>,
+        own: Peer,
+        ranks: Ranks,
+        exchange: Option<Exchange>,
     ) -> Self {
-        let slab_bytes = slab_bytes(plan.read_bytes_max) as usize;
-        let reads_left = AtomicUsize::new(plan.reads[rank as usize].len());
+        let slab_bytes = slab_bytes(work.plan.read_bytes_max) as usize;
+        let reads_left = AtomicUsize::new(work.plan.reads[rank as usize].len());
         Self {
             rank,
             generation,
-            plan,
-            sources,
-            peers,
+            work,
             staging: Staging::new(slab_bytes),
+            ranks,
+            own,
+            exchange,
             queue: Mutex::default(),
             wake: Condvar::new(),
             reads_left,
         }
     }
 
-    /// Starts `count` workers.
+    /// Starts the workers, and the thread of the exchange.
     ///
     /// # Errors
     /// The system gives no thread; those already started are stopped.
-    pub(crate) fn spawn_workers(self: &Arc<Self>, count: usize) -> Result<(), RankError> {
-        for number in 0..count {
-            let job = Arc::clone(self);
-            let name = format!("rank{}-worker{number}", self.rank);
-            let spawned = std::thread::Builder::new().name(name).spawn(move || job.work());
-            if let Err(e) = spawned {
-                self.stop();
-                return Err(RankError::Thread(e));
-            }
+    pub(crate) fn spawn_workers(self: &Arc<Self>) -> Result<(), RankError> {
+        for number in 0..self.work.concurrency {
+            self.spawn(format!("rank{}-worker{number}", self.rank), Self::run_tasks)?;
+        }
+        if self.exchange.is_some() {
+            self.spawn(format!("rank{}-exchange", self.rank), Self::run_exchange)?;
         }
         Ok(())
+    }
+
+    fn spawn(self: &Arc<Self>, name: String, run: fn(&Self)) -> Result<(), RankError> {
+        let job = Arc::clone(self);
+        let spawned = std::thread::Builder::new().name(name).spawn(move || run(&job));
+        spawned.map(|_| ()).map_err(|e| {
+            self.stop("a thread could not be started");
+            RankError::Thread(e)
+        })
     }
 
     /// Hands a finish to the workers.
@@ -97,18 +116,32 @@ impl Job {
         self.wake.notify_one();
     }
 
-    /// Lets the workers exit after what they are doing.
-    pub(crate) fn stop(&self) {
-        self.lock().stopped = true;
+    /// Lets the workers exit after what they are doing, and ends the exchange.
+    pub(crate) fn stop(&self, why: &str) {
+        let mut queue = self.lock();
+        queue.stopped = true;
+        // what has arrived is given back
+        queue.landed.clear();
+        drop(queue);
         self.wake.notify_all();
-    }
-
-    pub(crate) fn memory(&self) -> &ParamMemory {
-        &self.peers[self.rank as usize].memory
+        if let Some(exchange) = &self.exchange {
+            exchange.collective.abort(why);
+        }
     }
 
     pub(crate) fn progress(&self) -> &Progress {
-        &self.peers[self.rank as usize].progress
+        &self.own.progress
+    }
+
+    /// The most staging memory that the rank has held, slots included, and what it holds now; in bytes.
+    pub(crate) fn staging_bytes(&self) -> (u64, u64) {
+        let slots = self.exchange.as_ref().map(|e| &e.collective);
+        let (peak, held) = slots.map_or((0, 0), |s| (s.peak_bytes(), s.held_bytes()));
+        (self.staging.peak_bytes() + peak, self.staging.held_bytes() + held)
+    }
+
+    fn memory(&self) -> &ParamMemory {
+        &self.own.memory
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -116,96 +149,165 @@ impl Job {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self) {
+    fn run_tasks(&self) {
         let mut scatter = Scatter::default();
         let mut workspace = Vec::new();
         loop {
-            let step = match self.next() {
-                Work::Exit => return,
-                Work::Read(i) => catch_unwind(AssertUnwindSafe(|| self.read(i, &mut scatter))),
-                Work::Finish(f) => {
-                    catch_unwind(AssertUnwindSafe(|| self.finish(f, &mut workspace)))
-                }
+            let task = match self.next() {
+                Ok(Task::Exit) => return,
+                Ok(task) => task,
+                Err(e) => return self.give_up(e),
             };
-            let failed = match step {
-                Ok(Ok(())) => continue,
-                Ok(Err(e)) => e,
-                Err(panic) => RankError::Panicked(panic_text(&*panic)),
-            };
-            self.stop();
-            self.tell(self.rank, WorkerEvent::Failed(failed));
-            return;
+            let progress = self.progress();
+            progress.in_hand.fetch_add(1, Ordering::Relaxed);
+            let done = catch_unwind(AssertUnwindSafe(|| match task {
+                Task::Place(landed) => self.place(&landed),
+                Task::Finish(finish) => self.finish(finish, &mut workspace),
+                Task::Read(number, slot) => self.read(number, slot, &mut scatter),
+                Task::Exit => Ok(()),
+            }));
+            progress.steps.fetch_add(1, Ordering::Relaxed);
+            progress.in_hand.fetch_sub(1, Ordering::Relaxed);
+            match done {
+                Ok(Ok(())) => {}
+                Ok(Err(e)) => return self.give_up(e),
+                Err(panic) => return self.give_up(RankError::Panicked(panic_text(&*panic))),
+            }
         }
     }
 
-    /// The next piece of work; waits when there is none yet.
-    fn next(&self) -> Work {
+    fn run_exchange(&self) {
+        let Some(exchange) = &self.exchange else { return };
+        let land = |landed| {
+            self.lock().landed.push_back(landed);
+            self.wake.notify_one();
+        };
+        // workers that wait for a slot look again; the lock orders this after a look that found none
+        let freed = || {
+            drop(self.lock());
+            self.wake.notify_all();
+        };
+        match exchange.drive(&self.work.plan, land, freed) {
+            Ok(()) => self.tell(&self.own, WorkerEvent::ExchangeDone),
+            // whoever stopped the rank knows why
+            Err(_) if self.lock().stopped => {}
+            Err(e) => self.give_up(e.into()),
+        }
+    }
+
+    fn give_up(&self, error: RankError) {
+        self.stop("the rank gave up");
+        self.tell(&self.own, WorkerEvent::Failed(error));
+    }
+
+    /// The next task; waits when there is none yet. What others wait for goes first: their slots come back when it is
+    /// placed. Slots are taken in the order of reads, so that the oldest round always has one.
+    fn next(&self) -> Result<Task, RankError> {
         let mut queue = self.lock();
         loop {
             if queue.stopped {
-                return Work::Exit;
+                return Ok(Task::Exit);
+            }
+            if let Some(landed) = queue.landed.pop_front() {
+                return Ok(Task::Place(landed));
             }
             if let Some(finish) = queue.finishes.pop_front() {
-                return Work::Finish(finish);
+                return Ok(Task::Finish(finish));
             }
-            if queue.next_read < self.plan.reads[self.rank as usize].len() {
-                queue.next_read += 1;
-                return Work::Read(queue.next_read - 1);
+            if let Some((number, slot)) = self.next_read(&mut queue)? {
+                return Ok(Task::Read(number, slot));
             }
             queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    fn read(&self, number: usize, scatter: &mut Scatter) -> Result<(), RankError> {
-        let read = &self.plan.reads[self.rank as usize][number];
-        let source = &self.sources[read.file as usize];
+    /// The next read, with a slot where it needs one; `None` when none is left, or no slot is free.
+    fn next_read(&self, queue: &mut Queue) -> Result<Option<(usize, Option<Slot>)>, RankError> {
+        let Some(read) = self.work.plan.reads[self.rank as usize].get(queue.next_read) else {
+            return Ok(None);
+        };
+        let slot = match &self.exchange {
+            Some(exchange) if read.round.is_some() => match exchange.collective.lease()? {
+                None => return Ok(None),
+                slot => slot,
+            },
+            _ => None,
+        };
+        queue.next_read += 1;
+        Ok(Some((queue.next_read - 1, slot)))
+    }
+
+    fn read(
+        &self,
+        number: usize,
+        mut slot: Option<Slot>,
+        scatter: &mut Scatter,
+    ) -> Result<(), RankError> {
+        fault::at_read(self.rank, number)?;
+        let Work { plan, sources, .. } = &*self.work;
+        let read = &plan.reads[self.rank as usize][number];
+        let source = &sources[read.file as usize];
         let progress = self.progress();
         // the steps of one read are one read to storage, unless it answers short
         progress.reads.fetch_add(1, Ordering::Relaxed);
-        for range in steps(&self.plan.checkpoint, read.file, read.range, source.mode.direct) {
+        for range in steps(&plan.checkpoint, read.file, read.range, source.mode.direct) {
             let step = Read { range, ..*read };
-            let outcome = scatter.execute(
-                &self.plan,
-                self.rank,
-                &step,
-                source,
-                &self.peers,
-                &self.staging,
-            )?;
+            let slab = match &mut slot {
+                None => Slab::Own(&self.staging),
+                Some(slot) => {
+                    let at = (range.start - read.range.start) as usize;
+                    let part = &mut slot.bytes_mut()[at..at + range.len() as usize];
+                    Slab::Slot(part, &self.staging)
+                }
+            };
+            let outcome = scatter.execute(plan, self.rank, &step, source, &self.ranks, slab)?;
             progress.read_bytes.fetch_add(range.len(), Ordering::Relaxed);
             progress.padding_bytes.fetch_add(outcome.padding_bytes, Ordering::Relaxed);
             progress.reads.fetch_add(outcome.reads.saturating_sub(1), Ordering::Relaxed);
+            progress.steps.fetch_add(1, Ordering::Relaxed);
+            count_exchange(scatter.spans(), self.rank, &self.ranks);
             self.land(scatter.spans())?;
         }
+        if let (Some(exchange), Some(slot)) = (&self.exchange, slot) {
+            exchange.contribute(number, slot);
+        }
         if self.reads_left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.tell(self.rank, WorkerEvent::ReadsDone);
+            self.tell(&self.own, WorkerEvent::ReadsDone);
         }
         Ok(())
     }
 
+    /// Places what another process has read.
+    fn place(&self, landed: &Landed) -> Result<(), RankError> {
+        let spans = landed.spans(&self.work.plan, self.rank);
+        place_all(&spans, landed.host_bytes()?, &self.ranks)?;
+        count_exchange(&spans, landed.source, &self.ranks);
+        self.land(&spans)
+    }
+
     /// Counts what has landed, and tells each rank of its parameters that are complete.
     fn land(&self, spans: &[Span]) -> Result<(), RankError> {
-        count_exchange(spans, self.rank, &self.peers);
         for span in spans {
-            let peer = &self.peers[span.rank as usize];
-            if peer.memory.landed(span.param, span.target_bytes())? {
-                self.tell(span.rank, WorkerEvent::ParamLanded(span.param));
+            if let Some(peer) = self.ranks.here(span.rank)
+                && peer.memory.landed(span.param, span.target_bytes())?
+            {
+                self.tell(peer, WorkerEvent::ParamLanded(span.param));
             }
         }
         Ok(())
     }
 
     fn finish(&self, number: u32, workspace: &mut Vec<u8>) -> Result<(), RankError> {
-        let finish = &self.plan.placement.finishes[number as usize];
+        let finish = &self.work.plan.placement.finishes[number as usize];
         // SAFETY: the state machine pushes a finish once, after its inputs have landed (RNK-2); outputs belong to one
         // finish only.
         unsafe { post_process::run(finish, self.rank, self.memory(), workspace) }?;
-        self.tell(self.rank, WorkerEvent::FinishDone(number));
+        self.tell(&self.own, WorkerEvent::FinishDone(number));
         Ok(())
     }
 
-    fn tell(&self, rank: u32, event: WorkerEvent) {
-        let actor: &ActorRef<RankMessage> = &self.peers[rank as usize].actor;
+    fn tell(&self, peer: &Peer, event: WorkerEvent) {
+        let actor: &ActorRef<RankMessage> = &peer.actor;
         // a rank that is gone has no use for the news; its supervisor knows
         let _ = actor.cast(RankMessage::Worker(self.generation, event));
     }

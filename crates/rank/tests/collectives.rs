@@ -45,7 +45,7 @@ fn group(world_size: u32, host: impl Fn(u32) -> u32) -> Ranks {
     }
     let ranks = routes.into_iter().zip(&segments).enumerate().map(|(rank, (routes, segment))| {
         let routes = routes.into_iter().map(Option::unwrap).collect();
-        let joined = HostCollective::new(rank as u32, Arc::clone(segment), routes).unwrap();
+        let joined = HostCollective::new(rank as u32, Arc::clone(segment), routes, 2).unwrap();
         Arc::new(joined) as Arc<dyn Collective>
     });
     ranks.collect()

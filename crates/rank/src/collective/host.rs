@@ -28,9 +28,6 @@ pub enum Route {
     Tcp(TcpStream),
 }
 
-/// Slots to receive into, for each connection: one is placed while the other is filled.
-const RECEIVE_SLOTS: u32 = 2;
-
 /// A rank's part in a group of processes.
 #[derive(Debug)]
 pub struct HostCollective {
@@ -73,7 +70,8 @@ struct Sent {
 }
 
 impl HostCollective {
-    /// Joins rank `rank` with the others, each reached by its route; `segment` is this rank's own.
+    /// Joins rank `rank` with the others, each reached by its route; `segment` is this rank's own, and each connection has
+    /// `receive_slots` to receive into (with two, one is placed while the other is filled).
     ///
     /// Every rank of a group passes routes for the same number of ranks; slots of all are equally large.
     ///
@@ -83,6 +81,7 @@ impl HostCollective {
         rank: u32,
         segment: Arc<Segment>,
         routes: Vec<Route>,
+        receive_slots: u32,
     ) -> Result<Self, CollectiveError> {
         if !matches!(routes.get(rank as usize), Some(Route::Here)) {
             let what = format!("rank {rank} is not here in {} routes", routes.len());
@@ -96,7 +95,7 @@ impl HostCollective {
                 Route::Tcp(stream) => {
                     let own = Arc::clone(&segment);
                     let slots =
-                        SlotPool::private(RECEIVE_SLOTS, segment.slot_bytes()).map_err(|e| {
+                        SlotPool::private(receive_slots.max(1), segment.slot_bytes()).map_err(|e| {
                             CollectiveError::System {
                                 action: "setting memory aside to receive into",
                                 what: e.to_string(),
@@ -116,11 +115,6 @@ impl HostCollective {
             state: Mutex::new(state),
             seen: AtomicU32::new(0),
         })
-    }
-
-    /// Staging memory that `connections` of a rank take to receive into, in bytes, with slots of `slot_bytes`.
-    pub fn receive_bytes(connections: u32, slot_bytes: u64) -> u64 {
-        u64::from(connections * RECEIVE_SLOTS) * slot_bytes
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

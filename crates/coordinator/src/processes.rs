@@ -1,0 +1,279 @@
+//! Ranks that are processes of their own, on one host or several, under whatever launcher.
+//!
+//! ```text
+//!  rank 0's process                                     another rank's process
+//!  ┌───────────────────────────────┐                    ┌──────────────────────┐
+//!  │ hosting: listener, supervisor │                    │                      │
+//!  │   remote(0)    remote(1) ─────┼── control link ────┼─► member             │
+//!  │      └─ link ─► member        │                    │     └─ rank actor    │
+//!  │                   └─ rank ════╪══ bytes (join) ════╪═══════════┘          │
+//!  └───────────────────────────────┘                    └──────────────────────┘
+//! ```
+//!
+//! Every process plans on its own from the same source; the plan's hash is compared before the first byte. The coordinator
+//! deals with all ranks in the same way, its own process's included. Weights never pass through the control link.
+
+mod hosting;
+mod join;
+mod member;
+pub(crate) mod message;
+pub(crate) mod remote;
+
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use longshore_rank::{
+    collective::segment::Form,
+    params::ReadyParams,
+    protocol::{Generation, Progress, RankReport},
+};
+use ractor::{Actor, ActorRef};
+use tokio::sync::oneshot;
+
+pub use self::join::Transport;
+use self::{
+    hosting::{Hosting, HostingArguments},
+    join::HostJoin,
+    member::{Member, MemberArguments, MemberMessage},
+};
+use crate::{
+    error::LoadError,
+    link::{
+        connect::connect,
+        handshake::{Credentials, Purpose, Terms},
+        listen::Listener,
+        session::Timing,
+    },
+    load::{Prepared, check_unchanged},
+    place::Place,
+};
+
+/// How a group of processes is held together.
+#[derive(Debug, Clone, Copy)]
+pub struct GroupOptions {
+    /// How bytes pass between ranks.
+    pub transport: Transport,
+    /// From one heartbeat of a rank to the next.
+    pub beat_every: Duration,
+    /// A rank that was not heard of for so long is lost.
+    pub silent_after: Duration,
+    /// A rank that has work in hand and does not get on for so long has failed.
+    pub stuck_after: Duration,
+    /// How long ranks may take to join.
+    pub join_limit: Duration,
+}
+
+impl Default for GroupOptions {
+    fn default() -> Self {
+        let Timing { beat_every, silent_after } = Timing::default();
+        Self {
+            transport: Transport::Auto,
+            beat_every,
+            silent_after,
+            stuck_after: STUCK_AFTER,
+            join_limit: Duration::from_secs(120),
+        }
+    }
+}
+
+/// A read of 2 MiB that takes longer will not come back: networked storage retries within seconds.
+pub const STUCK_AFTER: Duration = Duration::from_secs(60);
+
+/// The generation of a first load.
+const FIRST_GENERATION: Generation = 1;
+
+/// A rank process whose group is complete.
+#[derive(Debug)]
+pub(crate) struct Joined {
+    /// This rank's finished parameters.
+    pub(crate) params: ReadyParams,
+    /// What it did.
+    pub(crate) report: RankReport,
+    /// On rank 0, what each rank did.
+    pub(crate) reports: Option<Vec<RankReport>>,
+    /// From the opening of the files until every rank was ready.
+    pub(crate) seconds: f64,
+    member: ActorRef<MemberMessage>,
+    hosting: Option<Hosting>,
+}
+
+/// Joins the group that `place` names and loads `prepared` with it; returns when every rank is complete.
+///
+/// `progress` has this rank's counters, on rank 0 everyone's, in the order of ranks.
+///
+/// # Errors
+/// On rank 0 the first failure of any rank; elsewhere that of this process, or that the coordinator has ended the load.
+pub(crate) async fn load(
+    place: &Place,
+    prepared: Prepared,
+    options: &GroupOptions,
+    progress: Vec<Arc<Progress>>,
+) -> Result<Joined, LoadError> {
+    let started = Instant::now();
+    let prepared = Arc::new(prepared);
+    let hosting = match place.rank {
+        0 => Some(host(place, &prepared, options, &progress).await?),
+        _ => None,
+    };
+    let own = progress.get(place.rank as usize).or(progress.first()).map(Arc::clone);
+    let own = own.unwrap_or_default();
+    let joined = join(place, &prepared, options, own, hosting.as_ref());
+    match hosting {
+        None => {
+            let (member, released) = joined.await?;
+            let (params, report) = wait(released).await?;
+            let seconds = started.elapsed().as_secs_f64();
+            Ok(Joined { params, report, reports: None, seconds, member, hosting: None })
+        }
+        Some(hosting) => {
+            let both = async {
+                let (joined, outcome) = tokio::join!(joined, hosting.load(FIRST_GENERATION));
+                // the coordinator knows the first cause; this rank only how it was told
+                let reports = outcome?.into_iter().map(|(_, report)| report).collect();
+                let (member, released) = joined?;
+                let (params, report) = wait(released).await?;
+                Ok((member, params, report, reports))
+            };
+            match both.await {
+                Ok((member, params, report, reports)) => {
+                    let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
+                    let (reports, hosting) = (Some(reports), Some(hosting));
+                    Ok(Joined { params, report, reports, seconds, member, hosting })
+                }
+                Err(e) => {
+                    hosting.end().await;
+                    Err(e)
+                }
+            }
+        }
+    }
+}
+
+async fn wait(released: oneshot::Receiver<member::Released>) -> member::Released {
+    released.await.map_err(|_| LoadError::Runtime("the rank's actor has ended".into()))?
+}
+
+/// Starts the coordinator, in rank 0's process.
+async fn host(
+    place: &Place,
+    prepared: &Prepared,
+    options: &GroupOptions,
+    progress: &[Arc<Progress>],
+) -> Result<Hosting, LoadError> {
+    let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Join(e);
+    let candidates = place.listen_candidates().map_err(|e| failed(e.into()))?;
+    let terms = Terms::new(place.secret.clone(), place.world_size, place.attempt);
+    let listener = Listener::bind(&candidates, terms).await.map_err(|e| failed(e.into()))?;
+    Hosting::start(HostingArguments {
+        listener,
+        plan: prepared.plan.hash(),
+        progress: progress.to_vec(),
+        timing: timing(options),
+        join_limit: options.join_limit,
+        stuck_after: options.stuck_after,
+    })
+    .await
+}
+
+fn timing(options: &GroupOptions) -> Timing {
+    Timing { beat_every: options.beat_every, silent_after: options.silent_after }
+}
+
+/// Connects this rank to the coordinator.
+async fn join(
+    place: &Place,
+    prepared: &Arc<Prepared>,
+    options: &GroupOptions,
+    progress: Arc<Progress>,
+    hosting: Option<&Hosting>,
+) -> Result<(ActorRef<MemberMessage>, oneshot::Receiver<member::Released>), LoadError> {
+    let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Join(e);
+    let mut candidates = place.candidates().map_err(|e| failed(e.into()))?;
+    if let Some(hosting) = hosting {
+        // by the name that others use, so that this rank's address is one that they can reach; on the port that was had
+        candidates.retain(|c| c.port() == hosting.address.port());
+        candidates.push(hosting.address);
+    }
+    let Place { rank, world_size, attempt, ref secret, .. } = *place;
+    let credentials =
+        Credentials::new(secret.clone(), rank, world_size, attempt, Purpose::Control);
+    let deadline = tokio::time::Instant::now() + options.join_limit;
+    let (stream, _) =
+        connect(&candidates, &credentials, deadline).await.map_err(|e| failed(e.into()))?;
+    let address = stream.local_addr().map_err(|e| failed(e.into()))?.ip();
+    let (released, outcome) = oneshot::channel();
+    let checked = Arc::clone(prepared);
+    let start = MemberArguments {
+        rank,
+        stream,
+        timing: timing(options),
+        progress,
+        work: prepared.work(),
+        join: Arc::new(host_join(place, prepared, options, address)?),
+        plan: prepared.plan.hash(),
+        check_at_end: Box::new(move || check_unchanged(&checked)),
+        released,
+    };
+    let (member, _) = Actor::spawn(None, Member, start)
+        .await
+        .map_err(|e| LoadError::Runtime(e.to_string()))?;
+    Ok((member, outcome))
+}
+
+fn host_join(
+    place: &Place,
+    prepared: &Prepared,
+    options: &GroupOptions,
+    address: IpAddr,
+) -> Result<HostJoin, LoadError> {
+    let Some(staging) = prepared.exchange_staging else {
+        let why = "the load was not prepared for ranks that are processes".to_owned();
+        return Err(LoadError::Runtime(why));
+    };
+    Ok(HostJoin {
+        place: place.clone(),
+        transport: options.transport,
+        address,
+        form: Form {
+            world_size: place.world_size,
+            slots: staging.slots,
+            slot_bytes: staging.slot_bytes,
+        },
+        receive_slots: staging.receive_slots,
+        announced: Mutex::default(),
+    })
+}
+
+impl Joined {
+    /// Waits until every rank has contributed a piece; on rank 0 returns them all, in the order of ranks.
+    ///
+    /// # Errors
+    /// A rank or the coordinator was lost.
+    pub(crate) async fn gather(
+        &mut self,
+        piece: Vec<u8>,
+    ) -> Result<Option<Vec<Vec<u8>>>, LoadError> {
+        let gone = || LoadError::Runtime("the rank's actor has ended".into());
+        let (done, contributed) = oneshot::channel();
+        self.member.cast(MemberMessage::Contribute(piece, done)).map_err(|_| gone())?;
+        match &mut self.hosting {
+            Some(hosting) => hosting.gathered().await.map(Some),
+            None => contributed.await.map_err(|_| gone())?.map(|()| None),
+        }
+    }
+
+    /// Says goodbye, and gives out what this rank holds.
+    pub(crate) async fn end(self) -> ReadyParams {
+        let (done, ended) = oneshot::channel();
+        if self.member.cast(MemberMessage::End(done)).is_ok() {
+            let _ = ended.await;
+        }
+        if let Some(hosting) = self.hosting {
+            hosting.end().await;
+        }
+        self.params
+    }
+}

@@ -1,0 +1,159 @@
+//! The coordinator of a group of processes: in rank 0's process, reached by every rank over its control link, rank 0 included.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use longshore_rank::protocol::{Generation, Progress};
+use ractor::{Actor, ActorRef};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+    time::timeout,
+};
+use tracing::warn;
+
+use crate::{
+    error::LoadError,
+    link::{
+        handshake::Purpose,
+        listen::{Admitted, Listener},
+        session::Timing,
+    },
+    processes::{message::PLAN_HASH_BYTES, remote::RemoteArguments},
+    supervisor::{Outcome, Supervisor, SupervisorArguments, SupervisorMessage},
+};
+
+/// What the coordinator is started with.
+#[derive(Debug)]
+pub(crate) struct HostingArguments {
+    pub(crate) listener: Listener,
+    pub(crate) plan: [u8; PLAN_HASH_BYTES],
+    /// Each rank's counters, to be kept up to date.
+    pub(crate) progress: Vec<Arc<Progress>>,
+    pub(crate) timing: Timing,
+    /// How long ranks may take to join.
+    pub(crate) join_limit: Duration,
+    /// How long a rank may have work in hand without getting on.
+    pub(crate) stuck_after: Duration,
+}
+
+/// A running coordinator.
+#[derive(Debug)]
+pub(crate) struct Hosting {
+    supervisor: ActorRef<SupervisorMessage>,
+    ended: JoinHandle<()>,
+    door: JoinHandle<()>,
+    gathered: mpsc::Receiver<Result<Vec<Vec<u8>>, LoadError>>,
+    /// Where it listens.
+    pub(crate) address: SocketAddr,
+}
+
+/// The longest that the ranks are waited for once nothing is left to be said.
+const END_LIMIT: Duration = Duration::from_secs(2);
+
+impl Hosting {
+    pub(crate) async fn start(arguments: HostingArguments) -> Result<Self, LoadError> {
+        let HostingArguments { listener, plan, progress, timing, join_limit, stuck_after } =
+            arguments;
+        // one for a result, one for the news that a rank was lost
+        let (tell_gathered, gathered) = mpsc::channel(2);
+        let start = SupervisorArguments {
+            world_size: progress.len() as u32,
+            ranks: Vec::new(),
+            stuck_after,
+            gathered: tell_gathered,
+        };
+        let (supervisor, ended) = Actor::spawn(None, Supervisor, start)
+            .await
+            .map_err(|e| LoadError::Runtime(e.to_string()))?;
+        let address = listener.address();
+        let (admitted, arriving) = mpsc::channel(progress.len());
+        let join = Joining { plan, progress, timing, join_limit };
+        let door = tokio::spawn({
+            let supervisor = supervisor.clone();
+            async move {
+                tokio::select! {
+                    () = listener.run(admitted) => {}
+                    () = join.admit(arriving, supervisor) => {}
+                }
+            }
+        });
+        Ok(Self { supervisor, ended, door, gathered, address })
+    }
+
+    /// Carries a load through on all ranks, and returns when every one is complete.
+    ///
+    /// # Errors
+    /// The first failure of any rank.
+    pub(crate) async fn load(&self, generation: Generation) -> Outcome {
+        let (done, outcome) = oneshot::channel();
+        let gone = || LoadError::Runtime("the coordinator's actor has ended".into());
+        self.supervisor
+            .cast(SupervisorMessage::Load { generation, done })
+            .map_err(|_| gone())?;
+        outcome.await.map_err(|_| gone())?
+    }
+
+    /// What every rank has contributed, in the order of ranks, when all have.
+    pub(crate) async fn gathered(&mut self) -> Result<Vec<Vec<u8>>, LoadError> {
+        let gone = || LoadError::Runtime("the coordinator's actor has ended".into());
+        self.gathered.recv().await.ok_or_else(gone)?
+    }
+
+    /// Says goodbye to all ranks.
+    pub(crate) async fn end(self) {
+        // an actor that is gone has said it
+        let _ = self.supervisor.cast(SupervisorMessage::End);
+        // whoever does not answer is left to whoever started it
+        let _ = timeout(END_LIMIT, self.ended).await;
+        self.supervisor.stop(None);
+        self.door.abort();
+    }
+}
+
+/// Lets ranks in.
+struct Joining {
+    plan: [u8; PLAN_HASH_BYTES],
+    progress: Vec<Arc<Progress>>,
+    timing: Timing,
+    join_limit: Duration,
+}
+
+impl Joining {
+    /// Hands every rank that joins to the supervisor; goes on after all have, so that strangers are seen and refused.
+    async fn admit(
+        self,
+        mut arriving: mpsc::Receiver<Admitted>,
+        supervisor: ActorRef<SupervisorMessage>,
+    ) {
+        let limit = tokio::time::sleep(self.join_limit);
+        tokio::pin!(limit);
+        let mut over = false;
+        loop {
+            tokio::select! {
+                admitted = arriving.recv() => match admitted {
+                    Some(admitted) => self.join(admitted, &supervisor),
+                    None => return,
+                },
+                () = &mut limit, if !over => {
+                    over = true;
+                    let after = self.join_limit;
+                    // a supervisor that is gone waits for nobody
+                    let _ = supervisor.cast(SupervisorMessage::JoiningEnded { after });
+                }
+            }
+        }
+    }
+
+    fn join(&self, admitted: Admitted, supervisor: &ActorRef<SupervisorMessage>) {
+        let Admitted { joined, stream, address } = admitted;
+        let rank = joined.rank;
+        if joined.purpose != Purpose::Control {
+            return warn!("rank {rank} at {address} brought bytes to the coordinator: ignored");
+        }
+        let Some(progress) = self.progress.get(rank as usize) else { return };
+        let (progress, plan, timing) = (Arc::clone(progress), self.plan, self.timing);
+        let rank = RemoteArguments { rank, stream, timing, progress, plan };
+        // as above
+        let _ = supervisor.cast(SupervisorMessage::Joined(rank));
+    }
+}

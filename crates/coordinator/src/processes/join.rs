@@ -1,0 +1,252 @@
+//! Joins one rank process with the others: shared memory on one host, TCP between hosts.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use longshore_rank::{
+    collective::{
+        Collective, CollectiveError, Kind, Operation,
+        host::{HostCollective, Route},
+        segment::{Form, Segment},
+    },
+    error::RankError,
+    protocol::{Endpoint, Generation, Join},
+};
+use tokio::{sync::mpsc, time::timeout_at};
+
+use crate::{
+    error::line,
+    link::{
+        connect::connect,
+        handshake::{Credentials, Purpose, Terms},
+        listen::{Admitted, Listener},
+        tcp::into_blocking,
+    },
+    place::Place,
+    secret,
+};
+
+/// How bytes pass between rank processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Transport {
+    /// Shared memory where ranks are on one host, TCP elsewhere.
+    #[default]
+    Auto,
+    /// TCP everywhere.
+    Tcp,
+}
+
+/// How long ranks that have announced themselves may take to reach each other.
+const JOIN_LIMIT: Duration = Duration::from_secs(30);
+
+/// Joins this process.
+#[derive(Debug)]
+pub(crate) struct HostJoin {
+    pub(crate) place: Place,
+    pub(crate) transport: Transport,
+    /// The address by which other hosts reach this one.
+    pub(crate) address: IpAddr,
+    pub(crate) form: Form,
+    /// Slots to receive into, for each connection.
+    pub(crate) receive_slots: u32,
+    pub(crate) announced: Mutex<Option<Announced>>,
+}
+
+/// What was announced last.
+#[derive(Debug)]
+pub(crate) struct Announced {
+    generation: Generation,
+    segment: Arc<Segment>,
+    listener: std::net::TcpListener,
+}
+
+impl Join for HostJoin {
+    fn announce(&self, generation: Generation) -> Result<Endpoint, RankError> {
+        let failed = |action| {
+            move |e: io::Error| CollectiveError::System { action, what: e.to_string() }
+        };
+        let token = secret::random().map_err(failed("making shared memory"))?;
+        let segment = Segment::create(self.form, token)?;
+        // bound now, so that whoever has the roster finds it; nobody connects where all are on one host
+        let listener = std::net::TcpListener::bind((self.address, 0))
+            .map_err(failed("listening for other ranks"))?;
+        let address = listener.local_addr().map_err(failed("listening for other ranks"))?;
+        let host = match self.transport {
+            Transport::Auto => host_identity().map_err(failed("asking which host this is"))?,
+            Transport::Tcp => format!("rank {} alone", self.place.rank),
+        };
+        let endpoint = Endpoint { host, segment: segment.handle(), address };
+        let announced = Announced { generation, segment, listener };
+        *self.announced.lock().unwrap_or_else(PoisonError::into_inner) = Some(announced);
+        Ok(endpoint)
+    }
+
+    fn join(
+        &self,
+        generation: Generation,
+        roster: &[Endpoint],
+    ) -> Result<Arc<dyn Collective>, RankError> {
+        let announced = self.announced.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(Announced { segment, listener, .. }) =
+            announced.filter(|a| a.generation == generation)
+        else {
+            let what = format!("generation {generation} was not announced");
+            return Err(CollectiveError::Operation { what }.into());
+        };
+        let own = &roster[self.place.rank as usize];
+        let mut routes: Vec<Option<Route>> = Vec::with_capacity(roster.len());
+        for (rank, endpoint) in roster.iter().enumerate() {
+            routes.push(if rank == self.place.rank as usize {
+                Some(Route::Here)
+            } else if endpoint.host == own.host {
+                Some(Route::SharedMemory(Segment::open(&endpoint.segment)?))
+            } else {
+                None
+            });
+        }
+        let streams = match routes.iter().any(Option::is_none) {
+            true => self.connect_all(listener, roster, &routes)?,
+            false => Vec::new(),
+        };
+        for (rank, stream) in streams {
+            routes[rank as usize] = Some(Route::Tcp(stream));
+        }
+        let routes: Option<Vec<Route>> = routes.into_iter().collect();
+        let missing = || CollectiveError::Operation { what: "a rank has no route".to_owned() };
+        let collective = HostCollective::new(
+            self.place.rank,
+            segment,
+            routes.ok_or_else(missing)?,
+            self.receive_slots,
+        )?;
+        pass_barrier(&collective)?;
+        Ok(Arc::new(collective))
+    }
+}
+
+impl HostJoin {
+    /// Connections to all ranks that have no route: the higher rank of two connects.
+    fn connect_all(
+        &self,
+        listener: std::net::TcpListener,
+        roster: &[Endpoint],
+        routes: &[Option<Route>],
+    ) -> Result<Vec<(u32, std::net::TcpStream)>, RankError> {
+        let failed = |e: io::Error| CollectiveError::System {
+            action: "connecting to other hosts",
+            what: e.to_string(),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .build()
+            .map_err(failed)?;
+        let distant = |ranks: std::ops::Range<usize>| {
+            ranks.filter(|&r| routes[r].is_none()).map(|r| r as u32).collect::<Vec<u32>>()
+        };
+        let own = self.place.rank as usize;
+        let (lower, higher) = (distant(0..own), distant(own + 1..roster.len()));
+        let deadline = tokio::time::Instant::now() + JOIN_LIMIT;
+        runtime.block_on(async {
+            let accepting = self.accept(listener, &higher, deadline);
+            let connecting = async {
+                let mut streams = Vec::with_capacity(lower.len());
+                for &rank in &lower {
+                    let address = roster[rank as usize].address;
+                    streams.push((rank, self.connect_to(rank, address, deadline).await?));
+                }
+                Ok::<_, CollectiveError>(streams)
+            };
+            let (accepted, connected) = tokio::try_join!(accepting, connecting)?;
+            Ok(accepted.into_iter().chain(connected).collect())
+        })
+    }
+
+    async fn connect_to(
+        &self,
+        rank: u32,
+        address: SocketAddr,
+        deadline: tokio::time::Instant,
+    ) -> Result<std::net::TcpStream, CollectiveError> {
+        let failed = |what: String| CollectiveError::Connection { with: rank, what };
+        let Place { rank: own, world_size, attempt, ref secret, .. } = self.place;
+        let credentials =
+            Credentials::new(secret.clone(), own, world_size, attempt, Purpose::Data);
+        let (stream, _) =
+            connect(&[address], &credentials, deadline).await.map_err(|e| failed(line(&e)))?;
+        into_blocking(stream).map_err(|e| failed(e.to_string()))
+    }
+
+    /// Takes the connections of `expected`.
+    async fn accept(
+        &self,
+        listener: std::net::TcpListener,
+        expected: &[u32],
+        deadline: tokio::time::Instant,
+    ) -> Result<Vec<(u32, std::net::TcpStream)>, CollectiveError> {
+        let mut streams: Vec<(u32, std::net::TcpStream)> = Vec::with_capacity(expected.len());
+        if expected.is_empty() {
+            return Ok(streams);
+        }
+        let system = |what: String| CollectiveError::System { action: "listening for ranks", what };
+        let Place { world_size, attempt, ref secret, .. } = self.place;
+        let terms = Terms::new(secret.clone(), world_size, attempt);
+        let listener = Listener::from_std(listener, terms).map_err(|e| system(line(&e)))?;
+        let (admitted, mut arriving) = mpsc::channel(expected.len());
+        let taking = async {
+            while streams.len() < expected.len() {
+                let Ok(Some(Admitted { joined, stream, .. })) =
+                    timeout_at(deadline, arriving.recv()).await
+                else {
+                    let came = |rank: &u32| streams.iter().any(|(r, _)| r == rank);
+                    let with = expected.iter().find(|r| !came(r)).copied().unwrap_or(0);
+                    let what = format!("it did not connect within {JOIN_LIMIT:?}");
+                    return Err(CollectiveError::Connection { with, what });
+                };
+                let new = !streams.iter().any(|(rank, _)| *rank == joined.rank);
+                if joined.purpose == Purpose::Data && expected.contains(&joined.rank) && new {
+                    let stream = into_blocking(stream).map_err(|e| system(e.to_string()))?;
+                    streams.push((joined.rank, stream));
+                }
+            }
+            Ok(streams)
+        };
+        tokio::select! {
+            taken = taking => taken,
+            () = listener.run(admitted) => Err(system("the listener ended".to_owned())),
+        }
+    }
+}
+
+/// Waits until every rank has joined: from here on all paths are known to work.
+fn pass_barrier(collective: &HostCollective) -> Result<(), CollectiveError> {
+    let deadline = Instant::now() + JOIN_LIMIT;
+    collective.start(Operation { kind: Kind::Barrier, data: None })?;
+    let mut passed = 1;
+    loop {
+        passed += collective.arrivals()?.len();
+        if passed == collective.world_size() as usize {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            let what = format!("only {passed} ranks could be reached within {JOIN_LIMIT:?}");
+            return Err(CollectiveError::System { action: "joining", what });
+        }
+        collective.wait(Duration::from_millis(100));
+    }
+}
+
+/// What tells this host from any other, as far as memory is concerned: processes with the same answer can open each
+/// other's. Containers on one machine count as hosts of their own, and so do network namespaces.
+fn host_identity() -> io::Result<String> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let namespace = |name: &str| std::fs::read_link(format!("/proc/self/ns/{name}"));
+    let (pid, net) = (namespace("pid")?, namespace("net")?);
+    // SAFETY: the call has no preconditions and cannot fail.
+    let user = unsafe { libc::geteuid() };
+    Ok(format!("{} {} {} user:{user}", boot.trim(), pid.display(), net.display()))
+}

@@ -1,0 +1,225 @@
+//! A rank in another process, on the coordinator's side: an actor with the same commands and events as one of this process.
+//!
+//! When its process is gone, silent or talks nonsense the actor fails with the cause, which its supervisor is told as it is
+//! told of any actor.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use longshore_rank::{
+    error::RankError,
+    protocol::{
+        Contact, Generation, Peers, Phase, Progress, RankCommand, RankEvent, RankEventKind,
+    },
+};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use tokio::{net::TcpStream, sync::mpsc};
+use tracing::warn;
+
+use crate::{
+    error::line,
+    link::session::{self, Beat, Ended, LinkError, OUTGOING_MAX, Timing},
+    processes::message::{Happened, PLAN_HASH_BYTES, ToCoordinator, ToRank},
+    supervisor::SupervisorMessage,
+};
+
+/// A rank in another process.
+#[derive(Debug)]
+pub(crate) struct RemoteRank;
+
+/// What it is started with.
+#[derive(Debug)]
+pub(crate) struct RemoteArguments {
+    pub(crate) rank: u32,
+    /// The connection, right behind the handshake.
+    pub(crate) stream: TcpStream,
+    pub(crate) timing: Timing,
+    /// Its counters, as of its last heartbeat.
+    pub(crate) progress: Arc<Progress>,
+    /// The plan that it must carry out.
+    pub(crate) plan: [u8; PLAN_HASH_BYTES],
+}
+
+/// Everything that arrives in its mailbox.
+#[derive(Debug)]
+pub(crate) enum RemoteMessage {
+    Command(RankCommand),
+    /// Every rank has contributed its piece.
+    Gathered,
+    /// Nothing is left to be said.
+    End,
+    Heard(ToCoordinator),
+    Ended(Result<Ended, LinkError>),
+}
+
+impl From<RankCommand> for RemoteMessage {
+    fn from(command: RankCommand) -> Self {
+        Self::Command(command)
+    }
+}
+
+impl TryFrom<RemoteMessage> for RankCommand {
+    type Error = RemoteMessage;
+
+    fn try_from(message: RemoteMessage) -> Result<Self, RemoteMessage> {
+        match message {
+            RemoteMessage::Command(command) => Ok(command),
+            other => Err(other),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct RemoteState {
+    rank: u32,
+    supervisor: ActorRef<SupervisorMessage>,
+    /// `None` once nothing is left to be said.
+    outgoing: Option<mpsc::Sender<ToRank>>,
+    plan: [u8; PLAN_HASH_BYTES],
+    generation: Generation,
+    late: bool,
+}
+
+impl Actor for RemoteRank {
+    type Msg = RemoteMessage;
+    type State = RemoteState;
+    type Arguments = (RemoteArguments, ActorRef<SupervisorMessage>);
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<RemoteMessage>,
+        (arguments, supervisor): Self::Arguments,
+    ) -> Result<RemoteState, ActorProcessingErr> {
+        let RemoteArguments { rank, stream, timing, progress, plan } = arguments;
+        let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
+        tokio::spawn(async move {
+            // the mailbox has no bound; what a rank says in one load has, and a flood is for the session's limits to stop
+            let heard = |message| {
+                let _ = myself.cast(RemoteMessage::Heard(message));
+                Ok(())
+            };
+            let beat = |beat| note(&progress, &beat);
+            let ended = session::run(stream, queue, heard, Beat::default, beat, timing).await;
+            // an actor that is gone has no use for it
+            let _ = myself.cast(RemoteMessage::Ended(ended));
+        });
+        let (generation, late) = (0, false);
+        Ok(RemoteState { rank, supervisor, outgoing: Some(outgoing), plan, generation, late })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<RemoteMessage>,
+        message: RemoteMessage,
+        state: &mut RemoteState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            RemoteMessage::Command(command) => state.tell(to_rank(command)),
+            RemoteMessage::Gathered => state.tell(Some(ToRank::Gathered)),
+            RemoteMessage::End => {
+                state.outgoing = None;
+                Ok(())
+            }
+            RemoteMessage::Heard(ToCoordinator::Event { generation, what }) => {
+                state.event(generation, what);
+                Ok(())
+            }
+            RemoteMessage::Heard(ToCoordinator::Contributed(piece)) => {
+                let rank = state.rank;
+                state.report(SupervisorMessage::Contributed { rank, piece });
+                Ok(())
+            }
+            RemoteMessage::Ended(Ok(_)) if state.outgoing.is_none() => {
+                myself.stop(None);
+                Ok(())
+            }
+            RemoteMessage::Ended(Ok(_)) => Err("its process left before the end".into()),
+            RemoteMessage::Ended(Err(e)) => Err(line(&e).into()),
+        }
+    }
+}
+
+impl RemoteState {
+    fn tell(&mut self, message: Option<ToRank>) -> Result<(), ActorProcessingErr> {
+        if let Some(ToRank::Allocate { generation }) = &message {
+            self.generation = *generation;
+        }
+        let (Some(message), Some(outgoing)) = (message, &self.outgoing) else { return Ok(()) };
+        // the session may have ended, which its own message tells
+        match outgoing.try_send(message) {
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                Err(format!("it left {OUTGOING_MAX} messages unread").into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn event(&mut self, generation: Generation, what: Happened) {
+        // RNK-4
+        if generation != self.generation {
+            if !self.late {
+                let (rank, now) = (self.rank, self.generation);
+                warn!("rank {rank} speaks of generation {generation}, it is {now} now: ignored");
+            }
+            self.late = true;
+            return;
+        }
+        let kind = match what {
+            Happened::Allocated { plan, .. } if plan != self.plan => {
+                let text = "it plans another load than rank 0: source, options or version differ";
+                RankEventKind::Failed(RankError::Reported { text: text.into(), refused: true })
+            }
+            Happened::Allocated { endpoint, .. } => {
+                RankEventKind::Allocated(Contact::Apart(endpoint))
+            }
+            Happened::Prepared => RankEventKind::Prepared,
+            Happened::Ready(report) => RankEventKind::Ready(None, report),
+            Happened::Failed { text, refused } => {
+                RankEventKind::Failed(RankError::Reported { text, refused })
+            }
+        };
+        let rank = self.rank;
+        self.report(SupervisorMessage::Event(RankEvent { rank, generation, kind }));
+    }
+
+    fn report(&self, message: SupervisorMessage) {
+        // without a supervisor there is nobody to tell
+        let _ = self.supervisor.cast(message);
+    }
+}
+
+/// A command as it goes over the link.
+fn to_rank(command: RankCommand) -> Option<ToRank> {
+    Some(match command {
+        RankCommand::Allocate { generation } => ToRank::Allocate { generation },
+        RankCommand::Load { generation, peers: Peers::Apart(roster) } => {
+            ToRank::Load { generation, roster: roster.to_vec() }
+        }
+        // memory of the coordinator's process means nothing in another
+        RankCommand::Load { peers: Peers::Here(_), .. } => return None,
+        RankCommand::Start { generation } => ToRank::Start { generation },
+        RankCommand::Abort { generation, why } => ToRank::Abort { generation, why },
+        RankCommand::Release { generation } => ToRank::Release { generation },
+    })
+}
+
+/// A rank's counters, from its heartbeat.
+fn note(progress: &Progress, beat: &Beat) {
+    progress.enter(Phase::from_number(beat.phase));
+    progress.steps.store(beat.progress, Ordering::Relaxed);
+    progress.in_hand.store(u64::from(!beat.waiting), Ordering::Relaxed);
+    progress.read_bytes.store(beat.read_bytes, Ordering::Relaxed);
+    progress.received_bytes.store(beat.received_bytes, Ordering::Relaxed);
+    progress.sent_bytes.store(beat.sent_bytes, Ordering::Relaxed);
+}
+
+/// A rank's heartbeat, from its counters.
+pub(crate) fn beat_of(progress: &Progress) -> Beat {
+    Beat {
+        progress: progress.steps.load(Ordering::Relaxed),
+        read_bytes: progress.read_bytes.load(Ordering::Relaxed),
+        received_bytes: progress.received_bytes.load(Ordering::Relaxed),
+        sent_bytes: progress.sent_bytes.load(Ordering::Relaxed),
+        phase: progress.phase() as u8,
+        waiting: progress.in_hand.load(Ordering::Relaxed) == 0,
+    }
+}

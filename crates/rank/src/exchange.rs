@@ -1,0 +1,233 @@
+//! Exchange with ranks in other processes, round by round: one thread per rank starts operations and picks up what
+//! arrives; the workers fill and place.
+//!
+//! Round `k` is operation `k + 1`; operation 0 is the barrier that every rank joined with. To a round each rank contributes
+//! one read at most. Where ranks share memory the whole read is shown to all, and each copies what it wants; otherwise
+//! each is sent its pieces alone.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use longshore_models::placement::Span;
+
+use crate::{
+    collective::{Arrival, Collective, CollectiveError, Incoming, Kind, Operation, Piece, slots::Slot},
+    error::RankError,
+    protocol::{LoadPlan, Read},
+    scatter::tensors_in,
+};
+
+/// The number of round 0's operation.
+const FIRST_OPERATION: u64 = 1;
+
+/// How long the thread sleeps when nothing rings; only a lost wake-up would make it matter.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+/// The exchange of one load on one rank.
+#[derive(Debug)]
+pub(crate) struct Exchange {
+    pub(crate) collective: Arc<dyn Collective>,
+    rank: u32,
+    rounds: u32,
+    /// For each rank its reads that are exchanged: `(round, index into its reads)`, in order.
+    pooled: Vec<Vec<(u32, u32)>>,
+    contributions: Mutex<Contributions>,
+}
+
+#[derive(Debug, Default)]
+struct Contributions {
+    /// The next of this rank's rounds that has a read, by position in `pooled`.
+    next: usize,
+    /// Slots of rounds that are read, by position in `pooled` from `next` on.
+    filled: std::collections::VecDeque<Option<Slot>>,
+}
+
+/// Bytes of another rank's read that have arrived.
+#[derive(Debug)]
+pub(crate) struct Landed {
+    pub(crate) source: u32,
+    pub(crate) read: Read,
+    pub(crate) bytes: Incoming,
+}
+
+impl Exchange {
+    pub(crate) fn new(rank: u32, plan: &LoadPlan, collective: Arc<dyn Collective>) -> Self {
+        let pooled: Vec<Vec<(u32, u32)>> = plan
+            .reads
+            .iter()
+            .map(|reads| {
+                let numbered = reads.iter().enumerate();
+                numbered.filter_map(|(i, read)| Some((read.round?, i as u32))).collect()
+            })
+            .collect();
+        let rounds = pooled.iter().filter_map(|p| Some(p.last()?.0 + 1)).max().unwrap_or(0);
+        Self { collective, rank, rounds, pooled, contributions: Mutex::default() }
+    }
+
+    /// A read of this rank is in `slot`; `number` is its index into the rank's reads.
+    pub(crate) fn contribute(&self, number: usize, slot: Slot) {
+        let own = &self.pooled[self.rank as usize];
+        let Ok(position) = own.binary_search_by_key(&(number as u32), |(_, i)| *i) else {
+            return;
+        };
+        let mut contributions = self.lock();
+        let at = position - contributions.next;
+        while contributions.filled.len() <= at {
+            contributions.filled.push_back(None);
+        }
+        contributions.filled[at] = Some(slot);
+        drop(contributions);
+        self.collective.wake();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Contributions> {
+        // consistent after every statement that changes it
+        self.contributions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs all rounds; hands what arrives to `land`, calls `freed` when slots may have become free.
+    ///
+    /// Ends when everything has arrived and everything was taken.
+    ///
+    /// # Errors
+    /// The collective fails or is aborted.
+    pub(crate) fn drive(
+        &self,
+        plan: &LoadPlan,
+        land: impl Fn(Landed),
+        freed: impl Fn(),
+    ) -> Result<(), CollectiveError> {
+        let mut round = 0;
+        let mut arrived = vec![0; self.pooled.len()];
+        loop {
+            while round < self.rounds && self.collective.has_room() {
+                let Some(operation) = self.operation(plan, round) else { break };
+                self.collective.start(operation)?;
+                round += 1;
+            }
+            for arrival in self.collective.arrivals()? {
+                if let Some(landed) = self.landed(plan, &mut arrived, arrival) {
+                    land(landed);
+                }
+            }
+            if round == self.rounds && self.collective.is_idle() {
+                return Ok(());
+            }
+            freed();
+            self.collective.wait(LOOK_AGAIN);
+        }
+    }
+
+    /// This rank's part in `round`; `None` while its read is not done.
+    fn operation(&self, plan: &LoadPlan, round: u32) -> Option<Operation> {
+        let read_of = |rank: usize| {
+            let reads = &self.pooled[rank];
+            let at = reads.binary_search_by_key(&round, |(r, _)| *r).ok()?;
+            Some(&plan.reads[rank][reads[at].1 as usize])
+        };
+        let own = read_of(self.rank as usize);
+        let data = match own {
+            None => None,
+            Some(_) => {
+                let mut contributions = self.lock();
+                let slot = contributions.filled.front_mut()?.take()?;
+                contributions.filled.pop_front();
+                contributions.next += 1;
+                Some(slot)
+            }
+        };
+        let ranks = 0..self.pooled.len();
+        let kind = if self.collective.shares_memory() {
+            let bytes = ranks.map(|rank| read_of(rank).map_or(0, |read| read.range.len()));
+            Kind::AllGather { bytes: bytes.collect() }
+        } else {
+            let receives = ranks.map(|rank| match read_of(rank) {
+                Some(read) if rank as u32 != self.rank => wanted_bytes(plan, read, self.rank),
+                _ => 0,
+            });
+            let receives = receives.collect();
+            Kind::AllToAll { sends: self.sends(plan, own), receives }
+        };
+        Some(Operation { kind, data })
+    }
+
+    /// For each rank the pieces of `read` that it gets.
+    fn sends(&self, plan: &LoadPlan, read: Option<&Read>) -> Vec<Vec<Piece>> {
+        let mut sends = vec![Vec::new(); self.pooled.len()];
+        let Some(read) = read else { return sends };
+        for_each_span(plan, read, |rank| rank != self.rank, |span| {
+            sends[span.rank as usize].push(Piece {
+                offset: span.source_offset,
+                width: span.width,
+                stride: span.source_stride,
+                rows: span.rows,
+            });
+        });
+        sends
+    }
+
+    /// Which read has arrived; `None` when nothing of it is for this rank.
+    fn landed(&self, plan: &LoadPlan, arrived: &mut [usize], arrival: Arrival) -> Option<Landed> {
+        let Arrival { operation, source, bytes } = arrival;
+        let round = operation.checked_sub(FIRST_OPERATION)?;
+        let reads = &self.pooled[source as usize];
+        let next = &mut arrived[source as usize];
+        let (of_round, index) = *reads.get(*next)?;
+        if u64::from(of_round) != round {
+            return None;
+        }
+        *next += 1;
+        let read = plan.reads[source as usize][index as usize];
+        (!matches!(bytes, Incoming::Nothing)).then_some(Landed { source, read, bytes })
+    }
+}
+
+/// The spans that `read` turns into on those ranks that are `wanted`, relative to its beginning.
+pub(crate) fn for_each_span(
+    plan: &LoadPlan,
+    read: &Read,
+    wanted: impl Fn(u32) -> bool,
+    mut each: impl FnMut(Span),
+) {
+    for (tensor, within, offset) in tensors_in(&plan.checkpoint, read.file, read.range) {
+        plan.placement.spans(tensor, within, &wanted, |mut span| {
+            span.source_offset += offset;
+            each(span);
+        });
+    }
+}
+
+fn wanted_bytes(plan: &LoadPlan, read: &Read, rank: u32) -> u64 {
+    let mut bytes = 0;
+    for_each_span(plan, read, |r| r == rank, |span| bytes += span.source_bytes());
+    bytes
+}
+
+impl Landed {
+    /// The spans of this read on `rank`, relative to the beginning of what arrived.
+    pub(crate) fn spans(&self, plan: &LoadPlan, rank: u32) -> Vec<Span> {
+        let (mut spans, mut at) = (Vec::new(), 0);
+        let packed = !self.bytes.is_in_place();
+        for_each_span(plan, &self.read, |r| r == rank, |mut span| {
+            if packed {
+                (span.source_offset, span.source_stride) = (at, span.width);
+                at += span.source_bytes();
+            }
+            spans.push(span);
+        });
+        spans
+    }
+
+    /// The bytes.
+    ///
+    /// # Errors
+    /// They are not in the host's memory, where this rank's parameters are.
+    pub(crate) fn host_bytes(&self) -> Result<&[u8], RankError> {
+        self.bytes.host().ok_or_else(|| {
+            let what = "bytes arrived in a device's memory".to_owned();
+            RankError::Exchange(CollectiveError::Operation { what })
+        })
+    }
+}
