@@ -9,6 +9,8 @@
 //! | 7 | complete ranks, reload in place | [`group`] | complete parameters of one checkpoint → of another |
 //! | 8 | results | [`digest`], [`out`], [`report`] | complete parameters → digest, files, JSON, table |
 //!
+//! Where ranks are processes, each finds its [`place`].
+//!
 //! ```
 //! use longshore::{discover::discover, load, plan, synth};
 //!
@@ -37,6 +39,7 @@ pub mod group;
 pub mod inspect;
 pub mod load;
 pub mod out;
+pub mod place;
 pub mod plan;
 pub mod report;
 pub mod secret;
