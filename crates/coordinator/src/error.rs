@@ -134,6 +134,15 @@ pub enum LoadError {
         /// What the supervisor was told.
         reason: String,
     },
+    /// A command that was to be launched cannot be.
+    #[error("{program}: cannot be started")]
+    Start {
+        /// The program, as it was given.
+        program: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The runtime or the actor system could not be started.
     #[error("the runtime could not be started: {0}")]
     Runtime(String),
@@ -157,6 +166,7 @@ impl LoadError {
             | LoadError::Checkpoint { .. }
             | LoadError::Plan { .. }
             | LoadError::Option { .. }
+            | LoadError::Start { .. }
             | LoadError::HostMemory { .. } => 2,
         }
     }
