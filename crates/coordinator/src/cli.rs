@@ -1,6 +1,7 @@
 //! The command line.
 
 mod arguments;
+mod launch;
 mod watch;
 
 use std::{
@@ -46,6 +47,7 @@ pub fn main() -> ExitCode {
         Command::Plan(arguments) => run_plan(arguments, cli.json),
         Command::Inspect(arguments) => run_inspect(arguments, cli.json),
         Command::Synth(arguments) => run_synth(arguments, cli.json),
+        Command::Launch(arguments) => return launch::run(arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

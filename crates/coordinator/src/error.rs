@@ -173,6 +173,15 @@ pub enum LoadError {
     /// The processes of the group cannot be joined.
     #[error("the ranks cannot be joined")]
     Join(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// A command that was to be launched cannot be.
+    #[error("{program}: cannot be started")]
+    Start {
+        /// The program, as it was given.
+        program: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The runtime or the actor system could not be started.
     #[error("the runtime could not be started: {0}")]
     Runtime(String),
@@ -201,6 +210,7 @@ impl LoadError {
             | LoadError::Plan { .. }
             | LoadError::Option { .. }
             | LoadError::Join(_)
+            | LoadError::Start { .. }
             | LoadError::HostMemory { .. } => 2,
         }
     }

@@ -9,6 +9,8 @@
 //! | 7 | complete ranks, reload in place | [`group`] | complete parameters of one checkpoint → of another |
 //! | 8 | results | [`digest`], [`out`], [`report`] | complete parameters → digest, files, JSON, table |
 //!
+//! Where ranks are processes, [`launch`] starts them, and each finds its [`place`].
+//!
 //! ```
 //! use longshore::{discover::discover, load, plan, synth};
 //!
@@ -35,6 +37,7 @@ pub mod discover;
 pub mod error;
 pub mod group;
 pub mod inspect;
+pub mod launch;
 pub mod load;
 pub mod out;
 pub mod place;

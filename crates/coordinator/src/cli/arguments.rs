@@ -14,6 +14,8 @@ use crate::{
     synth::{Scale, Synth},
 };
 
+use super::launch::LaunchArgs;
+
 /// Loads a large language model's checkpoint onto the ranks of a tensor-parallel server.
 #[derive(Debug, Parser)]
 #[command(version, about, max_term_width = 100)]
@@ -38,6 +40,8 @@ pub(super) enum Command {
     Inspect(InspectArgs),
     /// Write a synthetic checkpoint.
     Synth(SynthArgs),
+    /// Start a command as every rank of this host, and again when one fails; takes torchrun's flags.
+    Launch(LaunchArgs),
 }
 
 #[derive(Debug, Args)]

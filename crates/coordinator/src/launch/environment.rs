@@ -1,0 +1,71 @@
+//! What each process is told of its place.
+
+use super::Launch;
+use crate::secret::SECRET_VARIABLE;
+
+/// What torchrun sets and `launch` has no use for: a program would look for a store that is not there.
+pub(super) const REMOVED: [&str; 1] = ["TORCHELASTIC_USE_AGENT_STORE"];
+
+/// What is the same for all processes of one attempt.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    pub(super) number: u32,
+    pub(super) master_addr: String,
+    pub(super) master_port: u16,
+    pub(super) secret: String,
+}
+
+impl Launch {
+    /// The variables of the process `local_rank` of this host; those that [`Place`](crate::place::Place) reads, under
+    /// torchrun's names.
+    pub(super) fn variables(
+        &self,
+        local_rank: u32,
+        attempt: &Attempt,
+    ) -> Vec<(&'static str, String)> {
+        vec![
+            ("RANK", self.rank(local_rank).to_string()),
+            ("WORLD_SIZE", (self.nnodes * self.nproc).to_string()),
+            ("LOCAL_RANK", local_rank.to_string()),
+            ("LOCAL_WORLD_SIZE", self.nproc.to_string()),
+            ("NODE_RANK", self.node_rank.to_string()),
+            ("GROUP_RANK", self.node_rank.to_string()),
+            ("GROUP_WORLD_SIZE", self.nnodes.to_string()),
+            ("MASTER_ADDR", attempt.master_addr.clone()),
+            ("MASTER_PORT", attempt.master_port.to_string()),
+            ("TORCHELASTIC_RESTART_COUNT", attempt.number.to_string()),
+            ("TORCHELASTIC_MAX_RESTARTS", self.max_restarts.to_string()),
+            (SECRET_VARIABLE, attempt.secret.clone()),
+        ]
+    }
+
+    /// The rank of the process `local_rank` of this host; hosts hold consecutive ranks.
+    pub(super) fn rank(&self, local_rank: u32) -> u32 {
+        self.node_rank * self.nproc + local_rank
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{place::Place, secret::Secret};
+
+    /// The two ends of the environment agree.
+    #[test]
+    fn a_process_finds_the_place_it_was_started_for() {
+        let launch = Launch { nnodes: 2, node_rank: 1, ..Launch::new(vec!["true".into()], 4) };
+        let attempt = Attempt {
+            number: 2,
+            master_addr: "10.0.0.1".into(),
+            master_port: 4000,
+            secret: "abc".into(),
+        };
+        let variables = launch.variables(3, &attempt);
+        let place = Place::from_variables(|name| {
+            variables.iter().find(|(known, _)| *known == name).map(|(_, text)| text.clone())
+        });
+        let mut wanted = Place::new(7, 8, "10.0.0.1", 4000).unwrap().local_rank(3, 4).unwrap();
+        wanted.attempt = 2;
+        assert_eq!(place.unwrap(), wanted.secret(Secret::from_text("abc")));
+    }
+}

@@ -1,0 +1,46 @@
+//! The signals that end the launcher.
+
+use std::{future::poll_fn, io, mem, ptr, task::Poll};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// What ends a launcher: Ctrl-C, Ctrl-\, `kill`, a closed terminal.
+const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGHUP];
+
+/// Those of them that this process is to heed.
+#[derive(Debug)]
+pub(super) struct Signals(Vec<(i32, Signal)>);
+
+impl Signals {
+    /// Listens from now on, in place of what the signals did before. One that was ignored stays so: whoever started the
+    /// launcher wants it to go on (`nohup`, `&` in a script).
+    pub(super) fn listen() -> io::Result<Self> {
+        let heeded = ENDING.into_iter().filter(|number| !is_ignored(*number));
+        let listen = |number| Ok((number, signal(SignalKind::from_raw(number))?));
+        Ok(Self(heeded.map(listen).collect::<io::Result<_>>()?))
+    }
+
+    /// The next one that comes, or came since.
+    ///
+    /// # Cancel safety
+    /// A signal that was not returned is returned by the next call.
+    pub(super) async fn next(&mut self) -> i32 {
+        poll_fn(|context| {
+            for (number, stream) in &mut self.0 {
+                if stream.poll_recv(context).is_ready() {
+                    return Poll::Ready(*number);
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+fn is_ignored(number: i32) -> bool {
+    // SAFETY: all zeroes is a value of this plain structure
+    let mut found: libc::sigaction = unsafe { mem::zeroed() };
+    // SAFETY: with a null second argument the call only writes to `found`, which outlives it
+    let asked = unsafe { libc::sigaction(number, ptr::null(), &raw mut found) };
+    asked == 0 && found.sa_sigaction == libc::SIG_IGN
+}
