@@ -1,0 +1,23 @@
+//! The control link between the coordinator and ranks in processes of their own.
+//!
+//! ```text
+//!  rank process                                        coordinator process
+//!  connect ──── TCP, options ────────────────────────► listen
+//!     │  ◄── greeting: magic, version, challenge ────────  │   handshake: who is this, does it know the secret?
+//!     │  ─── join: rank, attempt, challenge, proof ─────►  │
+//!     │  ◄── welcome: proof ─────────────────────────────  │
+//!  session ◄──── messages, heartbeats, goodbye ──────► session
+//!  (on a thread of its own)                            (a task)
+//! ```
+//!
+//! | module | in → out |
+//! |---|---|
+//! | [`wire`] | value ⇄ bytes, with a version |
+//! | [`frame`] | bytes of a stream ⇄ frames, with a limit |
+//!
+//! It neither encrypts nor moves weights: it keeps out whoever does not know the secret, and finds out that the other
+//! side is dead (closed), hung (silent) or another one than expected (refused). It does not decide what follows from
+//! that, nor whether a rank may join twice; the supervisor does.
+
+pub mod frame;
+pub mod wire;
