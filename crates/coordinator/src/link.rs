@@ -14,10 +14,13 @@
 //! |---|---|
 //! | [`wire`] | value ⇄ bytes, with a version |
 //! | [`frame`] | bytes of a stream ⇄ frames, with a limit |
+//! | [`tcp`], [`same_user`] | socket options; who owns the other end of a local connection |
 //!
 //! It neither encrypts nor moves weights: it keeps out whoever does not know the secret, and finds out that the other
 //! side is dead (closed), hung (silent) or another one than expected (refused). It does not decide what follows from
 //! that, nor whether a rank may join twice; the supervisor does.
 
 pub mod frame;
+pub mod same_user;
+pub mod tcp;
 pub mod wire;
