@@ -14,6 +14,7 @@
 //! |---|---|
 //! | [`wire`] | value ⇄ bytes, with a version |
 //! | [`frame`] | bytes of a stream ⇄ frames, with a limit |
+//! | [`handshake`] | a fresh stream → who is at its other end, proven |
 //! | [`tcp`], [`same_user`] | socket options; who owns the other end of a local connection |
 //!
 //! It neither encrypts nor moves weights: it keeps out whoever does not know the secret, and finds out that the other
@@ -21,6 +22,7 @@
 //! that, nor whether a rank may join twice; the supervisor does.
 
 pub mod frame;
+pub mod handshake;
 pub mod same_user;
 pub mod tcp;
 pub mod wire;
