@@ -15,6 +15,8 @@
 //! | [`wire`] | value ⇄ bytes, with a version |
 //! | [`frame`] | bytes of a stream ⇄ frames, with a limit |
 //! | [`handshake`] | a fresh stream → who is at its other end, proven |
+//! | [`session`] | a proven stream → messages both ways until it ends, and why it did |
+//! | [`thread`] | a session that goes on while everything else in the process is stuck |
 //! | [`tcp`], [`same_user`] | socket options; who owns the other end of a local connection |
 //!
 //! It neither encrypts nor moves weights: it keeps out whoever does not know the secret, and finds out that the other
@@ -24,5 +26,7 @@
 pub mod frame;
 pub mod handshake;
 pub mod same_user;
+pub mod session;
 pub mod tcp;
+pub mod thread;
 pub mod wire;
