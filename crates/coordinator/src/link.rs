@@ -18,13 +18,16 @@
 //! | [`session`] | a proven stream → messages both ways until it ends, and why it did |
 //! | [`thread`] | a session that goes on while everything else in the process is stuck |
 //! | [`tcp`], [`same_user`] | socket options; who owns the other end of a local connection |
+//! | [`listen`], [`connect`](mod@connect) | addresses → proven connections, whatever else knocks or answers there |
 //!
 //! It neither encrypts nor moves weights: it keeps out whoever does not know the secret, and finds out that the other
 //! side is dead (closed), hung (silent) or another one than expected (refused). It does not decide what follows from
 //! that, nor whether a rank may join twice; the supervisor does.
 
+pub mod connect;
 pub mod frame;
 pub mod handshake;
+pub mod listen;
 pub mod same_user;
 pub mod session;
 pub mod tcp;
