@@ -2,10 +2,12 @@
 
 mod arguments;
 mod launch;
+mod rank;
 mod watch;
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     io::{self, IsTerminal, Write},
     process::ExitCode,
     time::Instant,
@@ -24,15 +26,18 @@ use crate::{
     load::{RunOptions, load, progress_of},
     out,
     plan::{Plan, PlanOptions},
-    report::Report,
+    report::{Done, Report},
     source,
 };
 
-use self::arguments::{Cli, Command, InspectArgs, LoadArgs, PlanArgs, SynthArgs};
+use self::arguments::{
+    Cli, Command, InspectArgs, LoadArgs, PlanArgs, RanksArg, RunArgs, SynthArgs,
+};
 
 /// Runs the command line of this process and says how to exit.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
         Err(e) if !e.use_stderr() => {
             // --help and --version
@@ -41,13 +46,23 @@ pub fn main() -> ExitCode {
         }
         Err(e) => return fail(&one_line(&e.to_string()), 2),
     };
-    start_log(cli.log_level);
+    if let Command::Load(load) = &cli.command
+        && load.run.plan.ranks == RanksArg::Processes
+    {
+        return rank::launch(load, std::mem::take(&mut arguments), cli.log_level);
+    }
+    if let Command::Rank(arguments) = &cli.command {
+        return rank::run(arguments, cli.json, cli.log_level);
+    }
+    start_log(cli.log_level, None);
     let done = match &cli.command {
         Command::Load(arguments) => run_load(arguments, cli.json),
         Command::Plan(arguments) => run_plan(arguments, cli.json),
         Command::Inspect(arguments) => run_inspect(arguments, cli.json),
         Command::Synth(arguments) => run_synth(arguments, cli.json),
         Command::Launch(arguments) => return launch::run(arguments),
+        // taken care of above, since they say where their log goes
+        Command::Rank(_) => Ok(()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -68,15 +83,40 @@ fn one_line(message: &str) -> String {
     words.join(" ").trim_start_matches("error: ").to_owned()
 }
 
-fn start_log(level: LevelFilter) {
+/// Starts the log, each line of it after `prefix`.
+fn start_log(level: LevelFilter, prefix: Option<String>) {
     tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(move || Prefixed { prefix: prefix.clone(), out: io::stderr() })
         .with_max_level(level)
         .with_target(false)
         .with_ansi(io::stderr().is_terminal())
         .without_time()
         .compact()
         .init();
+}
+
+/// Puts a prefix before what is written at a time, which is a line of the log.
+#[derive(Debug)]
+struct Prefixed {
+    prefix: Option<String>,
+    out: io::Stderr,
+}
+
+impl Write for Prefixed {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        match self.prefix.take() {
+            None => self.out.write(line),
+            Some(prefix) => {
+                // at once, so that lines of several processes do not mix
+                let whole = [prefix.as_bytes(), line].concat();
+                self.out.write_all(&whole).map(|()| line.len())
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
 }
 
 /// Writes one JSON document, or the text. A reader that has seen enough (`… | head`) is no failure.
@@ -98,17 +138,22 @@ fn print(
     }
 }
 
-fn make_plan(arguments: &PlanArgs, source: &str, phases: &mut Phases) -> Result<Plan, LoadError> {
+fn make_plan(
+    arguments: &PlanArgs,
+    tp: u32,
+    source: &str,
+    phases: &mut Phases,
+) -> Result<Plan, LoadError> {
     arguments.check_supported()?;
     let dir = phases.measure("source", || source::resolve(source))?;
     let discovered = phases.measure("headers", || discover(&dir))?;
-    let options = arguments.plan_options()?;
+    let options = arguments.plan_options(tp)?;
     phases.measure("plan", || Plan::new(discovered, &options))
 }
 
 /// The forecast of the load; what would be reloaded is only checked.
 fn run_plan(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
-    arguments.run_options()?;
+    arguments.run.run_options()?;
     let Some(Step { source, plan, phases }) = plan_steps(arguments)?.into_iter().next() else {
         return Ok(());
     };
@@ -142,7 +187,7 @@ fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
 }
 
 fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
-    let options = arguments.run_options()?;
+    let options = arguments.run.run_options()?;
     let mut steps = plan_steps(arguments)?;
     // the last step's stand in the summary, if there is one
     for step in &steps[..steps.len() - usize::from(!json)] {
@@ -150,7 +195,7 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
             tracing::warn!("{}: {warning}", step.source);
         }
     }
-    if let Some(dir) = &arguments.out {
+    if let Some(dir) = &arguments.run.out {
         out::check_writable(dir)?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -164,13 +209,19 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
     let group = group?;
     // what is held now is the last step's; it is also what is reported
     let Some(Step { source, plan, mut phases }) = steps.pop() else { return Ok(()) };
-    let mut report = Report::of_load(&plan, source, &group);
+    let done = Done {
+        reports: &group.reports,
+        warnings: &group.warnings,
+        generation: group.generation(),
+        peak_rss_bytes: None,
+    };
+    let mut report = Report::of_load(&plan, source, &done);
     report.seconds = Some(phases.ready_seconds());
     let ranks = group.ranks()?;
-    if !arguments.no_digest {
+    if !arguments.run.no_digest {
         report.digest = Some(phases.measure("digest", || digest::group_digest(ranks)));
     }
-    if let Some(dir) = &arguments.out {
+    if let Some(dir) = &arguments.run.out {
         phases.measure("out", || out::write(dir, &plan, ranks, source))?;
     }
     report.phases = phases.0;
@@ -187,9 +238,10 @@ struct Step<'a> {
 /// Plans the load and all reloads before any weight is read.
 fn plan_steps(arguments: &LoadArgs) -> Result<Vec<Step<'_>>, LoadError> {
     let mut steps: Vec<Step<'_>> = Vec::new();
-    for source in [&arguments.plan.source].into_iter().chain(&arguments.reload) {
+    let RunArgs { plan, reload, .. } = &arguments.run;
+    for source in [&plan.source].into_iter().chain(reload) {
         let mut phases = Phases::default();
-        let plan = make_plan(&arguments.plan, source, &mut phases)?;
+        let plan = make_plan(plan, arguments.tp, source, &mut phases)?;
         if let Some(first) = steps.first() {
             let same = first.plan.placement().same_parameters(plan.placement());
             same.map_err(|e| LoadError::Plan { path: plan.dir.clone(), source: e })?;

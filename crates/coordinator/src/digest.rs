@@ -14,20 +14,40 @@ use xxhash_rust::xxh3::xxh3_128;
 
 /// The digest over all parameters of all ranks: lower-case hex, the same however the bytes travelled.
 pub fn group_digest(ranks: &[ReadyParams]) -> String {
-    let mut all = Sha256::new();
     let hashes = each_param(ranks, |param| xxh3_128(param.bytes));
+    let mut all = Sha256::new();
     for (rank, hashes) in ranks.iter().zip(hashes) {
-        for (param, hash) in rank.iter().zip(hashes) {
-            let ParamView { name, dtype, shape, .. } = param;
-            all.update(format!("{} {name} {dtype} {shape:?} {hash:032x}\n", rank.rank));
-        }
+        add_rank(&mut all, rank.rank, rank, hashes.into_iter());
     }
     hex(&all.finalize())
 }
 
-/// SHA-256 of every parameter of every rank, lower-case hex, in the order of [`ReadyParams::iter`].
-pub fn param_sha256(ranks: &[ReadyParams]) -> Vec<Vec<String>> {
-    each_param(ranks, |param| hex(&Sha256::digest(param.bytes)))
+/// One rank's share of [`group_digest`]: the hash of each parameter, in the order of [`ReadyParams::iter`].
+pub(crate) fn param_hashes(rank: &ReadyParams) -> Vec<u128> {
+    let mut hashes = each_param(std::slice::from_ref(rank), |param| xxh3_128(param.bytes));
+    hashes.pop().unwrap_or_default()
+}
+
+/// [`group_digest`], of every rank's share in their order; names and shapes are those of `any`, the same on every rank.
+pub(crate) fn combine(any: &ReadyParams, shares: impl Iterator<Item = Vec<u128>>) -> String {
+    let mut all = Sha256::new();
+    for (rank, hashes) in shares.enumerate() {
+        add_rank(&mut all, rank as u32, any, hashes.into_iter());
+    }
+    hex(&all.finalize())
+}
+
+fn add_rank(all: &mut Sha256, rank: u32, params: &ReadyParams, hashes: impl Iterator<Item = u128>) {
+    for (param, hash) in params.iter().zip(hashes) {
+        let ParamView { name, dtype, shape, .. } = param;
+        all.update(format!("{rank} {name} {dtype} {shape:?} {hash:032x}\n"));
+    }
+}
+
+/// SHA-256 of every parameter of a rank, in the order of [`ReadyParams::iter`].
+pub(crate) fn param_sha256(rank: &ReadyParams) -> Vec<[u8; 32]> {
+    let hash = |param: ParamView<'_>| Sha256::digest(param.bytes).into();
+    each_param(std::slice::from_ref(rank), hash).pop().unwrap_or_default()
 }
 
 /// Calls `hash` for every parameter of every rank, on all cores.
@@ -62,6 +82,7 @@ fn each_param<T: Send>(
     of_rank
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Lower-case hex.
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -217,14 +217,7 @@ impl LoadError {
 
     /// The error and all its causes in one line.
     pub fn line(&self) -> String {
-        let mut line = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(e) = cause {
-            line.push_str(": ");
-            line.push_str(&e.to_string());
-            cause = e.source();
-        }
-        one_line(&line)
+        line(self)
     }
 }
 
@@ -236,6 +229,18 @@ fn numbers(ranks: &[u32]) -> String {
         text.push("…".into());
     }
     text.join(", ")
+}
+
+/// `error` and all its causes in one line.
+pub(crate) fn line(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        line.push_str(": ");
+        line.push_str(&e.to_string());
+        cause = e.source();
+    }
+    one_line(&line)
 }
 
 /// The longest message: room for any name and shape that is meant seriously.

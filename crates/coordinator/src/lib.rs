@@ -8,6 +8,7 @@
 //! | 4–6 | streaming, exchange, post-processing | `longshore_rank`, started by [`load`](mod@load) | plan → complete parameters |
 //! | 7 | complete ranks, reload in place | [`group`] | complete parameters of one checkpoint → of another |
 //! | 8 | results | [`digest`], [`out`], [`report`] | complete parameters → digest, files, JSON, table |
+//! | – | the wire between coordinator and ranks in other processes | [`link`], [`secret`] | messages ⇄ messages, heartbeats, how it ended |
 //!
 //! Where ranks are processes, [`launch`] starts them, and each finds its [`place`].
 //!
@@ -38,6 +39,7 @@ pub mod error;
 pub mod group;
 pub mod inspect;
 pub mod launch;
+pub mod link;
 pub mod load;
 pub mod out;
 pub mod place;

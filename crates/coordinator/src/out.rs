@@ -48,7 +48,7 @@ pub fn check_writable(dir: &Path) -> Result<(), LoadError> {
     let failed = |action| move |e| LoadError::Io { path: dir.into(), action, source: e };
     fs::create_dir_all(dir).map_err(failed("creating the directory"))?;
     remove_abandoned(dir);
-    let aside = aside(dir);
+    let aside = aside(dir, 0);
     fs::create_dir(&aside).map_err(failed("creating a directory in it"))?;
     fs::remove_dir(&aside).map_err(failed("removing a directory in it"))
 }
@@ -56,8 +56,8 @@ pub fn check_writable(dir: &Path) -> Result<(), LoadError> {
 /// Writes what every rank holds to `dir`, which is created if need be.
 ///
 /// An older manifest is removed first; the new one appears last, when every file is in place. Until then everything lies
-/// in a directory of its own (`.longshore.PID.tmp`), which goes when writing fails, and with the next output to `dir` where
-/// this process was ended in the middle.
+/// in a directory of its own, which goes when writing fails, and with the next output to `dir` where this process was ended
+/// in the middle.
 ///
 /// # Errors
 /// A file cannot be written; no file of this load then has its final name unless all before it were complete, and there
@@ -68,54 +68,124 @@ pub fn write(
     ranks: &[ReadyParams],
     source: &str,
 ) -> Result<(), LoadError> {
+    begin(dir)?;
+    let world_size = ranks.len() as u32;
+    let mut files = Vec::with_capacity(ranks.len());
+    for rank in ranks {
+        files.push(RankFile::write(dir, rank, world_size)?);
+    }
+    let hashes: Vec<Vec<[u8; 32]>> = ranks.iter().map(digest::param_sha256).collect();
+    for file in files {
+        file.publish()?;
+    }
+    match ranks.first() {
+        Some(any) => write_manifest(dir, plan, any, &hashes, source),
+        None => Ok(()),
+    }
+}
+
+/// Gets `dir` ready for an output: takes an older manifest away, and what dead processes left behind.
+///
+/// # Errors
+/// The directory cannot be had or changed.
+pub(crate) fn begin(dir: &Path) -> Result<(), LoadError> {
     let failed = |action| move |e| LoadError::Output { path: dir.into(), action, source: e };
     fs::create_dir_all(dir).map_err(failed("creating the directory"))?;
     remove_abandoned(dir);
-    remove_if_there(&dir.join(MANIFEST_FILE)).map_err(failed("removing the old manifest"))?;
-    let aside = aside(dir);
-    fs::create_dir_all(&aside).map_err(failed("creating a directory in it"))?;
-    let written = write_aside(&aside, plan, ranks, source).and_then(|names| {
-        for name in &names {
-            fs::rename(aside.join(name), dir.join(name)).map_err(failed("renaming"))?;
-        }
-        Ok(())
+    remove_if_there(&dir.join(MANIFEST_FILE)).map_err(failed("removing the old manifest"))
+}
+
+/// One rank's file, complete and synced, not yet under its final name; dropping it removes it.
+#[derive(Debug)]
+pub(crate) struct RankFile {
+    aside: PathBuf,
+    target: PathBuf,
+    name: String,
+}
+
+impl RankFile {
+    /// Writes what `rank`, one of `world_size`, holds.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub(crate) fn write(
+        dir: &Path,
+        rank: &ReadyParams,
+        world_size: u32,
+    ) -> Result<Self, LoadError> {
+        let name = rank_file_name(rank.rank, world_size);
+        let this = Self { aside: aside(dir, rank.rank), target: dir.join(&name), name };
+        let path = this.aside.join(&this.name);
+        let failed = |action| move |e| LoadError::Output { path, action, source: e };
+        fs::create_dir_all(&this.aside).map_err(failed.clone()("creating a directory for it"))?;
+        write_rank(&this.aside.join(&this.name), rank).map_err(failed("writing"))?;
+        Ok(this)
+    }
+
+    /// Gives it its final name.
+    ///
+    /// # Errors
+    /// It cannot be renamed.
+    pub(crate) fn publish(self) -> Result<(), LoadError> {
+        let failed = |source| LoadError::Output {
+            path: self.target.clone(),
+            action: "renaming",
+            source,
+        };
+        fs::rename(self.aside.join(&self.name), &self.target).map_err(failed)
+    }
+}
+
+impl Drop for RankFile {
+    fn drop(&mut self) {
+        // what cannot be removed is of no use to anyone, and goes with the next output
+        let _ = fs::remove_dir_all(&self.aside);
+    }
+}
+
+fn rank_file_name(rank: u32, world_size: u32) -> String {
+    format!("rank-{rank:05}-of-{world_size:05}.safetensors")
+}
+
+/// Writes the manifest, last of all; `hashes` are those of each rank's parameters, which have the names, dtypes and shapes
+/// of `any`.
+///
+/// # Errors
+/// It cannot be written.
+pub(crate) fn write_manifest(
+    dir: &Path,
+    plan: &Plan,
+    any: &ReadyParams,
+    hashes: &[Vec<[u8; 32]>],
+    source: &str,
+) -> Result<(), LoadError> {
+    let failed = |action| move |e| LoadError::Output { path: dir.into(), action, source: e };
+    let identity = Identity::of(plan, source);
+    let world_size = hashes.len() as u32;
+    let ranks = hashes.iter().enumerate().map(|(rank, hashes)| ManifestRank {
+        rank: rank as u32,
+        file: rank_file_name(rank as u32, world_size),
+        aliases: any.aliases().collect(),
+        parameters: any.iter().zip(hashes).map(manifest_param).collect(),
     });
-    // what cannot be removed is of no use to anyone, and the error of writing tells more
+    let manifest = Manifest { identity: &identity, ranks: ranks.collect() };
+    let json = serde_json::to_vec_pretty(&manifest).map_err(|e| failed("writing")(e.into()))?;
+    let aside = aside(dir, 0);
+    fs::create_dir_all(&aside).map_err(failed("creating a directory in it"))?;
+    let path = aside.join(MANIFEST_FILE);
+    let written = write_synced(&path, &json)
+        .map_err(failed("writing the manifest"))
+        .and_then(|()| fs::rename(&path, dir.join(MANIFEST_FILE)).map_err(failed("renaming")));
+    // as for a rank's file
     let _ = fs::remove_dir_all(&aside);
     written?;
     File::open(dir).and_then(|d| d.sync_all()).map_err(failed("syncing the directory"))
 }
 
-/// Writes and syncs every file in `aside`; returns their names, the manifest last.
-fn write_aside(
-    aside: &Path,
-    plan: &Plan,
-    ranks: &[ReadyParams],
-    source: &str,
-) -> Result<Vec<String>, LoadError> {
-    let mut names: Vec<String> = (0..ranks.len())
-        .map(|r| format!("rank-{r:05}-of-{:05}.safetensors", ranks.len()))
-        .collect();
-    let failed = |path: &Path, e| {
-        let action = "writing";
-        LoadError::Output { path: path.into(), action, source: e }
-    };
-    for (rank, name) in ranks.iter().zip(&names) {
-        let path = aside.join(name);
-        write_rank(&path, rank).map_err(|e| failed(&path, e))?;
-    }
-    let identity = Identity::of(plan, source);
-    let manifest = Manifest { identity: &identity, ranks: manifest_ranks(ranks, &names) };
-    let path = aside.join(MANIFEST_FILE);
-    let json = serde_json::to_vec_pretty(&manifest).map_err(|e| failed(&path, e.into()))?;
-    write_synced(&path, &json).map_err(|e| failed(&path, e))?;
-    names.push(MANIFEST_FILE.to_owned());
-    Ok(names)
-}
-
-/// Where files lie until all are complete.
-fn aside(dir: &Path) -> PathBuf {
-    dir.join(format!("{ASIDE_START}{}{ASIDE_END}", std::process::id()))
+/// Where files of a rank lie until all are complete. With the rank, since processes of several hosts may share `dir` and have
+/// the same number.
+fn aside(dir: &Path, rank: u32) -> PathBuf {
+    dir.join(format!("{ASIDE_START}{}.{rank}{ASIDE_END}", std::process::id()))
 }
 
 const ASIDE_START: &str = ".longshore.";
@@ -126,7 +196,8 @@ fn remove_abandoned(dir: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let process = name.to_str().and_then(|n| {
-            n.strip_prefix(ASIDE_START)?.strip_suffix(ASIDE_END)?.parse::<u32>().ok()
+            let numbers = n.strip_prefix(ASIDE_START)?.strip_suffix(ASIDE_END)?;
+            numbers.split('.').next()?.parse::<u32>().ok()
         });
         if process.is_some_and(|id| !Path::new("/proc").join(id.to_string()).exists()) {
             // somebody else may be tidying up as well
@@ -135,23 +206,12 @@ fn remove_abandoned(dir: &Path) {
     }
 }
 
-fn manifest_ranks<'a>(ranks: &'a [ReadyParams], names: &[String]) -> Vec<ManifestRank<'a>> {
-    let hashes = digest::param_sha256(ranks);
-    let each = ranks.iter().zip(names).zip(hashes).map(|((rank, file), hashes)| ManifestRank {
-        rank: rank.rank,
-        file: file.clone(),
-        aliases: rank.aliases().collect(),
-        parameters: rank.iter().zip(hashes).map(manifest_param).collect(),
-    });
-    each.collect()
-}
-
-fn manifest_param<'a>((p, sha256): (ParamView<'a>, String)) -> (&'a str, ManifestParam<'a>) {
+fn manifest_param<'a>((p, sha256): (ParamView<'a>, &[u8; 32])) -> (&'a str, ManifestParam<'a>) {
     let param = ManifestParam {
         dtype: p.dtype.to_string(),
         shape: p.shape,
         bytes: p.bytes.len() as u64,
-        sha256,
+        sha256: digest::hex(sha256),
     };
     (p.name, param)
 }

@@ -102,7 +102,7 @@ pub(crate) struct Joined {
 
 /// Joins the group that `place` names and loads `prepared` with it; returns when every rank is complete.
 ///
-/// `progress` has this rank's counters, on rank 0 everyone's, in the order of ranks.
+/// On rank 0, `progress` shows how each rank gets on, as of its last heartbeat.
 ///
 /// # Errors
 /// On rank 0 the first failure of any rank; elsewhere that of this process, or that the coordinator has ended the load.
@@ -114,42 +114,42 @@ pub(crate) async fn load(
 ) -> Result<Joined, LoadError> {
     let started = Instant::now();
     let prepared = Arc::new(prepared);
-    let hosting = match place.rank {
-        0 => Some(host(place, &prepared, options, &progress).await?),
-        _ => None,
-    };
-    let own = progress.get(place.rank as usize).or(progress.first()).map(Arc::clone);
-    let own = own.unwrap_or_default();
-    let joined = join(place, &prepared, options, own, hosting.as_ref());
-    match hosting {
-        None => {
-            let (member, released) = joined.await?;
-            let (params, report) = wait(released).await?;
-            let seconds = started.elapsed().as_secs_f64();
-            Ok(Joined { params, report, reports: None, seconds, member, hosting: None })
+    if place.rank > 0 {
+        let (member, released) = join(place, &prepared, options, None).await?;
+        let (params, report) = wait(released).await?;
+        let seconds = started.elapsed().as_secs_f64();
+        return Ok(Joined { params, report, reports: None, seconds, member, hosting: None });
+    }
+    let hosting = host(place, &prepared, options, &progress).await?;
+    match host_and_join(place, &prepared, options, &hosting).await {
+        Ok((member, params, report, reports)) => {
+            let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
+            let (reports, hosting) = (Some(reports), Some(hosting));
+            Ok(Joined { params, report, reports, seconds, member, hosting })
         }
-        Some(hosting) => {
-            let both = async {
-                let (joined, outcome) = tokio::join!(joined, hosting.load(FIRST_GENERATION));
-                // the coordinator knows the first cause; this rank only how it was told
-                let reports = outcome?.into_iter().map(|(_, report)| report).collect();
-                let (member, released) = joined?;
-                let (params, report) = wait(released).await?;
-                Ok((member, params, report, reports))
-            };
-            match both.await {
-                Ok((member, params, report, reports)) => {
-                    let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
-                    let (reports, hosting) = (Some(reports), Some(hosting));
-                    Ok(Joined { params, report, reports, seconds, member, hosting })
-                }
-                Err(e) => {
-                    hosting.end().await;
-                    Err(e)
-                }
-            }
+        Err(e) => {
+            hosting.end().await;
+            Err(e)
         }
     }
+}
+
+type Released = (ActorRef<MemberMessage>, ReadyParams, RankReport, Vec<RankReport>);
+
+/// Rank 0: carries the load through on all ranks, and takes part in it.
+async fn host_and_join(
+    place: &Place,
+    prepared: &Arc<Prepared>,
+    options: &GroupOptions,
+    hosting: &Hosting,
+) -> Result<Released, LoadError> {
+    // of a load that fails the coordinator knows the first cause, this rank only what it was told
+    let joined = join(place, prepared, options, Some(hosting));
+    let (joined, outcome) = tokio::try_join!(joined, hosting.load(FIRST_GENERATION))?;
+    let reports = outcome.into_iter().map(|(_, report)| report).collect();
+    let (member, released) = joined;
+    let (params, report) = wait(released).await?;
+    Ok((member, params, report, reports))
 }
 
 async fn wait(released: oneshot::Receiver<member::Released>) -> member::Released {
@@ -187,7 +187,6 @@ async fn join(
     place: &Place,
     prepared: &Arc<Prepared>,
     options: &GroupOptions,
-    progress: Arc<Progress>,
     hosting: Option<&Hosting>,
 ) -> Result<(ActorRef<MemberMessage>, oneshot::Receiver<member::Released>), LoadError> {
     let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Join(e);
@@ -210,7 +209,7 @@ async fn join(
         rank,
         stream,
         timing: timing(options),
-        progress,
+        progress: Arc::default(),
         work: prepared.work(),
         join: Arc::new(host_join(place, prepared, options, address)?),
         plan: prepared.plan.hash(),

@@ -5,7 +5,9 @@ use std::{collections::BTreeMap, fmt::Write};
 use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
 use serde::Serialize;
 
-use crate::{group::Group, load::staging_forecast, plan::Plan};
+use longshore_rank::protocol::{Generation, RankReport};
+
+use crate::{load::staging_forecast, plan::Plan};
 
 /// What was loaded, for whom: the keys that manifest and JSON share.
 #[derive(Debug, Clone, Serialize)]
@@ -140,6 +142,19 @@ pub struct Report {
     pub digest: Option<String>,
 }
 
+/// What a load was found to have done.
+#[derive(Debug, Clone, Copy)]
+pub struct Done<'a> {
+    /// What each rank did.
+    pub reports: &'a [RankReport],
+    /// What looked odd in the values.
+    pub warnings: &'a [String],
+    /// Its generation.
+    pub generation: Generation,
+    /// Peak resident memory of each rank, where ranks are processes.
+    pub peak_rss_bytes: Option<&'a [u64]>,
+}
+
 impl Report {
     /// The forecast of a plan.
     pub fn forecast(plan: &Plan, source: &str) -> Self {
@@ -191,10 +206,10 @@ impl Report {
     }
 
     /// What a load did: the forecast's figures replaced by what was counted.
-    pub fn of_load(plan: &Plan, source: &str, group: &Group) -> Self {
+    pub fn of_load(plan: &Plan, source: &str, done: &Done<'_>) -> Self {
         let mut this = Self::forecast(plan, source);
-        let rss = this.peak_rss_bytes;
-        for (entry, report) in this.ranks.iter_mut().zip(&group.reports) {
+        let own = this.peak_rss_bytes;
+        for (number, (entry, report)) in this.ranks.iter_mut().zip(done.reports).enumerate() {
             entry.storage_bytes_read = report.storage_bytes_read;
             entry.storage_reads = report.reads;
             entry.padding_bytes_read = Some(report.padding_bytes_read);
@@ -202,14 +217,17 @@ impl Report {
             entry.sent_bytes = report.sent_bytes;
             entry.peak_staging_bytes = Some(report.peak_staging_bytes);
             entry.final_staging_bytes = Some(report.final_staging_bytes);
-            entry.peak_rss_bytes = rss;
+            entry.peak_rss_bytes = done.peak_rss_bytes.map_or(own, |all| Some(all[number]));
             entry.seconds = Some(report.elapsed.as_secs_f64());
         }
-        this.generation = group.generation();
-        this.warnings.extend_from_slice(&group.warnings);
-        this.storage_bytes_read = group.reports.iter().map(|r| r.storage_bytes_read).sum();
-        this.padding_bytes_read = group.reports.iter().map(|r| r.padding_bytes_read).sum();
-        this.exchanged_bytes = group.reports.iter().map(|r| r.received_bytes).sum();
+        if done.peak_rss_bytes.is_some() {
+            this.ranks_as = "processes";
+        }
+        this.generation = done.generation;
+        this.warnings.extend_from_slice(done.warnings);
+        this.storage_bytes_read = done.reports.iter().map(|r| r.storage_bytes_read).sum();
+        this.padding_bytes_read = done.reports.iter().map(|r| r.padding_bytes_read).sum();
+        this.exchanged_bytes = done.reports.iter().map(|r| r.received_bytes).sum();
         this
     }
 
@@ -305,7 +323,7 @@ pub fn bytes_text(bytes: u64) -> String {
 }
 
 /// Peak resident memory of this process (`VmHWM`), in bytes.
-fn peak_rss_bytes() -> Option<u64> {
+pub(crate) fn peak_rss_bytes() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

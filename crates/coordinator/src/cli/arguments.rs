@@ -1,6 +1,6 @@
 //! Flags and arguments, and what they mean for a plan and a load.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use longshore_models::options::{KernelLayout, ModelOptions, Quantization};
@@ -11,6 +11,7 @@ use crate::{
     error::LoadError,
     load::RunOptions,
     plan::{Exchange, MEMORY_LIMIT, PlanOptions},
+    processes::{GroupOptions, Transport},
     synth::{Scale, Synth},
 };
 
@@ -40,6 +41,9 @@ pub(super) enum Command {
     Inspect(InspectArgs),
     /// Write a synthetic checkpoint.
     Synth(SynthArgs),
+    /// Be one rank of a group of processes; finds its place in the environment of torchrun, srun or longshore launch. Takes the
+    /// options of load.
+    Rank(RankArgs),
     /// Start a command as every rank of this host, and again when one fails; takes torchrun's flags.
     Launch(LaunchArgs),
 }
@@ -48,9 +52,6 @@ pub(super) enum Command {
 pub(super) struct PlanArgs {
     /// A checkpoint directory, or synth:FAMILY-SCHEME.
     pub(super) source: String,
-    /// Tensor-parallel size.
-    #[arg(long, value_name = "N")]
-    tp: u32,
     /// Expert-parallel size; divides --tp.
     #[arg(long, value_name = "N", default_value_t = 1)]
     ep: u32,
@@ -88,7 +89,7 @@ pub(super) struct PlanArgs {
     read_size: Option<u64>,
     /// Ranks as actors of this process, or a process each.
     #[arg(long, value_enum, default_value_t = RanksArg::Threads)]
-    ranks: RanksArg,
+    pub(super) ranks: RanksArg,
     /// Where parameters live: cpu or cuda.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -96,6 +97,24 @@ pub(super) struct PlanArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct LoadArgs {
+    /// Tensor-parallel size.
+    #[arg(long, value_name = "N")]
+    pub(super) tp: u32,
+    #[command(flatten)]
+    pub(super) run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RankArgs {
+    /// Tensor-parallel size; must be the number of processes, which it is by default.
+    #[arg(long, value_name = "N")]
+    tp: Option<u32>,
+    #[command(flatten)]
+    pub(super) run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
     #[command(flatten)]
     pub(super) plan: PlanArgs,
     /// Write each rank's finished parameters to this directory.
@@ -113,6 +132,18 @@ pub(super) struct LoadArgs {
     /// Do not hash the parameters afterwards.
     #[arg(long)]
     pub(super) no_digest: bool,
+    /// A rank that has work in hand and does not get on for so long has failed.
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds)]
+    progress_timeout: Duration,
+    /// A rank process that was not heard of for so long is lost.
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = parse_seconds)]
+    heartbeat_timeout: Duration,
+    /// How long rank processes may take to join.
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = parse_seconds)]
+    join_timeout: Duration,
+    /// How bytes pass between rank processes: shared memory where they are on one host and TCP elsewhere, or TCP.
+    #[arg(long, value_enum, default_value_t = TransportArg::Auto)]
+    transport: TransportArg,
 }
 
 #[derive(Debug, Args)]
@@ -172,7 +203,13 @@ enum ExchangeArg {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum RanksArg {
+enum TransportArg {
+    Auto,
+    Tcp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum RanksArg {
     Threads,
     Processes,
 }
@@ -189,9 +226,6 @@ impl PlanArgs {
     pub(super) fn check_supported(&self) -> Result<(), LoadError> {
         let refuse =
             |option, reason: &str| Err(LoadError::Option { option, reason: reason.into() });
-        if self.ranks == RanksArg::Processes {
-            return refuse("--ranks processes", "not supported yet; use --ranks threads");
-        }
         match self.device.as_str() {
             "cpu" => Ok(()),
             "cuda" => refuse("--device cuda", "not supported yet; use --device cpu"),
@@ -204,9 +238,9 @@ impl PlanArgs {
 
     /// # Errors
     /// An environment variable that cannot be understood.
-    pub(super) fn plan_options(&self) -> Result<PlanOptions, LoadError> {
+    pub(super) fn plan_options(&self, tp: u32) -> Result<PlanOptions, LoadError> {
         Ok(PlanOptions {
-            tp: self.tp,
+            tp,
             ep: self.ep,
             model: ModelOptions {
                 kernel_layout: self.kernel_layout,
@@ -249,7 +283,37 @@ impl InspectArgs {
     }
 }
 
-impl LoadArgs {
+impl RankArgs {
+    /// The tensor-parallel size of a group of `world_size` processes.
+    ///
+    /// # Errors
+    /// Another one was given.
+    pub(super) fn tp(&self, world_size: u32) -> Result<u32, LoadError> {
+        match self.tp {
+            Some(tp) if tp != world_size => {
+                let reason = format!("{tp}, but the group has {world_size} processes");
+                Err(LoadError::Option { option: "--tp", reason })
+            }
+            _ => Ok(world_size),
+        }
+    }
+}
+
+impl RunArgs {
+    /// How a group of processes is held together.
+    pub(super) fn group_options(&self) -> GroupOptions {
+        GroupOptions {
+            transport: match self.transport {
+                TransportArg::Auto => Transport::Auto,
+                TransportArg::Tcp => Transport::Tcp,
+            },
+            beat_every: self.heartbeat_timeout / BEATS_PER_TIMEOUT,
+            silent_after: self.heartbeat_timeout,
+            stuck_after: self.progress_timeout,
+            join_limit: self.join_timeout,
+        }
+    }
+
     /// # Errors
     /// An environment variable that cannot be understood.
     pub(super) fn run_options(&self) -> Result<RunOptions, LoadError> {
@@ -259,6 +323,7 @@ impl LoadArgs {
                 IoArg::Buffered => IoChoice::Buffered,
                 IoArg::Direct => IoChoice::Direct,
             },
+            stuck_after: self.progress_timeout,
             concurrency: match self.concurrency {
                 Some(count) => Some(usize::from(count)),
                 None => from_environment("RUNAI_STREAMER_CONCURRENCY", |text| {
@@ -318,6 +383,19 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         number.trim().parse().map_err(|_| "a number of bytes, for example 512MiB".to_owned())?;
     number.checked_mul(unit).ok_or_else(|| "too large".to_owned())
 }
+
+/// Seconds, with a fraction perhaps.
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let expected = || "expected a number of seconds from 0.1 to 86400".to_owned();
+    let seconds: f64 = text.parse().map_err(|_| expected())?;
+    match (0.1..=86400.0).contains(&seconds) {
+        true => Ok(Duration::from_secs_f64(seconds)),
+        false => Err(expected()),
+    }
+}
+
+/// Ten missed heartbeats are not load but a hang.
+const BEATS_PER_TIMEOUT: u32 = 10;
 
 fn parse_read_size(text: &str) -> Result<u64, String> {
     match parse_bytes(text)? {
