@@ -35,7 +35,8 @@ fuzz_target!(|data: &[u8]| {
             let stream = io::join(data, io::sink());
             let (_open, outgoing) = mpsc::channel::<Message>(1);
             let take = |_: Message| Ok(());
-            let _ = session::run(stream, outgoing, take, Beat::default, |_| {}, Timing::default()).await;
+            let _ = session::run(stream, outgoing, take, Beat::default, |_| {}, Timing::default())
+                .await;
         }),
     }
 });

@@ -80,6 +80,18 @@ async fn two_goodbyes_at_once_end_both_sides() {
     b.0.unwrap();
 }
 
+/// A coordinator runs its sessions as tasks.
+#[tokio::test(start_paused = true)]
+async fn a_session_can_be_a_task() {
+    let (a, b) = duplex(1024);
+    let (sender, outgoing) = mpsc::channel::<String>(1);
+    let (take, beats) = (|_: String| Ok(()), |_| {});
+    let task = tokio::spawn(run(a, outgoing, take, Beat::default, beats, Timing::default()));
+    drop(sender);
+    assert_eq!(listen_only(b).await.unwrap(), Ended::ByeReceived);
+    assert_eq!(task.await.unwrap().unwrap(), Ended::ByeSent);
+}
+
 /// Two idle sides keep each other alive for as long as anyone wants.
 #[tokio::test(start_paused = true)]
 async fn heartbeats_keep_an_idle_link_alive() {
