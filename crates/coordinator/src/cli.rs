@@ -216,7 +216,8 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
         peak_rss_bytes: None,
     };
     let mut report = Report::of_load(&plan, source, &done);
-    report.seconds = Some(phases.ready_seconds());
+    let load = phases.0.get("load").copied().unwrap_or(0.0);
+    report.seconds = Some(phases.ready_seconds(load));
     let ranks = group.ranks()?;
     if !arguments.run.no_digest {
         report.digest = Some(phases.measure("digest", || digest::group_digest(ranks)));
@@ -282,8 +283,9 @@ impl Phases {
         result
     }
 
-    /// From the first header until every rank was ready.
-    fn ready_seconds(&self) -> f64 {
-        ["headers", "plan", "load"].iter().filter_map(|name| self.0.get(name)).sum()
+    /// From the first header until every rank was ready, of which the load itself took `load` seconds.
+    fn ready_seconds(&self, load: f64) -> f64 {
+        let before = ["headers", "plan"].iter().filter_map(|name| self.0.get(name));
+        before.sum::<f64>() + load
     }
 }

@@ -39,6 +39,14 @@ pub enum LoadError {
         #[source]
         source: io::Error,
     },
+    /// A rank in another process could not write its file.
+    #[error("rank {rank} could not write its output: {why}")]
+    RankOutput {
+        /// The first rank that could not.
+        rank: u32,
+        /// Its error and all causes.
+        why: String,
+    },
     /// The checkpoint is damaged.
     #[error("{}", .path.display())]
     Checkpoint {
@@ -201,6 +209,7 @@ impl LoadError {
             | LoadError::GroupEnded { .. }
             | LoadError::FileModified { .. }
             | LoadError::Output { .. }
+            | LoadError::RankOutput { .. }
             | LoadError::NotReady { .. }
             | LoadError::Runtime(_) => 1,
             LoadError::Io { .. }

@@ -20,7 +20,7 @@ pub(crate) mod message;
 pub(crate) mod remote;
 
 use std::{
-    net::IpAddr,
+    net::{IpAddr, TcpListener},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -44,7 +44,7 @@ use crate::{
     link::{
         connect::connect,
         handshake::{Credentials, Purpose, Terms},
-        listen::Listener,
+        listen::{ListenError, Listener, Tried},
         session::Timing,
     },
     load::{Prepared, check_unchanged},
@@ -85,13 +85,37 @@ pub const STUCK_AFTER: Duration = Duration::from_secs(60);
 /// The generation of a first load.
 const FIRST_GENERATION: Generation = 1;
 
+/// Where ranks come to join: on rank 0 a bound address, elsewhere nothing. Opened before anything that takes time, so that
+/// ranks which are ready sooner wait at it instead of knocking again and again.
+#[derive(Debug)]
+pub(crate) struct Door(Option<TcpListener>);
+
+impl Door {
+    /// Binds the first address of `place` that can be had, on rank 0.
+    ///
+    /// # Errors
+    /// None can be had.
+    pub(crate) fn open(place: &Place) -> Result<Self, LoadError> {
+        if place.rank > 0 {
+            return Ok(Self(None));
+        }
+        let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Join(e);
+        let mut tried = Tried::default();
+        for candidate in place.listen_candidates().map_err(|e| failed(e.into()))? {
+            match TcpListener::bind(candidate) {
+                Ok(listener) => return Ok(Self(Some(listener))),
+                Err(why) => tried.0.push((candidate, why)),
+            }
+        }
+        Err(failed(ListenError::Taken(tried).into()))
+    }
+}
+
 /// A rank process whose group is complete.
 #[derive(Debug)]
 pub(crate) struct Joined {
     /// This rank's finished parameters.
     pub(crate) params: ReadyParams,
-    /// What it did.
-    pub(crate) report: RankReport,
     /// On rank 0, what each rank did.
     pub(crate) reports: Option<Vec<RankReport>>,
     /// From the opening of the files until every rank was ready.
@@ -108,24 +132,25 @@ pub(crate) struct Joined {
 /// On rank 0 the first failure of any rank; elsewhere that of this process, or that the coordinator has ended the load.
 pub(crate) async fn load(
     place: &Place,
+    door: Door,
     prepared: Prepared,
     options: &GroupOptions,
     progress: Vec<Arc<Progress>>,
 ) -> Result<Joined, LoadError> {
     let started = Instant::now();
     let prepared = Arc::new(prepared);
-    if place.rank > 0 {
+    let Some(listener) = door.0 else {
         let (member, released) = join(place, &prepared, options, None).await?;
-        let (params, report) = wait(released).await?;
+        let (params, _) = wait(released).await?;
         let seconds = started.elapsed().as_secs_f64();
-        return Ok(Joined { params, report, reports: None, seconds, member, hosting: None });
-    }
-    let hosting = host(place, &prepared, options, &progress).await?;
+        return Ok(Joined { params, reports: None, seconds, member, hosting: None });
+    };
+    let hosting = host(listener, place, &prepared, options, progress).await?;
     match host_and_join(place, &prepared, options, &hosting).await {
-        Ok((member, params, report, reports)) => {
+        Ok((member, params, reports)) => {
             let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
             let (reports, hosting) = (Some(reports), Some(hosting));
-            Ok(Joined { params, report, reports, seconds, member, hosting })
+            Ok(Joined { params, reports, seconds, member, hosting })
         }
         Err(e) => {
             hosting.end().await;
@@ -134,7 +159,7 @@ pub(crate) async fn load(
     }
 }
 
-type Released = (ActorRef<MemberMessage>, ReadyParams, RankReport, Vec<RankReport>);
+type Released = (ActorRef<MemberMessage>, ReadyParams, Vec<RankReport>);
 
 /// Rank 0: carries the load through on all ranks, and takes part in it.
 async fn host_and_join(
@@ -148,8 +173,8 @@ async fn host_and_join(
     let (joined, outcome) = tokio::try_join!(joined, hosting.load(FIRST_GENERATION))?;
     let reports = outcome.into_iter().map(|(_, report)| report).collect();
     let (member, released) = joined;
-    let (params, report) = wait(released).await?;
-    Ok((member, params, report, reports))
+    let (params, _) = wait(released).await?;
+    Ok((member, params, reports))
 }
 
 async fn wait(released: oneshot::Receiver<member::Released>) -> member::Released {
@@ -158,19 +183,19 @@ async fn wait(released: oneshot::Receiver<member::Released>) -> member::Released
 
 /// Starts the coordinator, in rank 0's process.
 async fn host(
+    listener: TcpListener,
     place: &Place,
     prepared: &Prepared,
     options: &GroupOptions,
-    progress: &[Arc<Progress>],
+    progress: Vec<Arc<Progress>>,
 ) -> Result<Hosting, LoadError> {
-    let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Join(e);
-    let candidates = place.listen_candidates().map_err(|e| failed(e.into()))?;
     let terms = Terms::new(place.secret.clone(), place.world_size, place.attempt);
-    let listener = Listener::bind(&candidates, terms).await.map_err(|e| failed(e.into()))?;
+    let listener =
+        Listener::from_std(listener, terms).map_err(|e| LoadError::Join(e.into()))?;
     Hosting::start(HostingArguments {
         listener,
         plan: prepared.plan.hash(),
-        progress: progress.to_vec(),
+        progress,
         timing: timing(options),
         join_limit: options.join_limit,
         stuck_after: options.stuck_after,

@@ -19,7 +19,7 @@ use crate::{
     out::{self, RankFile},
     place::Place,
     plan::Plan,
-    processes::{self, Joined},
+    processes::{self, Door, Joined},
     report::{Done, Report, peak_rss_bytes},
 };
 
@@ -101,14 +101,13 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
     refuse_reload(&run.reload)?;
     let (options, group) = (run.run_options()?, run.group_options());
     let source = &run.plan.source;
+    let door = Door::open(place)?;
     let mut phases = Phases::default();
     let plan = make_plan(&run.plan, tp, source, &mut phases)?;
     if let Some(dir) = &run.out {
         out::check_writable(dir)?;
     }
-    let prepared = phases.measure("open", || {
-        prepare_process(&plan, &options, place, group.transport)
-    })?;
+    let prepared = prepare_process(&plan, &options, place, group.transport)?;
     let warnings = prepared.warnings.clone();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -118,7 +117,7 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
     let progress = progress_of(&plan);
     let watch = (place.rank == 0).then(|| watch::Watch::start(&plan, &progress));
     let joined = phases.measure("load", || {
-        runtime.block_on(processes::load(place, prepared, &group, progress))
+        runtime.block_on(processes::load(place, door, prepared, &group, progress))
     });
     if let Some(watch) = watch {
         watch.stop();
@@ -137,14 +136,124 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
     }
 }
 
+/// A rank that has been loaded, and what is to become of it.
+struct Rank<'a> {
+    place: &'a Place,
+    plan: &'a Plan,
+    source: &'a str,
+    out: Option<&'a Path>,
+}
+
 /// What a rank tells of what it holds.
-#[derive(Debug, Serialize, Deserialize)]
-struct Result_ {
-    peak_rss_bytes: Option<u64>,
-    /// Of each parameter, where a digest was asked for.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Holding {
+    peak_rss_bytes: u64,
+    /// Of each parameter, where a digest is wanted.
     hashes: Vec<u128>,
-    /// Of each parameter, where files were asked for.
+    /// Of each parameter, where files are wanted.
     sha256: Vec<[u8; 32]>,
     /// Why its file could not be written.
     failed: Option<String>,
+}
+
+impl Rank<'_> {
+    /// Hashes and writes what the group holds; on rank 0 returns the report.
+    async fn results(
+        &self,
+        joined: &mut Joined,
+        warnings: &[String],
+        hash: bool,
+        mut phases: Phases,
+    ) -> Result<Option<Report>, LoadError> {
+        let mut own = Holding::default();
+        if hash {
+            own.hashes = phases.measure("digest", || digest::param_hashes(&joined.params));
+        }
+        let file = match self.out {
+            None => None,
+            Some(dir) => self.write_file(dir, joined, &mut own).await,
+        };
+        own.peak_rss_bytes = peak_rss_bytes().unwrap_or(0);
+        let failed = |e: wire::WireError| LoadError::Runtime(e.to_string());
+        let piece = wire::encode(&own).map_err(failed)?.to_vec();
+        let holdings = match joined.gather(piece).await? {
+            None => None,
+            Some(pieces) => {
+                let all: Result<Vec<Holding>, _> = pieces.iter().map(|p| wire::decode(p)).collect();
+                Some(all.map_err(failed)?)
+            }
+        };
+        if let Some((rank, why)) = holdings.iter().flatten().enumerate().find_map(first_failed) {
+            return Err(LoadError::RankOutput { rank, why });
+        }
+        if let Some(dir) = self.out {
+            self.publish(dir, joined, file, holdings.as_deref()).await?;
+        }
+        let (Some(holdings), Some(reports)) = (holdings, &joined.reports) else {
+            return Ok(None);
+        };
+        let peaks: Vec<u64> = holdings.iter().map(|h| h.peak_rss_bytes).collect();
+        let done = Done { reports, warnings, generation: 1, peak_rss_bytes: Some(&peaks) };
+        let mut report = Report::of_load(self.plan, self.source, &done);
+        report.seconds = Some(phases.ready_seconds(joined.seconds));
+        if hash {
+            let shares = holdings.into_iter().map(|h| h.hashes);
+            report.digest = Some(digest::combine(&joined.params, shares));
+        }
+        report.phases = phases.0;
+        Ok(Some(report))
+    }
+
+    /// Writes this rank's file aside; a failure is told with what the rank holds, so that all ranks end alike.
+    async fn write_file(
+        &self,
+        dir: &Path,
+        joined: &mut Joined,
+        own: &mut Holding,
+    ) -> Option<RankFile> {
+        // rank 0 takes the old manifest away before any rank writes
+        let begun = if self.place.rank == 0 { out::begin(dir) } else { Ok(()) };
+        let begun = match joined.gather(Vec::new()).await {
+            Ok(_) => begun,
+            Err(e) => Err(e),
+        };
+        match begun.and_then(|()| RankFile::write(dir, &joined.params, self.place.world_size)) {
+            Ok(file) => {
+                own.sha256 = digest::param_sha256(&joined.params);
+                Some(file)
+            }
+            Err(e) => {
+                own.failed = Some(e.line());
+                None
+            }
+        }
+    }
+
+    /// Gives all files their names once every one is complete, then writes the manifest. A rank that fails ends the group,
+    /// and there is no manifest.
+    async fn publish(
+        &self,
+        dir: &Path,
+        joined: &mut Joined,
+        file: Option<RankFile>,
+        holdings: Option<&[Holding]>,
+    ) -> Result<(), LoadError> {
+        // rank 0 has seen that all are complete when this comes back
+        joined.gather(Vec::new()).await?;
+        if let Some(file) = file {
+            file.publish()?;
+        }
+        joined.gather(Vec::new()).await?;
+        match holdings {
+            None => Ok(()),
+            Some(holdings) => {
+                let hashes: Vec<_> = holdings.iter().map(|h| h.sha256.clone()).collect();
+                out::write_manifest(dir, self.plan, &joined.params, &hashes, self.source)
+            }
+        }
+    }
+}
+
+fn first_failed((rank, holding): (usize, &Holding)) -> Option<(u32, String)> {
+    Some((rank as u32, holding.failed.clone()?))
 }

@@ -9,7 +9,7 @@ pub(crate) const PLAN_HASH_BYTES: usize = 16;
 
 /// From the coordinator to a rank.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum ToRank {
+pub(crate) enum ToRank {
     /// [`RankCommand::Allocate`].
     Allocate {
         /// The generation.
@@ -62,7 +62,7 @@ impl ToRank {
 
 /// From a rank to the coordinator.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum ToCoordinator {
+pub(crate) enum ToCoordinator {
     /// Something happened in a load.
     Event {
         /// The generation that it speaks of.
@@ -76,7 +76,7 @@ pub enum ToCoordinator {
 
 /// What happened on a rank.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum Happened {
+pub(crate) enum Happened {
     /// Parameters are allocated.
     Allocated {
         /// How others reach it.
