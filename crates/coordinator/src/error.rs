@@ -81,6 +81,15 @@ pub enum LoadError {
         /// The file.
         path: PathBuf,
     },
+    /// A tensor could not be handed out as it is stored.
+    #[error("{}", .path.display())]
+    Tensors {
+        /// The checkpoint directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: RankError,
+    },
     /// A reload failed after the first write.
     #[error("reload failed, {}", match .not_restored {
         None => format!("the weights of {} are back in place", .kept.display()),
@@ -143,10 +152,12 @@ impl LoadError {
     /// The exit code of the command line: 2 for what the user can mend before any weight is read, 1 for a failed load.
     pub fn exit_code(&self) -> u8 {
         match self {
-            LoadError::Rank { source: RankError::Values { .. }, .. } => 2,
+            LoadError::Rank { source: RankError::Values { .. }, .. }
+            | LoadError::Tensors { source: RankError::TensorOverLimit { .. }, .. } => 2,
             LoadError::Reload { source, .. } => source.exit_code(),
             LoadError::Rank { .. }
             | LoadError::RankDied { .. }
+            | LoadError::Tensors { .. }
             | LoadError::FileModified { .. }
             | LoadError::Output { .. }
             | LoadError::NotReady { .. }

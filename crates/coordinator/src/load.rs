@@ -1,13 +1,13 @@
 //! The whole load on one screen: open the files, check the memory, run the ranks, collect what they hold.
 
-use std::{io, sync::Arc, time::Instant};
+use std::{io, path::Path, sync::Arc, time::Instant};
 
 use longshore_kernels::host::cast::cast;
-use longshore_models::Dtype;
+use longshore_models::{Dtype, checkpoint::Checkpoint};
 use longshore_rank::{
     params::{ParamMemory, ReadyParams},
     protocol::{Generation, Progress, RankReport},
-    storage::{CheckpointSource, IoChoice},
+    storage::{CheckpointSource, FileIdentity, IoChoice},
     stream::slab_bytes,
 };
 use ractor::Actor;
@@ -63,7 +63,7 @@ pub(crate) fn prepare_into(
     parameter_bytes: u64,
 ) -> Result<Prepared, LoadError> {
     let started = Instant::now();
-    let sources = open_sources(plan, options.io)?;
+    let sources = open_sources(&plan.dir, plan.checkpoint(), &plan.identities, options.io)?;
     let concurrency = concurrency(plan, options, &sources);
     check_host_memory(plan, parameter_bytes, concurrency)?;
     Ok(Prepared {
@@ -136,10 +136,7 @@ pub(crate) async fn attempt(
 /// The files are what they were when they were opened: bytes of a file that was written meanwhile may be half old, half
 /// new.
 fn check_unchanged(prepared: &Prepared) -> Result<(), LoadError> {
-    let changed = |source: &&CheckpointSource| {
-        source.identity_now().map_or(true, |now| now != source.identity)
-    };
-    match prepared.sources.iter().find(changed) {
+    match prepared.sources.iter().find(|source| source.has_changed()) {
         None => Ok(()),
         Some(source) => Err(LoadError::FileModified { path: prepared.plan.dir.join(&source.name) }),
     }
@@ -192,16 +189,22 @@ pub async fn load(
     run(prepare(plan, options)?, progress).await
 }
 
-fn open_sources(plan: &Plan, io: IoChoice) -> Result<Vec<CheckpointSource>, LoadError> {
-    let files = &plan.checkpoint().files;
+/// Opens the files of `checkpoint` in `dir`, which are those whose headers were read.
+pub(crate) fn open_sources(
+    dir: &Path,
+    checkpoint: &Checkpoint,
+    identities: &[FileIdentity],
+    io: IoChoice,
+) -> Result<Vec<CheckpointSource>, LoadError> {
+    let files = &checkpoint.files;
     let mut sources = Vec::with_capacity(files.len());
-    for (file, planned) in files.iter().zip(plan.identities.iter()) {
-        let source = CheckpointSource::open(&plan.dir, &file.name, io).map_err(|source| {
-            LoadError::Io { path: plan.dir.join(&file.name), action: "opening", source }
+    for (file, planned) in files.iter().zip(identities) {
+        let source = CheckpointSource::open(dir, &file.name, io).map_err(|source| {
+            LoadError::Io { path: dir.join(&file.name), action: "opening", source }
         })?;
         if source.identity != *planned {
             return Err(LoadError::FileChanged {
-                path: plan.dir.join(&file.name),
+                path: dir.join(&file.name),
                 planned: planned.bytes,
                 found: source.identity.bytes,
             });
@@ -232,24 +235,27 @@ const DIRECT_IN_FLIGHT: usize = 16;
 /// The most staging memory that a rank of `plan` takes unless it is told another number of reads in flight, in bytes:
 /// every file read past the page cache.
 pub fn staging_forecast(plan: &Plan) -> u64 {
-    let in_flight = direct_in_flight(plan).min(plan.slabs_max() as usize) as u64;
+    let in_flight = direct_in_flight(plan.load.reads.len()).min(plan.slabs_max() as usize) as u64;
     in_flight * slab_bytes(plan.load.read_bytes_max)
 }
 
-fn direct_in_flight(plan: &Plan) -> usize {
-    (DIRECT_IN_FLIGHT / plan.load.reads.len()).max(4)
+fn direct_in_flight(ranks: usize) -> usize {
+    (DIRECT_IN_FLIGHT / ranks).max(4)
+}
+
+/// Reads in flight per rank that the storage wants.
+pub(crate) fn suggested_in_flight(sources: &[CheckpointSource], ranks: usize) -> usize {
+    if sources.iter().any(|s| s.mode.direct) {
+        return direct_in_flight(ranks);
+    }
+    // a buffered read is a copy by the CPU
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    (2 * cores / ranks).clamp(1, 16)
 }
 
 /// Reads in flight per rank: as many as were asked for or as the storage wants, within the staging memory.
 fn concurrency(plan: &Plan, options: &RunOptions, sources: &[CheckpointSource]) -> usize {
-    let ranks = plan.load.reads.len();
-    let suggested = if sources.iter().any(|s| s.mode.direct) {
-        direct_in_flight(plan)
-    } else {
-        // a buffered read is a copy by the CPU
-        let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        (2 * cores / ranks).clamp(1, 16)
-    };
+    let suggested = suggested_in_flight(sources, plan.load.reads.len());
     let count = options.concurrency.unwrap_or(suggested).max(1);
     count.min(plan.slabs_max() as usize)
 }

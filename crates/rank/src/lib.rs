@@ -6,6 +6,7 @@
 //! | memory | [`region`], [`params`], [`staging`] | placement → addresses that never change |
 //! | storage | [`storage`] | file and range → bytes |
 //! | streaming | [`stream`], [`scatter`] | assignment → bytes in parameters |
+//! | tensors as they are stored | [`tensor_stream`] | wanted tensors → each with its bytes, in staging memory |
 //! | post-processing | `post_process` | complete parameters → derived ones |
 //! | the actor | [`state`], [`actor`] | events → decisions → effects |
 //!
@@ -31,3 +32,4 @@ pub mod staging;
 pub mod state;
 pub mod storage;
 pub mod stream;
+pub mod tensor_stream;
