@@ -29,7 +29,7 @@ pub use longshore_rank::tensor_stream::{StreamProgress, Tensor};
 use longshore_rank::{
     error::RankError,
     storage::IoChoice,
-    tensor_stream::{StreamOptions, TensorStream},
+    tensor_stream::{StreamOptions, TensorStream, memory_bytes_min},
 };
 
 use crate::{
@@ -42,7 +42,7 @@ use crate::{
 
 /// Which tensors are read, and how.
 pub struct TensorsOptions<'a> {
-    memory_limit: u64,
+    memory_limit: Option<u64>,
     io: IoChoice,
     concurrency: Option<usize>,
     patience: Duration,
@@ -53,7 +53,7 @@ impl Default for TensorsOptions<'_> {
     /// All tensors, everything else as the command line has it by default.
     fn default() -> Self {
         Self {
-            memory_limit: MEMORY_LIMIT,
+            memory_limit: None,
             io: IoChoice::Auto,
             concurrency: None,
             patience: Duration::ZERO,
@@ -74,10 +74,12 @@ impl fmt::Debug for TensorsOptions<'_> {
 }
 
 impl<'a> TensorsOptions<'a> {
-    /// Sets the staging memory that may exist at a time, in bytes: tensors being read, waiting and handed out. It must
-    /// hold the largest wanted tensor; four times that keeps reads in flight while one is looked at.
-    pub fn memory_limit(self, bytes: u64) -> Self {
-        Self { memory_limit: bytes, ..self }
+    /// Sets the staging memory that may exist at a time, in bytes: tensors being read, waiting and handed out. A wanted
+    /// tensor that it cannot hold is refused; a few times the largest keeps reads in flight while that one is looked at.
+    ///
+    /// `None`: [`MEMORY_LIMIT`], or what the largest wanted tensor takes where that is more.
+    pub fn memory_limit(self, bytes: impl Into<Option<u64>>) -> Self {
+        Self { memory_limit: bytes.into(), ..self }
     }
 
     /// Chooses between reading through the page cache and past it.
@@ -130,8 +132,11 @@ impl Tensors {
         let Discovered { dir, checkpoint, identities, .. } = discovered;
         let sources = open_sources(&dir, &checkpoint, &identities, options.io)?;
         let suggested = suggested_in_flight(&sources, 1);
+        let memory_limit = options
+            .memory_limit
+            .unwrap_or_else(|| memory_bytes_min(&checkpoint, &options.wanted).max(MEMORY_LIMIT));
         let stream_options = StreamOptions {
-            memory_limit: options.memory_limit,
+            memory_limit,
             concurrency: options.concurrency.unwrap_or(suggested),
             patience: options.patience,
         };

@@ -53,11 +53,11 @@ use std::{
 
 use longshore_models::checkpoint::Checkpoint;
 
+pub use self::{batch::memory_bytes_min, slab::Tensor, worker::StreamProgress};
 use self::{
     batch::{Limits, batches},
     worker::{Found, Shared},
 };
-pub use self::{slab::Tensor, worker::StreamProgress};
 use crate::{error::RankError, storage::CheckpointSource};
 
 /// How a stream reads.

@@ -90,6 +90,12 @@ pub(super) fn pages(range: ByteRange) -> ByteRange {
     }
 }
 
+/// The least memory limit under which a stream can hand out every wanted tensor of `checkpoint`, in bytes.
+pub fn memory_bytes_min(checkpoint: &Checkpoint, wanted: impl Fn(&str) -> bool) -> u64 {
+    let wanted = checkpoint.tensors.iter().filter(|tensor| wanted(&tensor.name));
+    wanted.map(|tensor| pages(tensor.file_range).len()).max().unwrap_or(0)
+}
+
 /// The wanted tensors of `checkpoint` in batches, in the order of the files.
 ///
 /// # Errors
@@ -212,5 +218,8 @@ mod tests {
         let text = batches(&c, |_| true, &Limits::new(40_000)).unwrap_err().to_string();
         assert!(text.contains("0.1") && text.contains("50000") && text.contains("40000"), "{text}");
         assert!(batches(&c, |name| name == "0.0", &Limits::new(40_000)).is_ok());
+        let least = memory_bytes_min(&c, |_| true);
+        assert!(batches(&c, |_| true, &Limits::new(least)).is_ok());
+        assert!(batches(&c, |_| true, &Limits::new(least - 1)).is_err());
     }
 }
