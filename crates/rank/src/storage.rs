@@ -135,7 +135,7 @@ impl CheckpointSource {
         FileIdentity::of(&self.buffered)
     }
 
-    /// Whether the file has been written since it was opened; so does one count that cannot be asked.
+    /// Whether the file has been written since it was opened; `true` as well where the file system does not answer.
     pub fn has_changed(&self) -> bool {
         self.identity_now().map_or(true, |now| now != self.identity)
     }
