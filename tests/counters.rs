@@ -100,7 +100,7 @@ fn every_byte_is_read_once_and_received_at_most_once() {
                     Plan::new(longshore::discover::discover(&dir).unwrap(), &wanted).unwrap();
                 let naive = naive(&plan);
                 for io in [IoChoice::Buffered, IoChoice::Direct] {
-                    let run = RunOptions { io, concurrency: None };
+                    let run = RunOptions { io, ..RunOptions::default() };
                     let loaded = load_with(&plan, &run).unwrap();
                     let what = format!("{checkpoint:?} tp {tp} ep {ep} {io:?}");
                     let read: u64 = loaded.reports.iter().map(|r| r.storage_bytes_read).sum();
@@ -136,7 +136,7 @@ fn number_of_reads_stays_near_bytes_over_read_size() {
                 let plan =
                     Plan::new(longshore::discover::discover(&dir).unwrap(), &wanted).unwrap();
                 let loaded =
-                    load_with(&plan, &RunOptions { io: IoChoice::Direct, concurrency: None });
+                    load_with(&plan, &RunOptions { io: IoChoice::Direct, ..RunOptions::default() });
                 let reports = loaded.unwrap().reports;
                 let reads: u64 = reports.iter().map(|r| r.reads).sum();
                 let bytes: u64 = reports.iter().map(|r| r.storage_bytes_read).sum();

@@ -35,7 +35,7 @@ fn a_file_that_shrinks_during_the_load_is_named_within_a_second() {
     for io in [IoChoice::Buffered, IoChoice::Direct] {
         let scratch = Scratch::new().unwrap();
         let plan = checkpoint(&scratch);
-        let prepared = prepare(&plan, &RunOptions { io, concurrency: None }).unwrap();
+        let prepared = prepare(&plan, &RunOptions { io, ..RunOptions::default() }).unwrap();
         let file = &plan.checkpoint().files[1];
         let path = plan.dir.join(&file.name);
         OpenOptions::new().write(true).open(path).unwrap().set_len(file.bytes / 2).unwrap();

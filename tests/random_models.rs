@@ -164,7 +164,7 @@ fn run(case: u64) -> Ended {
         (Err(_), Err(_)) => Ended::Refused,
         (Ok(answer), Ok(plan)) => {
             let io = random.pick(&[IoChoice::Buffered, IoChoice::Direct]);
-            let run = RunOptions { io, concurrency: None };
+            let run = RunOptions { io, ..RunOptions::default() };
             let loaded = load_with(&plan, &run).unwrap_or_else(|e| panic!("{what}: {}", e.line()));
             compare(&what, &loaded, &answer);
             Ended::Loaded

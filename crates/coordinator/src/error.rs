@@ -89,6 +89,15 @@ pub enum LoadError {
         /// The file.
         path: PathBuf,
     },
+    /// A tensor could not be handed out as it is stored.
+    #[error("{}", .path.display())]
+    Tensors {
+        /// The checkpoint directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: RankError,
+    },
     /// A reload failed after the first write.
     #[error("reload failed, {}", match .not_restored {
         None => format!("the weights of {} are back in place", .kept.display()),
@@ -200,6 +209,7 @@ impl LoadError {
     pub fn exit_code(&self) -> u8 {
         match self {
             LoadError::Rank { source, .. } if source.is_refusal() => 2,
+            LoadError::Tensors { source: RankError::TensorOverLimit { .. }, .. } => 2,
             LoadError::Reload { source, .. } => source.exit_code(),
             LoadError::Rank { .. }
             | LoadError::RankLost { .. }
@@ -207,6 +217,7 @@ impl LoadError {
             | LoadError::Missing { .. }
             | LoadError::CoordinatorLost { .. }
             | LoadError::GroupEnded { .. }
+            | LoadError::Tensors { .. }
             | LoadError::FileModified { .. }
             | LoadError::Output { .. }
             | LoadError::RankOutput { .. }

@@ -7,6 +7,7 @@
 //! | 3 | assignment | [`assignment`], [`plan`] | placement → who reads what; one checked [`plan::Plan`] |
 //! | 4–6 | streaming, exchange, post-processing | `longshore_rank`, started by [`load`](mod@load) | plan → complete parameters |
 //! | 7 | complete ranks, reload in place | [`group`] | complete parameters of one checkpoint → of another |
+//! | – | instead of 2 to 7, for servers that place weights themselves | [`tensors`] | headers → tensors as they are stored, each once |
 //! | 8 | results | [`digest`], [`out`], [`report`] | complete parameters → digest, files, JSON, table |
 //! | – | the wire between coordinator and ranks in other processes | [`link`], [`secret`] | messages ⇄ messages, heartbeats, how it ended |
 //!
@@ -50,3 +51,4 @@ pub mod secret;
 pub mod source;
 mod supervisor;
 pub mod synth;
+pub mod tensors;

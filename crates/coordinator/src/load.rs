@@ -2,17 +2,18 @@
 
 use std::{
     io,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use longshore_kernels::host::cast::cast;
-use longshore_models::Dtype;
+use longshore_models::{Dtype, checkpoint::Checkpoint};
 use longshore_rank::{
     params::{ParamMemory, ReadyParams},
     protocol::{Generation, Progress, RankReport, Work},
     staging::DIRECT_ALIGNMENT,
-    storage::{CheckpointSource, IoChoice},
+    storage::{CheckpointSource, FileIdentity, IoChoice},
     stream::slab_bytes,
 };
 use ractor::Actor;
@@ -132,7 +133,7 @@ fn prepare_ranks(
     exchange: impl FnOnce(&mut usize) -> Result<Option<ExchangeStaging>, LoadError>,
 ) -> Result<Prepared, LoadError> {
     let started = Instant::now();
-    let sources = open_sources(plan, options.io)?;
+    let sources = open_sources(&plan.dir, plan.checkpoint(), &plan.identities, options.io)?;
     let mut concurrency = concurrency(plan, options, &sources, ranks_here);
     let exchange_staging = exchange(&mut concurrency)?;
     check_host_memory(plan, ranks_here, parameter_bytes, concurrency)?;
@@ -252,10 +253,7 @@ pub(crate) async fn attempt(
 /// The files are what they were when they were opened: bytes of a file that was written meanwhile may be half old, half
 /// new.
 pub(crate) fn check_unchanged(prepared: &Prepared) -> Result<(), LoadError> {
-    let changed = |source: &&CheckpointSource| {
-        source.identity_now().map_or(true, |now| now != source.identity)
-    };
-    match prepared.sources.iter().find(changed) {
+    match prepared.sources.iter().find(|source| source.has_changed()) {
         None => Ok(()),
         Some(source) => Err(LoadError::FileModified { path: prepared.plan.dir.join(&source.name) }),
     }
@@ -308,16 +306,22 @@ pub async fn load(
     run(prepare(plan, options)?, progress).await
 }
 
-fn open_sources(plan: &Plan, io: IoChoice) -> Result<Vec<CheckpointSource>, LoadError> {
-    let files = &plan.checkpoint().files;
+/// Opens the files of `checkpoint` in `dir`, which are those whose headers were read.
+pub(crate) fn open_sources(
+    dir: &Path,
+    checkpoint: &Checkpoint,
+    identities: &[FileIdentity],
+    io: IoChoice,
+) -> Result<Vec<CheckpointSource>, LoadError> {
+    let files = &checkpoint.files;
     let mut sources = Vec::with_capacity(files.len());
-    for (file, planned) in files.iter().zip(plan.identities.iter()) {
-        let source = CheckpointSource::open(&plan.dir, &file.name, io).map_err(|source| {
-            LoadError::Io { path: plan.dir.join(&file.name), action: "opening", source }
+    for (file, planned) in files.iter().zip(identities) {
+        let source = CheckpointSource::open(dir, &file.name, io).map_err(|source| {
+            LoadError::Io { path: dir.join(&file.name), action: "opening", source }
         })?;
         if source.identity != *planned {
             return Err(LoadError::FileChanged {
-                path: plan.dir.join(&file.name),
+                path: dir.join(&file.name),
                 planned: planned.bytes,
                 found: source.identity.bytes,
             });
@@ -348,16 +352,22 @@ const DIRECT_IN_FLIGHT: usize = 16;
 /// The most staging memory that a rank of `plan` takes unless it is told another number of reads in flight, in bytes:
 /// every file read past the page cache.
 pub fn staging_forecast(plan: &Plan) -> u64 {
-    let in_flight = direct_in_flight(plan).min(plan.slabs_max() as usize) as u64;
+    let in_flight = direct_in_flight(plan.load.reads.len()).min(plan.slabs_max() as usize) as u64;
     in_flight * slab_bytes(plan.load.read_bytes_max)
 }
 
-fn direct_in_flight(plan: &Plan) -> usize {
-    per_rank_in_flight(plan.load.reads.len())
+fn direct_in_flight(ranks: usize) -> usize {
+    (DIRECT_IN_FLIGHT / ranks).max(4)
 }
 
-fn per_rank_in_flight(ranks_here: usize) -> usize {
-    (DIRECT_IN_FLIGHT / ranks_here).max(4)
+/// Reads in flight per rank that the storage wants.
+pub(crate) fn suggested_in_flight(sources: &[CheckpointSource], ranks: usize) -> usize {
+    if sources.iter().any(|s| s.mode.direct) {
+        return direct_in_flight(ranks);
+    }
+    // a buffered read is a copy by the CPU
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    (2 * cores / ranks).clamp(1, 16)
 }
 
 /// Reads in flight per rank: as many as were asked for or as the storage wants, within the staging memory.
@@ -367,14 +377,7 @@ fn concurrency(
     sources: &[CheckpointSource],
     ranks_here: u32,
 ) -> usize {
-    let ranks = ranks_here as usize;
-    let suggested = if sources.iter().any(|s| s.mode.direct) {
-        per_rank_in_flight(ranks)
-    } else {
-        // a buffered read is a copy by the CPU
-        let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        (2 * cores / ranks).clamp(1, 16)
-    };
+    let suggested = suggested_in_flight(sources, ranks_here as usize);
     let count = options.concurrency.unwrap_or(suggested).max(1);
     count.min(plan.slabs_max() as usize)
 }

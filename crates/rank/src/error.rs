@@ -31,6 +31,46 @@ pub enum RankError {
         /// How long it was.
         expected: u64,
     },
+    /// A file was written while it was being read, or since.
+    #[error("{file}: was written while or after it was read; the bytes may be a mix")]
+    FileModified {
+        /// The checkpoint file.
+        file: String,
+    },
+    /// A tensor is larger than all of a stream's staging memory.
+    #[error(
+        "tensor {tensor} of {bytes} bytes needs {needed} bytes of staging memory, the memory limit is {limit}"
+    )]
+    TensorOverLimit {
+        /// The tensor.
+        tensor: String,
+        /// Its length.
+        bytes: u64,
+        /// The whole pages around it.
+        needed: u64,
+        /// What is allowed.
+        limit: u64,
+    },
+    /// The consumer of a stream asks for more while it holds all the staging memory.
+    #[error(
+        "tensor {tensor} needs {needed} bytes of staging memory, but the tensors that were handed out hold {held} of {limit}; drop some of them first"
+    )]
+    StagingHeld {
+        /// The next tensor to be read.
+        tensor: String,
+        /// What it and its neighbours need.
+        needed: u64,
+        /// What is held.
+        held: u64,
+        /// What is allowed.
+        limit: u64,
+    },
+    /// A stream of tensors is asked for more after it has failed.
+    #[error("the stream of tensors is over: {why}")]
+    StreamOver {
+        /// Why it ended.
+        why: String,
+    },
     /// Memory could not be had.
     #[error("{what}: {bytes} bytes of memory could not be allocated")]
     Memory {

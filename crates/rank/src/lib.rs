@@ -7,6 +7,7 @@
 //! | storage | [`storage`] | file and range → bytes |
 //! | streaming | [`stream`], [`scatter`] | assignment → bytes in parameters |
 //! | exchange between processes | [`collective`], `exchange` | bytes of one rank → parameters of others |
+//! | tensors as they are stored | [`tensor_stream`] | wanted tensors → each with its bytes, in staging memory |
 //! | post-processing | `post_process` | complete parameters → derived ones |
 //! | the actor | [`state`], [`actor`] | events → decisions → effects |
 //!
@@ -35,3 +36,4 @@ pub mod staging;
 pub mod state;
 pub mod storage;
 pub mod stream;
+pub mod tensor_stream;

@@ -135,6 +135,11 @@ impl CheckpointSource {
         FileIdentity::of(&self.buffered)
     }
 
+    /// Whether the file has been written since it was opened; `true` as well where the file system does not answer.
+    pub fn has_changed(&self) -> bool {
+        self.identity_now().map_or(true, |now| now != self.identity)
+    }
+
     /// Fills `slab` with `range`, past the page cache if that is this file's mode.
     ///
     /// Returns where in the slab the range begins, and how many bytes were read beyond it for alignment. The slab must

@@ -318,7 +318,8 @@ pub fn slab_bytes(read_bytes: u64) -> u64 {
     read_bytes.next_multiple_of(DIRECT_ALIGNMENT) + DIRECT_ALIGNMENT
 }
 
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+/// What a panic said.
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }

@@ -104,7 +104,9 @@ impl Connection {
                     if let Err(e) = send(&mut sending, &outbound, &mut gathered) {
                         return sends.fail(connection_error(with, &e));
                     }
-                    let Outbound { operation, .. } = outbound;
+                    let operation = outbound.operation;
+                    // its slot goes back before anyone is told that it was sent
+                    drop(outbound);
                     sends.sent.store(operation + 1, Ordering::Release);
                     (sends.news)();
                 }
