@@ -171,7 +171,8 @@ impl Process {
     fn threads(&self) -> Vec<String> {
         let tasks =
             fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
-        tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok()).collect()
+        let names = tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+        names.map(|name| name.trim_end().to_owned()).collect()
     }
 
     /// The shared memory of ranks that it maps, by inode.
@@ -179,6 +180,10 @@ impl Process {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid)).unwrap_or_default();
         let shared = maps.lines().filter(|line| line.contains("memfd:longshore"));
         shared.filter_map(|line| line.split_whitespace().nth(4)?.parse().ok()).collect()
+    }
+
+    pub fn has_thread(&self, name: &str) -> bool {
+        self.threads().iter().any(|thread| thread == name)
     }
 
     pub fn is_alive(&self) -> bool {
@@ -357,7 +362,8 @@ pub fn wait_until(what: &str, reached: impl Fn() -> bool) {
     wait_for(what, || reached().then_some(()));
 }
 
-fn wait_for<T>(what: &str, find: impl Fn() -> Option<T>) -> T {
+/// Waits until there is what `find` looks for.
+pub fn wait_for<T>(what: &str, find: impl Fn() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
         if let Some(found) = find() {
