@@ -13,7 +13,9 @@ use std::{
 use longshore_models::placement::Span;
 
 use crate::{
-    collective::{Arrival, Collective, CollectiveError, Incoming, Kind, Operation, Piece, slots::Slot},
+    collective::{
+        Arrival, Collective, CollectiveError, Incoming, Kind, Operation, Piece, slots::Slot,
+    },
     error::RankError,
     protocol::{LoadPlan, Read},
     scatter::tensors_in,
@@ -157,14 +159,19 @@ impl Exchange {
     fn sends(&self, plan: &LoadPlan, read: Option<&Read>) -> Vec<Vec<Piece>> {
         let mut sends = vec![Vec::new(); self.pooled.len()];
         let Some(read) = read else { return sends };
-        for_each_span(plan, read, |rank| rank != self.rank, |span| {
-            sends[span.rank as usize].push(Piece {
-                offset: span.source_offset,
-                width: span.width,
-                stride: span.source_stride,
-                rows: span.rows,
-            });
-        });
+        for_each_span(
+            plan,
+            read,
+            |rank| rank != self.rank,
+            |span| {
+                sends[span.rank as usize].push(Piece {
+                    offset: span.source_offset,
+                    width: span.width,
+                    stride: span.source_stride,
+                    rows: span.rows,
+                });
+            },
+        );
         sends
     }
 
@@ -210,13 +217,18 @@ impl Landed {
     pub(crate) fn spans(&self, plan: &LoadPlan, rank: u32) -> Vec<Span> {
         let (mut spans, mut at) = (Vec::new(), 0);
         let packed = !self.bytes.is_in_place();
-        for_each_span(plan, &self.read, |r| r == rank, |mut span| {
-            if packed {
-                (span.source_offset, span.source_stride) = (at, span.width);
-                at += span.source_bytes();
-            }
-            spans.push(span);
-        });
+        for_each_span(
+            plan,
+            &self.read,
+            |r| r == rank,
+            |mut span| {
+                if packed {
+                    (span.source_offset, span.source_stride) = (at, span.width);
+                    at += span.source_bytes();
+                }
+                spans.push(span);
+            },
+        );
         spans
     }
 

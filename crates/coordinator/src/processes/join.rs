@@ -66,9 +66,8 @@ pub(crate) struct Announced {
 
 impl Join for HostJoin {
     fn announce(&self, generation: Generation) -> Result<Endpoint, RankError> {
-        let failed = |action| {
-            move |e: io::Error| CollectiveError::System { action, what: e.to_string() }
-        };
+        let failed =
+            |action| move |e: io::Error| CollectiveError::System { action, what: e.to_string() };
         let token = secret::random().map_err(failed("making shared memory"))?;
         let segment = Segment::create(self.form, token)?;
         // bound now, so that whoever has the roster finds it; nobody connects where all are on one host
@@ -174,8 +173,7 @@ impl HostJoin {
     ) -> Result<std::net::TcpStream, CollectiveError> {
         let failed = |what: String| CollectiveError::Connection { with: rank, what };
         let Place { rank: own, world_size, attempt, ref secret, .. } = self.place;
-        let credentials =
-            Credentials::new(secret.clone(), own, world_size, attempt, Purpose::Data);
+        let credentials = Credentials::new(secret.clone(), own, world_size, attempt, Purpose::Data);
         let (stream, _) =
             connect(&[address], &credentials, deadline).await.map_err(|e| failed(line(&e)))?;
         into_blocking(stream).map_err(|e| failed(e.to_string()))
