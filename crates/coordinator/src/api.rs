@@ -20,7 +20,7 @@ use crate::{
     load::RunOptions,
     plan::{Exchange, Plan, PlanOptions},
     processes::{GroupOptions, Transport},
-    report::Report,
+    report::{RanksAs, Report},
     source,
     tensors::{Tensors, TensorsOptions},
 };
@@ -172,7 +172,8 @@ impl Load {
     /// # Errors
     /// The source is none, or cannot be loaded with these options.
     pub fn plan(&self) -> Result<Report, LoadError> {
-        Ok(Report::forecast(&self.planned(self.tensor_parallel.unwrap_or(1))?, &self.source))
+        let plan = self.planned(self.tensor_parallel.unwrap_or(1))?;
+        Ok(Report::forecast(&plan, &self.source, RanksAs::Threads))
     }
 
     /// The checkpoint's tensors as they are stored, for servers that place weights themselves: `(name, view)` in the order in

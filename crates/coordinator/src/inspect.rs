@@ -69,7 +69,7 @@ impl Inspection {
                 count.bytes += tensor.file_range.len();
             }
         }
-        let report = Report::forecast(plan, source);
+        let report = Report::forecast(plan, source, RanksAs::Threads);
         Self {
             source: source.to_owned(),
             family: plan.model.family.name(),

@@ -350,10 +350,16 @@ pub(crate) fn open_sources(
 const DIRECT_IN_FLIGHT: usize = 16;
 
 /// The most staging memory that a rank of `plan` takes unless it is told another number of reads in flight, in bytes:
-/// every file read past the page cache.
-pub fn staging_forecast(plan: &Plan) -> u64 {
-    let in_flight = direct_in_flight(plan.load.reads.len()).min(plan.slabs_max() as usize) as u64;
-    in_flight * slab_bytes(plan.load.read_bytes_max)
+/// every file read past the page cache; with `processes`, each rank one, all on this host.
+pub fn staging_forecast(plan: &Plan, processes: bool) -> u64 {
+    let mut in_flight =
+        direct_in_flight(plan.load.reads.len()).min(plan.slabs_max() as usize).max(1);
+    let slots = match processes {
+        true => exchange_staging(plan, &mut in_flight, 0).ok(),
+        false => None,
+    };
+    let slots = slots.map_or(0, |s| u64::from(s.slots) * s.slot_bytes);
+    in_flight as u64 * slab_bytes(plan.load.read_bytes_max) + slots
 }
 
 fn direct_in_flight(ranks: usize) -> usize {

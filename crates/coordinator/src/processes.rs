@@ -109,7 +109,7 @@ impl Door {
         if place.rank > 0 {
             return Ok(Self(None));
         }
-        let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Join(e);
+        let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Meet(e);
         let mut tried = Tried::default();
         for candidate in place.listen_candidates().map_err(|e| failed(e.into()))? {
             match TcpListener::bind(candidate) {
@@ -201,7 +201,7 @@ async fn host(
     progress: Vec<Arc<Progress>>,
 ) -> Result<Hosting, LoadError> {
     let terms = Terms::new(place.secret.clone(), place.world_size, place.attempt);
-    let listener = Listener::from_std(listener, terms).map_err(|e| LoadError::Join(e.into()))?;
+    let listener = Listener::from_std(listener, terms).map_err(|e| LoadError::Meet(e.into()))?;
     Hosting::start(HostingArguments {
         listener,
         plan: prepared.plan.hash(),
@@ -224,7 +224,7 @@ async fn join(
     options: &GroupOptions,
     hosting: Option<&Hosting>,
 ) -> Result<(ActorRef<MemberMessage>, oneshot::Receiver<member::Released>), LoadError> {
-    let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Join(e);
+    let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Meet(e);
     let deadline = tokio::time::Instant::now() + options.join_limit;
     let mut candidates = resolve(place, deadline).await.map_err(|e| failed(e.into()))?;
     if let Some(hosting) = hosting {
@@ -235,7 +235,7 @@ async fn join(
     let Place { rank, world_size, attempt, ref secret, .. } = *place;
     let credentials = Credentials::new(secret.clone(), rank, world_size, attempt, Purpose::Control);
     let (stream, _) =
-        connect(&candidates, &credentials, deadline).await.map_err(|e| failed(e.into()))?;
+        connect(&candidates, &credentials, deadline).await.map_err(LoadError::Join)?;
     let address = stream.local_addr().map_err(|e| failed(e.into()))?.ip();
     let (released, outcome) = oneshot::channel();
     let checked = Arc::clone(prepared);

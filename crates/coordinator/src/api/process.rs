@@ -15,7 +15,7 @@ use crate::{
     place::Place,
     plan::Plan,
     processes::{self, Complete, Door, Joined},
-    report::{Done, Report},
+    report::{Done, RanksAs, Report},
 };
 
 impl Load {
@@ -76,7 +76,7 @@ pub struct Joining {
 impl Joining {
     /// What the load does, on all ranks.
     pub fn plan(&self) -> Report {
-        Report::forecast(&self.plan, &self.source)
+        Report::forecast(&self.plan, &self.source, RanksAs::Processes)
     }
 
     /// On rank 0, how each rank is getting on, as of its last heartbeat; nothing elsewhere.
@@ -134,9 +134,9 @@ impl Rank {
     pub fn report(&self) -> Option<Report> {
         let reports = self.joined.reports.as_deref()?;
         let (warnings, generation) = (self.warnings.as_slice(), 1);
-        let done = Done { reports, warnings, generation, peak_rss_bytes: None };
+        let (ranks_as, peak_rss_bytes) = (RanksAs::Processes, None);
+        let done = Done { reports, warnings, generation, ranks_as, peak_rss_bytes };
         let mut report = Report::of_load(&self.plan, &self.source, &done);
-        report.ranks_as = "processes";
         report.seconds = Some(self.joined.seconds);
         Some(report)
     }

@@ -12,7 +12,7 @@ use crate::{
     group::Group,
     load::{self, progress_of},
     plan::Plan,
-    report::{Done, Report},
+    report::{Done, RanksAs, Report},
 };
 
 impl Load {
@@ -67,7 +67,7 @@ pub struct RankProgress {
 impl Loading {
     /// What the load does.
     pub fn plan(&self) -> Report {
-        Report::forecast(&self.plan, &self.load.source)
+        Report::forecast(&self.plan, &self.load.source, RanksAs::Threads)
     }
 
     /// How each rank is getting on.
@@ -129,6 +129,7 @@ impl Loaded {
             warnings: &self.group.warnings,
             generation: self.group.generation(),
             peak_rss_bytes: None,
+            ranks_as: RanksAs::Threads,
         };
         let mut report = Report::of_load(&self.plan, &self.load.source, &done);
         report.seconds = Some(self.group.seconds);

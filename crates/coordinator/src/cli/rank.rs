@@ -21,7 +21,7 @@ use crate::{
     place::Place,
     plan::Plan,
     processes::{self, Door, Joined},
-    report::{Done, Report, peak_rss_bytes},
+    report::{Done, RanksAs, Report, peak_rss_bytes},
 };
 
 /// Carries `longshore load --ranks processes` out: this program as every rank, with the same arguments.
@@ -193,7 +193,8 @@ impl Rank<'_> {
             return Ok(None);
         };
         let peaks: Vec<u64> = holdings.iter().map(|h| h.peak_rss_bytes).collect();
-        let done = Done { reports, warnings, generation: 1, peak_rss_bytes: Some(&peaks) };
+        let (ranks_as, peak_rss_bytes) = (RanksAs::Processes, Some(peaks.as_slice()));
+        let done = Done { reports, warnings, generation: 1, ranks_as, peak_rss_bytes };
         let mut report = Report::of_load(self.plan, self.source, &done);
         report.seconds = Some(phases.ready_seconds(joined.seconds));
         if hash {

@@ -102,7 +102,7 @@ impl Join for HostJoin {
             routes.push(if rank == self.place.rank as usize {
                 Some(Route::Here)
             } else if endpoint.host == own.host {
-                Some(Route::SharedMemory(Segment::open(&endpoint.segment)?))
+                Some(Route::SharedMemory(open_segment(rank as u32, endpoint)?))
             } else {
                 None
             });
@@ -218,6 +218,14 @@ impl HostJoin {
             () = listener.run(admitted) => Err(system("the listener ended".to_owned())),
         }
     }
+}
+
+/// Opens the memory of a rank of this host. A kernel that has been hardened may forbid it.
+fn open_segment(rank: u32, endpoint: &Endpoint) -> Result<Arc<Segment>, CollectiveError> {
+    Segment::open(&endpoint.segment).map_err(|e| CollectiveError::Connection {
+        with: rank,
+        what: format!("{}; --transport tcp does without shared memory", line(&e)),
+    })
 }
 
 /// Waits until every rank has joined: from here on all paths are known to work.
