@@ -10,7 +10,7 @@ pub use self::map::MapEntry;
 use crate::{
     error::LoadError,
     plan::Plan,
-    report::{Report, SkippedEntry, bytes_text},
+    report::{RanksAs, Report, SkippedEntry, bytes_text},
 };
 
 /// Tensors and bytes of one kind.
