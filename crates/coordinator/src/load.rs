@@ -417,3 +417,37 @@ fn available_memory() -> Option<u64> {
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{discover::discover, plan::PlanOptions, synth::Synth};
+
+    /// The shares never exceed the limit; reads in flight give way to slots, and what cannot work is refused.
+    #[test]
+    fn staging_of_a_rank_process_is_shared_out_within_the_limit() {
+        let scratch = tempfile::tempdir().unwrap();
+        Synth::new("llama", "bf16").write(scratch.path()).unwrap();
+        let mut refused = 0;
+        for memory_limit in [128 << 10, 160 << 10, 200 << 10, 1 << 20, 16 << 20, 512 << 20] {
+            let options = PlanOptions { tp: 2, memory_limit, ..PlanOptions::default() };
+            let plan = Plan::new(discover(scratch.path()).unwrap(), &options).unwrap();
+            for distant in [0, 1, 7, 63] {
+                for asked in [1, 2, 16] {
+                    let mut in_flight = asked;
+                    let Ok(staging) = exchange_staging(&plan, &mut in_flight, distant) else {
+                        refused += 1;
+                        continue;
+                    };
+                    let ExchangeStaging { slots, slot_bytes, receive_slots } = staging;
+                    assert!((1..=asked).contains(&in_flight) && slots > 0 && receive_slots > 0);
+                    let slabs = in_flight as u64 * slab_bytes(plan.load.read_bytes_max);
+                    let received = u64::from(distant * receive_slots) * slot_bytes;
+                    let bytes = slabs + received + u64::from(slots) * slot_bytes;
+                    assert!(bytes <= memory_limit, "{memory_limit} {distant} {asked}: {bytes}");
+                }
+            }
+        }
+        assert!((10..60).contains(&refused), "{refused}");
+    }
+}
