@@ -5,11 +5,14 @@
 #
 # Makes a virtual environment for the peers and two checkpoints of --size-gb GiB under DIR (once), builds longshore, runs
 # everything in turn (page cache warm and cold, one rank and two), and prints tables with ratios and the targets met.
-# Each run is a line of DIR/results-DATE.jsonl.
+# Two ranks of longshore run as threads ("longshore") and as processes ("longshore, processes"); of the second the same
+# ratios are asked within 10 %. Each run is a line of DIR/results-DATE.jsonl.
 #
 #   --rounds N       runs of each loader, medians count (default 5)
 #   --dir DIR        default $XDG_CACHE_HOME/longshore-bench or ~/.cache/longshore-bench; needs 6 GB and twice the size
-#   --only PATTERN   regular expression on "CHECKPOINT RANKS STATE LOADER": --only 'deepseek 1 warm', --only 'longshore|limit'
+#   --only PATTERN   regular expression on "CHECKPOINT RANKS STATE LOADER": --only 'deepseek 1 warm', --only 'longshore|limit',
+#                    --only ' 2 .*(processes$|processes, half)' for two rank processes and their limit alone,
+#                    --only ' 2 .*(?<!longshore)$' for two rank processes beside every peer
 #   --quick          one round on checkpoints of 1 GiB: shows that everything runs, its figures mean little
 #   --bin PATH       this longshore instead of building one; "none" measures the peers alone
 #   --verify, --max-other CORES, --hold-gib G, --memory-limit BYTES: see scripts/bench/matrix.py --help

@@ -84,7 +84,11 @@ fn peak_of_load(
     }
     Synth::like(&like).headers_only(true).write(&dir).unwrap();
     let plan = plan_for(&dir, layout);
-    let run = RunOptions { io: IoChoice::Buffered, concurrency: Some(concurrency), ..RunOptions::default() };
+    let run = RunOptions {
+        io: IoChoice::Buffered,
+        concurrency: Some(concurrency),
+        ..RunOptions::default()
+    };
     let before = HELD.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
     let loaded = load_with(&plan, &run).unwrap_or_else(|e| panic!("{}", e.line()));

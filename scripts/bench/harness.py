@@ -9,6 +9,7 @@ import glob
 import json
 import mmap
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -107,6 +108,121 @@ class HeldMemory:
             return self.process.stdout.readline() != ""
         except BrokenPipeError:
             return False
+
+
+# ---- memory of rank processes ---------------------------------------------------------------------------------------
+
+def process(pid):
+    """(its parent, its state, when it started)"""
+    with open(f"/proc/{pid}/stat") as f:
+        fields = f.read().rpartition(")")[2].split()
+    return int(fields[1]), fields[0], fields[19]
+
+
+def rank_of(pid):
+    """Which rank a process was started as, None where it is none."""
+    with open(f"/proc/{pid}/environ", "rb") as f:
+        found = [v for v in f.read().split(b"\0") if v.startswith(b"RANK=")]
+    return int(found[0].split(b"=")[1]) if found else None
+
+
+def memory_status(pid):
+    """Bytes by the kernel's names: VmHWM, VmRSS, RssShmem and more."""
+    with open(f"/proc/{pid}/status") as f:
+        return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in f if line.endswith(" kB\n")}
+
+
+def segment_sizes(pid):
+    """Bytes that are really there of each shared segment that a process has open."""
+    sizes, folder = {}, f"/proc/{pid}/fd"
+    for fd in os.listdir(folder):
+        try:
+            if os.readlink(f"{folder}/{fd}").startswith(("/memfd:", "/dev/shm/")):
+                found = os.stat(f"{folder}/{fd}")
+                sizes[found.st_dev, found.st_ino] = found.st_blocks * 512
+        except FileNotFoundError:  # closed meanwhile
+            pass
+    return list(sizes.values())
+
+
+class RankMemory(threading.Thread):
+    """Watches the memory of the rank processes that a program starts, until stopped.
+
+    The kernel knows a process's peak exactly (VmHWM), but counts in it whatever the process maps: of the segments through
+    which ranks pass bytes, the other ranks' as well as its own. To count a shared page once, for the rank that made it,
+    `others_bytes` is what has to be taken off: the shared memory that the process mapped beyond its own segment when it was
+    seen at its largest. Whose a segment is does not show from outside, so the largest is taken for its own: what is
+    left is never too little. A rank that could not be looked at has nothing taken off.
+
+    Counters are looked at, no page tables: a look costs less than a millisecond and holds up no page fault.
+    """
+
+    EVERY_S = 0.05
+
+    def __init__(self, program, ranks):
+        super().__init__(daemon=True)
+        self.program, self.ranks, self.ended = program, ranks, threading.Event()
+        self.pids, self.started, self.program_peak = {}, {}, 0
+        self.peaks, self.largest, self.own, self.others = {}, {}, {}, {}  # of each rank, in bytes
+
+    def run(self):
+        while not self.ended.wait(self.EVERY_S):
+            if len(self.pids) < self.ranks:
+                self.find()
+            for rank, pid in self.pids.items():
+                try:
+                    self.look(rank, pid)
+                except OSError:  # it has ended, or may not be looked at
+                    pass
+            try:
+                self.program_peak = max(self.program_peak, memory_status(self.program).get("VmHWM", 0))
+            except OSError:
+                pass
+
+    def find(self):
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                parent, _, started = process(pid)
+                if parent == self.program and (rank := rank_of(pid)) is not None:
+                    self.pids[rank], self.started[int(pid)] = int(pid), started
+            except OSError:
+                pass
+
+    def look(self, rank, pid):
+        # segments first: one that is given up in between is missing in the status then, and nothing is taken off for it
+        self.own[rank] = max([self.own.get(rank, 0), *segment_sizes(pid)])
+        status = memory_status(pid)
+        if "VmRSS" not in status:  # it is ending: its memory has gone
+            return
+        self.peaks[rank] = max(self.peaks.get(rank, 0), status["VmHWM"])
+        if status["VmRSS"] > self.largest.get(rank, 0):
+            self.largest[rank], self.others[rank] = status["VmRSS"], max(0, status["RssShmem"] - self.own[rank])
+
+    def stop(self):
+        """-> what was seen of each rank; raises where a rank outlives the program, and its memory with it."""
+        self.ended.set()
+        self.join()
+        deadline = time.monotonic() + 5
+        while left := [pid for pid in self.pids.values() if self.runs(pid)]:
+            if time.monotonic() > deadline:
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+                raise LeftBehind(f"processes {left} still ran after the program had ended")
+            time.sleep(0.01)
+        return {"launcher_peak_rss_bytes": self.program_peak,
+                "ranks_seen": [{"peak_rss_bytes": self.peaks.get(r, 0), "others_bytes": self.others.get(r, 0)}
+                               for r in range(self.ranks)]}
+
+    def runs(self, pid):
+        try:
+            _, state, started = process(pid)
+            return state not in "ZX" and started == self.started[pid]  # the number may be another's by now
+        except OSError:
+            return False
+
+
+class LeftBehind(Exception):
+    pass
 
 
 # ---- processor ------------------------------------------------------------------------------------------------------
@@ -209,8 +325,12 @@ def sum_up(ranks):
     return out | ({"verified": "ok" if all(v == "ok" for v in verified) else verified} if verified else {})
 
 
-def run_program(command, files, state, memory):
-    """One run of a program of its own -> (its standard output, measures) or (None, {"error"})."""
+def run_program(command, files, state, memory, rank_processes=0):
+    """One run of a program of its own -> (its standard output, measures) or (None, {"error"}).
+
+    It may start `rank_processes` processes. The processor time and what came from disk are those of all of them: the
+    system adds up what a program has waited for. Memory it does not add up, so each rank is watched.
+    """
     try:
         cached = prepare(files, state, memory, program=[command[0]])
     except NotPrepared as e:
@@ -220,18 +340,24 @@ def run_program(command, files, state, memory):
         p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment())
         watchdog = threading.Timer(TIMEOUT_S, p.kill)
         watchdog.start()
+        ranks, seen = RankMemory(p.pid, rank_processes) if rank_processes else None, {}
         try:
+            if ranks:
+                ranks.start()
             _, status, usage = os.wait4(p.pid, 0)
+            wall = time.monotonic() - start
             p.returncode = os.waitstatus_to_exitcode(status)
+            seen = ranks.stop() if ranks else {}
+        except LeftBehind as e:
+            return None, {"error": str(e)}
         finally:
             watchdog.cancel()
             if p.returncode is None:
                 p.kill()
-        wall = time.monotonic() - start
         if p.returncode:
             return None, {"error": f"exit code {p.returncode}: {error_tail(errors)}"}
         out.seek(0)
         other = (busy_seconds() - busy - cpu_seconds(usage)) / max(wall, 0.01)
         return out.read(), {"wall_s": round(wall, 3), "cpu_s": round(cpu_seconds(usage), 3),
                             "disk_bytes": usage.ru_inblock * 512, "process_peak_rss_bytes": usage.ru_maxrss * 1024,
-                            "other_cores": round(max(0.0, other), 2), "cached_before": cached}
+                            "other_cores": round(max(0.0, other), 2), "cached_before": cached} | seen

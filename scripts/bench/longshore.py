@@ -3,8 +3,10 @@
 
   longshore.py CKPT --bin PATH [--tp N] [--state warm|cold] [--memory-limit BYTES] [--hold-gib G] [-- MORE OPTIONS]
 
-"seconds" is the load's own figure, from the start of the load to the last parameter ready; wall_s is the whole process,
-its start and end included. Peak memory is checked against parameters + staging limit + 128 MiB.
+"seconds" is the load's own figure, from the first header to the last rank ready; wall_s is the whole command, its start and
+end included. With `-- --ranks processes` the first includes that the ranks find each other, and the second that all of
+them start and end. Peak memory is checked against parameters + staging limit + 128 MiB: of the one process that
+holds all ranks, or of each rank process, a shared page counted for the rank that made it (harness.RankMemory).
 """
 import argparse
 import json
@@ -26,28 +28,35 @@ def run(binary, ckpt, tp, state, memory, options=(), memory_limit=None):
     command = [binary, "load", ckpt, "--tp", str(tp), "--json", "--no-digest", "--device", "cpu", *options]
     if memory_limit:
         command += ["--memory-limit", memory_limit]
-    text, measures = harness.run_program(command, harness.checkpoint_files(ckpt), state, memory)
+    processes = "processes" in options or "--ranks=processes" in options
+    text, measures = harness.run_program(command, harness.checkpoint_files(ckpt), state, memory, tp if processes else 0)
     if text is None:
         return measures
     try:
-        return measures | figures(json.loads(text), measures, byte_count(memory_limit) if memory_limit else STAGING_DEFAULT)
+        load, seen = json.loads(text), measures.pop("ranks_seen", None)
+        if processes != (load.get("ranks_as") == "processes"):
+            return {"error": f"ranks were {load.get('ranks_as')}, not what was asked for"}
+        return measures | figures(load, measures, seen, byte_count(memory_limit) if memory_limit else STAGING_DEFAULT)
     except (ValueError, KeyError) as e:
         return {"error": f"not the JSON expected: {e!r}: {text[:200]}"}
 
 
-def figures(load, measures, limit):
-    ranks = load["ranks"]
+def figures(load, measures, seen, limit):
+    ranks, more = load["ranks"], {}
     parameters = [r["parameter_bytes"] for r in ranks]
     peaks = [r.get("peak_rss_bytes") or 0 for r in ranks]
-    if load.get("ranks_as", "threads") == "threads":  # one process holds all
+    if seen is None:  # one process holds all
         peak = max(measures["process_peak_rss_bytes"], *peaks)
         excess = peak - sum(parameters) - len(ranks) * limit
         peaks = [peak // len(ranks)] * len(ranks)
     else:
-        excess = max(peak - p - limit for peak, p in zip(peaks, parameters))
+        peaks = [max(peak, s["peak_rss_bytes"]) for peak, s in zip(peaks, seen)]
+        resident = [peak - s["others_bytes"] for peak, s in zip(peaks, seen)]
+        excess = max(r - p - limit for r, p in zip(resident, parameters))
+        more = {"rank_resident_bytes": resident}
     return {"seconds": load["seconds"], "phases": load.get("phases", {}), "rank_bytes": parameters,
             "rank_peak_rss_bytes": peaks, "rss_over_parameters_and_limit_mib": round(excess / MIB, 1),
-            "asked_bytes": load["storage_bytes_read"], "exchanged_bytes": load.get("exchanged_bytes")}
+            "asked_bytes": load["storage_bytes_read"], "exchanged_bytes": load.get("exchanged_bytes")} | more
 
 
 def main():

@@ -26,7 +26,7 @@ use crate::{
     load::{RunOptions, load, progress_of},
     out,
     plan::{Plan, PlanOptions},
-    report::{Done, Report},
+    report::{Done, RanksAs, Report},
     source,
 };
 
@@ -157,7 +157,11 @@ fn run_plan(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
     let Some(Step { source, plan, phases }) = plan_steps(arguments)?.into_iter().next() else {
         return Ok(());
     };
-    let mut report = Report::forecast(&plan, source);
+    let ranks_as = match arguments.run.plan.ranks {
+        RanksArg::Threads => RanksAs::Threads,
+        RanksArg::Processes => RanksAs::Processes,
+    };
+    let mut report = Report::forecast(&plan, source, ranks_as);
     report.phases = phases.0;
     print(&report, json, || report.table())
 }
@@ -213,6 +217,7 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
         reports: &group.reports,
         warnings: &group.warnings,
         generation: group.generation(),
+        ranks_as: RanksAs::Threads,
         peak_rss_bytes: None,
     };
     let mut report = Report::of_load(&plan, source, &done);

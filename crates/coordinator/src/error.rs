@@ -5,6 +5,8 @@ use std::{io, path::PathBuf};
 use longshore_models::error::{CheckpointError, PlanError};
 use longshore_rank::error::RankError;
 
+use crate::link::connect::ConnectError;
+
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -187,9 +189,12 @@ pub enum LoadError {
         /// Why.
         why: String,
     },
-    /// The processes of the group cannot be joined.
-    #[error("the ranks cannot be joined")]
-    Join(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The address where ranks are to meet cannot be used.
+    #[error("the ranks have nowhere to meet")]
+    Meet(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// This rank could not join the others.
+    #[error("this rank could not join the others")]
+    Join(#[source] ConnectError),
     /// A command that was to be launched cannot be.
     #[error("{program}: cannot be started")]
     Start {
@@ -210,6 +215,7 @@ impl LoadError {
         match self {
             LoadError::Rank { source, .. } if source.is_refusal() => 2,
             LoadError::Tensors { source: RankError::TensorOverLimit { .. }, .. } => 2,
+            LoadError::Join(ConnectError::Nobody(_)) => 1,
             LoadError::Reload { source, .. } => source.exit_code(),
             LoadError::Rank { .. }
             | LoadError::RankLost { .. }
@@ -229,6 +235,7 @@ impl LoadError {
             | LoadError::Checkpoint { .. }
             | LoadError::Plan { .. }
             | LoadError::Option { .. }
+            | LoadError::Meet(_)
             | LoadError::Join(_)
             | LoadError::Start { .. }
             | LoadError::HostMemory { .. } => 2,

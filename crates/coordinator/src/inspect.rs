@@ -10,7 +10,7 @@ pub use self::map::MapEntry;
 use crate::{
     error::LoadError,
     plan::Plan,
-    report::{Report, SkippedEntry, bytes_text},
+    report::{RanksAs, Report, SkippedEntry, bytes_text},
 };
 
 /// Tensors and bytes of one kind.
@@ -69,7 +69,7 @@ impl Inspection {
                 count.bytes += tensor.file_range.len();
             }
         }
-        let report = Report::forecast(plan, source);
+        let report = Report::forecast(plan, source, RanksAs::Threads);
         Self {
             source: source.to_owned(),
             family: plan.model.family.name(),

@@ -1,37 +1,39 @@
 //! Loads a large language model's checkpoint onto the ranks of a tensor-parallel server.
 //!
+//! [`Load`] is where a server begins, whether its ranks are threads of one process or processes of their own:
+//!
+//! ```
+//! use longshore::Load;
+//!
+//! let loaded = Load::from("synth:llama-bf16").tensor_parallel(2).start()?.wait()?;
+//! let ranks = loaded.ranks()?;
+//! let embedding = ranks[1].get("model.embed_tokens.weight").expect("every model has one");
+//! assert_eq!(embedding.shape, [256, 128]); // this rank's half of the vocabulary
+//! # Ok::<(), longshore::LoadError>(())
+//! ```
+//!
+//! | for | there is |
+//! |---|---|
+//! | ranks that are threads | [`Load::start`] → [`Loading`] → [`Loaded`], reload in place |
+//! | ranks that are processes, under whatever launcher | [`Place`], [`Load::join`] → [`Joining`] → [`Rank`] |
+//! | servers with a `load_weights(name, tensor)` of their own | [`Load::tensors`] → [`Tensors`] |
+//! | knowing beforehand what a load will do | [`Load::plan`] → [`Report`] |
+//! | starting processes | [`launch`], or torchrun, srun, Kubernetes |
+//!
+//! What follows is how it is done, stage by stage; it may change where the above does not.
+//!
 //! | # | stage | module | in → out |
 //! |---|---|---|---|
 //! | 1 | checkpoint headers | [`discover`] | directory → configuration and validated headers |
 //! | 2 | placement | `longshore_models::placement` | model, headers, group → where each byte belongs |
 //! | 3 | assignment | [`assignment`], [`plan`] | placement → who reads what; one checked [`plan::Plan`] |
-//! | 4–6 | streaming, exchange, post-processing | `longshore_rank`, started by [`load`](mod@load) | plan → complete parameters |
+//! | 4–6 | streaming, exchange, post-processing | `longshore_rank`, started by [`load`](mod@load) in this process, by [`processes`] in others | plan → complete parameters |
 //! | 7 | complete ranks, reload in place | [`group`] | complete parameters of one checkpoint → of another |
 //! | – | instead of 2 to 7, for servers that place weights themselves | [`tensors`] | headers → tensors as they are stored, each once |
 //! | 8 | results | [`digest`], [`out`], [`report`] | complete parameters → digest, files, JSON, table |
 //! | – | the wire between coordinator and ranks in other processes | [`link`], [`secret`] | messages ⇄ messages, heartbeats, how it ended |
-//!
-//! Where ranks are processes, [`launch`] starts them, and each finds its [`place`].
-//!
-//! ```
-//! use longshore::{discover::discover, load, plan, synth};
-//!
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let dir = tempfile::tempdir()?;
-//! synth::Synth::new("llama", "bf16").scale(synth::Scale::Tiny).write(dir.path())?;
-//!
-//! let options = plan::PlanOptions { tp: 2, ..plan::PlanOptions::default() };
-//! let plan = plan::Plan::new(discover(dir.path())?, &options)?;
-//! let runtime = tokio::runtime::Runtime::new()?;
-//! let progress = load::progress_of(&plan);
-//! let group = runtime.block_on(load::load(&plan, &load::RunOptions::default(), progress))?;
-//!
-//! let first = group.ranks()?[1].iter().next().expect("a model has parameters");
-//! assert_eq!((first.name, first.shape), ("model.embed_tokens.weight", &[256, 128][..]));
-//! # Ok(())
-//! # }
-//! ```
 
+mod api;
 pub mod assignment;
 pub mod cli;
 pub mod digest;
@@ -52,3 +54,20 @@ pub mod source;
 mod supervisor;
 pub mod synth;
 pub mod tensors;
+
+pub use longshore_models::{
+    Dtype,
+    options::{KernelLayout, Quantization},
+};
+pub use longshore_rank::{protocol::Phase, storage::IoChoice};
+
+pub use self::{
+    api::{Joining, Load, Loaded, Loading, OwnParams, Param, Params, Rank, RankProgress},
+    error::LoadError,
+    place::Place,
+    plan::Exchange,
+    processes::Transport,
+    report::Report,
+    secret::Secret,
+    tensors::{Tensor, Tensors, TensorsOptions},
+};

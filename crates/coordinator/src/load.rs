@@ -350,10 +350,16 @@ pub(crate) fn open_sources(
 const DIRECT_IN_FLIGHT: usize = 16;
 
 /// The most staging memory that a rank of `plan` takes unless it is told another number of reads in flight, in bytes:
-/// every file read past the page cache.
-pub fn staging_forecast(plan: &Plan) -> u64 {
-    let in_flight = direct_in_flight(plan.load.reads.len()).min(plan.slabs_max() as usize) as u64;
-    in_flight * slab_bytes(plan.load.read_bytes_max)
+/// every file read past the page cache; with `processes`, each rank one, all on this host.
+pub fn staging_forecast(plan: &Plan, processes: bool) -> u64 {
+    let mut in_flight =
+        direct_in_flight(plan.load.reads.len()).min(plan.slabs_max() as usize).max(1);
+    let slots = match processes {
+        true => exchange_staging(plan, &mut in_flight, 0).ok(),
+        false => None,
+    };
+    let slots = slots.map_or(0, |s| u64::from(s.slots) * s.slot_bytes);
+    in_flight as u64 * slab_bytes(plan.load.read_bytes_max) + slots
 }
 
 fn direct_in_flight(ranks: usize) -> usize {
@@ -410,4 +416,38 @@ fn available_memory() -> Option<u64> {
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{discover::discover, plan::PlanOptions, synth::Synth};
+
+    /// The shares never exceed the limit; reads in flight give way to slots, and what cannot work is refused.
+    #[test]
+    fn staging_of_a_rank_process_is_shared_out_within_the_limit() {
+        let scratch = tempfile::tempdir().unwrap();
+        Synth::new("llama", "bf16").write(scratch.path()).unwrap();
+        let mut refused = 0;
+        for memory_limit in [128 << 10, 160 << 10, 200 << 10, 1 << 20, 16 << 20, 512 << 20] {
+            let options = PlanOptions { tp: 2, memory_limit, ..PlanOptions::default() };
+            let plan = Plan::new(discover(scratch.path()).unwrap(), &options).unwrap();
+            for distant in [0, 1, 7, 63] {
+                for asked in [1, 2, 16] {
+                    let mut in_flight = asked;
+                    let Ok(staging) = exchange_staging(&plan, &mut in_flight, distant) else {
+                        refused += 1;
+                        continue;
+                    };
+                    let ExchangeStaging { slots, slot_bytes, receive_slots } = staging;
+                    assert!((1..=asked).contains(&in_flight) && slots > 0 && receive_slots > 0);
+                    let slabs = in_flight as u64 * slab_bytes(plan.load.read_bytes_max);
+                    let received = u64::from(distant * receive_slots) * slot_bytes;
+                    let bytes = slabs + received + u64::from(slots) * slot_bytes;
+                    assert!(bytes <= memory_limit, "{memory_limit} {distant} {asked}: {bytes}");
+                }
+            }
+        }
+        assert!((10..60).contains(&refused), "{refused}");
+    }
 }

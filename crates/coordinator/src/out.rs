@@ -127,11 +127,8 @@ impl RankFile {
     /// # Errors
     /// It cannot be renamed.
     pub(crate) fn publish(self) -> Result<(), LoadError> {
-        let failed = |source| LoadError::Output {
-            path: self.target.clone(),
-            action: "renaming",
-            source,
-        };
+        let failed =
+            |source| LoadError::Output { path: self.target.clone(), action: "renaming", source };
         fs::rename(self.aside.join(&self.name), &self.target).map_err(failed)
     }
 }

@@ -66,6 +66,16 @@ pub struct GroupOptions {
     pub join_limit: Duration,
 }
 
+impl GroupOptions {
+    /// With another limit to silence, and heartbeats to go with it.
+    pub(crate) fn with_silent_after(self, silent_after: Duration) -> Self {
+        Self { silent_after, beat_every: silent_after / BEATS_PER_SILENCE, ..self }
+    }
+}
+
+/// Ten missed heartbeats are not load but a hang.
+const BEATS_PER_SILENCE: u32 = 10;
+
 impl Default for GroupOptions {
     fn default() -> Self {
         let Timing { beat_every, silent_after } = Timing::default();
@@ -99,7 +109,7 @@ impl Door {
         if place.rank > 0 {
             return Ok(Self(None));
         }
-        let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Join(e);
+        let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Meet(e);
         let mut tried = Tried::default();
         for candidate in place.listen_candidates().map_err(|e| failed(e.into()))? {
             match TcpListener::bind(candidate) {
@@ -111,11 +121,12 @@ impl Door {
     }
 }
 
+/// What a rank holds and how it goes on being one of the group.
+pub(crate) type Complete = (ReadyParams, Joined);
+
 /// A rank process whose group is complete.
 #[derive(Debug)]
 pub(crate) struct Joined {
-    /// This rank's finished parameters.
-    pub(crate) params: ReadyParams,
     /// On rank 0, what each rank did.
     pub(crate) reports: Option<Vec<RankReport>>,
     /// From the opening of the files until every rank was ready.
@@ -136,21 +147,21 @@ pub(crate) async fn load(
     prepared: Prepared,
     options: &GroupOptions,
     progress: Vec<Arc<Progress>>,
-) -> Result<Joined, LoadError> {
+) -> Result<Complete, LoadError> {
     let started = Instant::now();
     let prepared = Arc::new(prepared);
     let Some(listener) = door.0 else {
         let (member, released) = join(place, &prepared, options, None).await?;
         let (params, _) = wait(released).await?;
         let seconds = started.elapsed().as_secs_f64();
-        return Ok(Joined { params, reports: None, seconds, member, hosting: None });
+        return Ok((params, Joined { reports: None, seconds, member, hosting: None }));
     };
     let hosting = host(listener, place, &prepared, options, progress).await?;
     match host_and_join(place, &prepared, options, &hosting).await {
         Ok((member, params, reports)) => {
             let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
             let (reports, hosting) = (Some(reports), Some(hosting));
-            Ok(Joined { params, reports, seconds, member, hosting })
+            Ok((params, Joined { reports, seconds, member, hosting }))
         }
         Err(e) => {
             hosting.end().await;
@@ -190,8 +201,7 @@ async fn host(
     progress: Vec<Arc<Progress>>,
 ) -> Result<Hosting, LoadError> {
     let terms = Terms::new(place.secret.clone(), place.world_size, place.attempt);
-    let listener =
-        Listener::from_std(listener, terms).map_err(|e| LoadError::Join(e.into()))?;
+    let listener = Listener::from_std(listener, terms).map_err(|e| LoadError::Meet(e.into()))?;
     Hosting::start(HostingArguments {
         listener,
         plan: prepared.plan.hash(),
@@ -214,19 +224,18 @@ async fn join(
     options: &GroupOptions,
     hosting: Option<&Hosting>,
 ) -> Result<(ActorRef<MemberMessage>, oneshot::Receiver<member::Released>), LoadError> {
-    let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Join(e);
-    let mut candidates = place.candidates().map_err(|e| failed(e.into()))?;
+    let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Meet(e);
+    let deadline = tokio::time::Instant::now() + options.join_limit;
+    let mut candidates = resolve(place, deadline).await.map_err(|e| failed(e.into()))?;
     if let Some(hosting) = hosting {
         // by the name that others use, so that this rank's address is one that they can reach; on the port that was had
         candidates.retain(|c| c.port() == hosting.address.port());
         candidates.push(hosting.address);
     }
     let Place { rank, world_size, attempt, ref secret, .. } = *place;
-    let credentials =
-        Credentials::new(secret.clone(), rank, world_size, attempt, Purpose::Control);
-    let deadline = tokio::time::Instant::now() + options.join_limit;
+    let credentials = Credentials::new(secret.clone(), rank, world_size, attempt, Purpose::Control);
     let (stream, _) =
-        connect(&candidates, &credentials, deadline).await.map_err(|e| failed(e.into()))?;
+        connect(&candidates, &credentials, deadline).await.map_err(LoadError::Join)?;
     let address = stream.local_addr().map_err(|e| failed(e.into()))?.ip();
     let (released, outcome) = oneshot::channel();
     let checked = Arc::clone(prepared);
@@ -241,11 +250,30 @@ async fn join(
         check_at_end: Box::new(move || check_unchanged(&checked)),
         released,
     };
-    let (member, _) = Actor::spawn(None, Member, start)
-        .await
-        .map_err(|e| LoadError::Runtime(e.to_string()))?;
+    let (member, _) =
+        Actor::spawn(None, Member, start).await.map_err(|e| LoadError::Runtime(e.to_string()))?;
     Ok((member, outcome))
 }
+
+/// Where rank 0 may be met. Its host may get its name only when its process starts, as in Kubernetes: asked again until then.
+async fn resolve(
+    place: &Place,
+    deadline: tokio::time::Instant,
+) -> std::io::Result<Vec<std::net::SocketAddr>> {
+    loop {
+        let asked = place.clone();
+        // the system's resolver blocks
+        let answer = tokio::task::spawn_blocking(move || asked.candidates()).await;
+        match answer.map_err(std::io::Error::other)? {
+            Ok(candidates) => return Ok(candidates),
+            Err(e) if tokio::time::Instant::now() + RESOLVE_AGAIN >= deadline => return Err(e),
+            Err(_) => tokio::time::sleep(RESOLVE_AGAIN).await,
+        }
+    }
+}
+
+/// From one question for rank 0's address to the next.
+const RESOLVE_AGAIN: Duration = Duration::from_secs(1);
 
 fn host_join(
     place: &Place,
@@ -289,15 +317,15 @@ impl Joined {
         }
     }
 
-    /// Says goodbye, and gives out what this rank holds.
-    pub(crate) async fn end(self) -> ReadyParams {
+    /// Says goodbye.
+    pub(crate) async fn end(self) {
         let (done, ended) = oneshot::channel();
         if self.member.cast(MemberMessage::End(done)).is_ok() {
+            // an actor that is gone has said it
             let _ = ended.await;
         }
         if let Some(hosting) = self.hosting {
             hosting.end().await;
         }
-        self.params
     }
 }

@@ -41,6 +41,16 @@ impl Identity {
     }
 }
 
+/// What ranks are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RanksAs {
+    /// Threads of one process.
+    Threads,
+    /// Processes.
+    Processes,
+}
+
 /// A tensor that no rank needs.
 #[derive(Debug, Clone, Serialize)]
 pub struct SkippedEntry {
@@ -95,7 +105,7 @@ pub struct Report {
     /// Where parameters live.
     pub device: &'static str,
     /// Threads or processes.
-    pub ranks_as: &'static str,
+    pub ranks_as: RanksAs,
     /// Whether ranks passed bytes to each other.
     pub exchange: bool,
     /// Why.
@@ -151,13 +161,15 @@ pub struct Done<'a> {
     pub warnings: &'a [String],
     /// Its generation.
     pub generation: Generation,
+    /// What the ranks are.
+    pub ranks_as: RanksAs,
     /// Peak resident memory of each rank, where ranks are processes.
     pub peak_rss_bytes: Option<&'a [u64]>,
 }
 
 impl Report {
     /// The forecast of a plan.
-    pub fn forecast(plan: &Plan, source: &str) -> Self {
+    pub fn forecast(plan: &Plan, source: &str, ranks_as: RanksAs) -> Self {
         let (checkpoint, placement) = (plan.checkpoint(), plan.placement());
         let ranks = plan.forecast.iter().enumerate().map(|(rank, f)| RankEntry {
             rank: rank as u32,
@@ -169,7 +181,7 @@ impl Report {
             padding_bytes_read: None,
             received_bytes: f.received_bytes,
             sent_bytes: f.sent_bytes,
-            peak_staging_bytes: Some(staging_forecast(plan)),
+            peak_staging_bytes: Some(staging_forecast(plan, ranks_as == RanksAs::Processes)),
             final_staging_bytes: None,
             peak_rss_bytes: None,
             seconds: None,
@@ -181,7 +193,7 @@ impl Report {
         Self {
             identity: Identity::of(plan, source),
             device: "cpu",
-            ranks_as: "threads",
+            ranks_as,
             exchange: plan.load.exchange,
             exchange_reason: plan.exchange_reason.clone(),
             rounds: plan.rounds,
@@ -207,7 +219,7 @@ impl Report {
 
     /// What a load did: the forecast's figures replaced by what was counted.
     pub fn of_load(plan: &Plan, source: &str, done: &Done<'_>) -> Self {
-        let mut this = Self::forecast(plan, source);
+        let mut this = Self::forecast(plan, source, done.ranks_as);
         let own = this.peak_rss_bytes;
         for (number, (entry, report)) in this.ranks.iter_mut().zip(done.reports).enumerate() {
             entry.storage_bytes_read = report.storage_bytes_read;
@@ -219,9 +231,6 @@ impl Report {
             entry.final_staging_bytes = Some(report.final_staging_bytes);
             entry.peak_rss_bytes = done.peak_rss_bytes.map_or(own, |all| Some(all[number]));
             entry.seconds = Some(report.elapsed.as_secs_f64());
-        }
-        if done.peak_rss_bytes.is_some() {
-            this.ranks_as = "processes";
         }
         this.generation = done.generation;
         this.warnings.extend_from_slice(done.warnings);

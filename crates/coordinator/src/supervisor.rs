@@ -71,10 +71,7 @@ pub(crate) struct SupervisorArguments {
 #[derive(Debug)]
 pub(crate) enum SupervisorMessage {
     /// Carry a load through, and answer once.
-    Load {
-        generation: Generation,
-        done: oneshot::Sender<Outcome>,
-    },
+    Load { generation: Generation, done: oneshot::Sender<Outcome> },
     /// A rank's process has joined.
     Joined(RemoteArguments),
     /// The time for joining is over.

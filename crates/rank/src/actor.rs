@@ -192,8 +192,7 @@ impl RankState {
         };
         let RankArguments { rank, work, .. } = &self.arguments;
         let landing = work.plan.placement.landing_bytes(*rank);
-        let (state, effects) =
-            LoadState::start(&work.plan.placement, &landing, exchange.is_some());
+        let (state, effects) = LoadState::start(&work.plan.placement, &landing, exchange.is_some());
         let job = Job::new(*rank, generation, Arc::clone(work), own, ranks, exchange);
         self.running = Some(Running { job: Arc::new(job), state, started: Instant::now() });
         self.carry_out(generation, effects);

@@ -6,6 +6,7 @@
 //! each is sent its pieces alone.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -13,7 +14,9 @@ use std::{
 use longshore_models::placement::Span;
 
 use crate::{
-    collective::{Arrival, Collective, CollectiveError, Incoming, Kind, Operation, Piece, slots::Slot},
+    collective::{
+        Arrival, Collective, CollectiveError, Incoming, Kind, Operation, Piece, slots::Slot,
+    },
     error::RankError,
     protocol::{LoadPlan, Read},
     scatter::tensors_in,
@@ -33,15 +36,8 @@ pub(crate) struct Exchange {
     rounds: u32,
     /// For each rank its reads that are exchanged: `(round, index into its reads)`, in order.
     pooled: Vec<Vec<(u32, u32)>>,
-    contributions: Mutex<Contributions>,
-}
-
-#[derive(Debug, Default)]
-struct Contributions {
-    /// The next of this rank's rounds that has a read, by position in `pooled`.
-    next: usize,
-    /// Slots of rounds that are read, by position in `pooled` from `next` on.
-    filled: std::collections::VecDeque<Option<Slot>>,
+    /// Reads of this rank that are in their slots and were not sent yet, by round.
+    filled: Mutex<BTreeMap<u32, Slot>>,
 }
 
 /// Bytes of another rank's read that have arrived.
@@ -63,28 +59,18 @@ impl Exchange {
             })
             .collect();
         let rounds = pooled.iter().filter_map(|p| Some(p.last()?.0 + 1)).max().unwrap_or(0);
-        Self { collective, rank, rounds, pooled, contributions: Mutex::default() }
+        Self { collective, rank, rounds, pooled, filled: Mutex::default() }
     }
 
-    /// A read of this rank is in `slot`; `number` is its index into the rank's reads.
-    pub(crate) fn contribute(&self, number: usize, slot: Slot) {
-        let own = &self.pooled[self.rank as usize];
-        let Ok(position) = own.binary_search_by_key(&(number as u32), |(_, i)| *i) else {
-            return;
-        };
-        let mut contributions = self.lock();
-        let at = position - contributions.next;
-        while contributions.filled.len() <= at {
-            contributions.filled.push_back(None);
-        }
-        contributions.filled[at] = Some(slot);
-        drop(contributions);
+    /// This rank's read of `round` is in `slot`.
+    pub(crate) fn contribute(&self, round: u32, slot: Slot) {
+        self.lock().insert(round, slot);
         self.collective.wake();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Contributions> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Slot>> {
         // consistent after every statement that changes it
-        self.contributions.lock().unwrap_or_else(PoisonError::into_inner)
+        self.filled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs all rounds; hands what arrives to `land`, calls `freed` when slots may have become free.
@@ -130,13 +116,7 @@ impl Exchange {
         let own = read_of(self.rank as usize);
         let data = match own {
             None => None,
-            Some(_) => {
-                let mut contributions = self.lock();
-                let slot = contributions.filled.front_mut()?.take()?;
-                contributions.filled.pop_front();
-                contributions.next += 1;
-                Some(slot)
-            }
+            Some(_) => Some(self.lock().remove(&round)?),
         };
         let ranks = 0..self.pooled.len();
         let kind = if self.collective.shares_memory() {
@@ -157,14 +137,19 @@ impl Exchange {
     fn sends(&self, plan: &LoadPlan, read: Option<&Read>) -> Vec<Vec<Piece>> {
         let mut sends = vec![Vec::new(); self.pooled.len()];
         let Some(read) = read else { return sends };
-        for_each_span(plan, read, |rank| rank != self.rank, |span| {
-            sends[span.rank as usize].push(Piece {
-                offset: span.source_offset,
-                width: span.width,
-                stride: span.source_stride,
-                rows: span.rows,
-            });
-        });
+        for_each_span(
+            plan,
+            read,
+            |rank| rank != self.rank,
+            |span| {
+                sends[span.rank as usize].push(Piece {
+                    offset: span.source_offset,
+                    width: span.width,
+                    stride: span.source_stride,
+                    rows: span.rows,
+                });
+            },
+        );
         sends
     }
 
@@ -210,13 +195,18 @@ impl Landed {
     pub(crate) fn spans(&self, plan: &LoadPlan, rank: u32) -> Vec<Span> {
         let (mut spans, mut at) = (Vec::new(), 0);
         let packed = !self.bytes.is_in_place();
-        for_each_span(plan, &self.read, |r| r == rank, |mut span| {
-            if packed {
-                (span.source_offset, span.source_stride) = (at, span.width);
-                at += span.source_bytes();
-            }
-            spans.push(span);
-        });
+        for_each_span(
+            plan,
+            &self.read,
+            |r| r == rank,
+            |mut span| {
+                if packed {
+                    (span.source_offset, span.source_stride) = (at, span.width);
+                    at += span.source_bytes();
+                }
+                spans.push(span);
+            },
+        );
         spans
     }
 

@@ -1,9 +1,10 @@
 //! Parameter memory of one rank: where each parameter lies and how many of its bytes are still missing.
 
 use std::{
+    collections::HashMap,
     ptr::NonNull,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -157,13 +158,15 @@ pub struct ReadyParams {
     /// The rank.
     pub rank: u32,
     memory: Arc<ParamMemory>,
+    /// Parameters by name, second names included; made when first asked for.
+    by_name: OnceLock<HashMap<String, ParamId>>,
 }
 
 impl ReadyParams {
     /// Wraps the memory of a rank whose load has ended; `None` while any byte is missing.
     pub(crate) fn new(rank: u32, memory: Arc<ParamMemory>) -> Option<Self> {
         let complete = (0..memory.missing.len()).all(|p| memory.missing(p as ParamId) == 0);
-        complete.then_some(Self { rank, memory })
+        complete.then_some(Self { rank, memory, by_name: OnceLock::new() })
     }
 
     /// Gives up the right to read, and with it the memory.
@@ -178,15 +181,31 @@ impl ReadyParams {
 
     /// All parameters, in model order.
     pub fn iter(&self) -> impl Iterator<Item = ParamView<'_>> {
-        let params = &self.memory.placement().params;
-        params.iter().enumerate().map(|(i, param)| ParamView {
+        (0..self.memory.placement().params.len()).map(|i| self.view(i as ParamId))
+    }
+
+    /// A parameter by its name, or by a second name that shares its storage.
+    pub fn get(&self, name: &str) -> Option<ParamView<'_>> {
+        let placement = self.memory.placement();
+        let by_name = self.by_name.get_or_init(|| {
+            let own = placement.params.iter().enumerate();
+            let own = own.map(|(i, param)| (param.name.clone(), i as ParamId));
+            let second = placement.aliases.iter().map(|a| (a.name.clone(), a.source));
+            own.chain(second).collect()
+        });
+        by_name.get(name).map(|param| self.view(*param))
+    }
+
+    fn view(&self, id: ParamId) -> ParamView<'_> {
+        let param = &self.memory.placement().params[id as usize];
+        ParamView {
             name: &param.name,
             dtype: param.dtype,
             shape: &param.shape,
             // SAFETY: `new` saw every byte landed, and a `ReadyParams` is only made when the rank's workers have
             // nothing left to write.
-            bytes: unsafe { self.memory.bytes(i as ParamId) },
-        })
+            bytes: unsafe { self.memory.bytes(id) },
+        }
     }
 
     /// Second names: `(derived name, name of the parameter whose storage it shares)`.

@@ -94,7 +94,10 @@ impl LoadState {
     }
 
     fn ready(&self) -> Option<Effect> {
-        let done = self.reads_done && self.exchange_done && self.params_left == 0 && self.finishes_left == 0;
+        let done = self.reads_done
+            && self.exchange_done
+            && self.params_left == 0
+            && self.finishes_left == 0;
         done.then_some(Effect::BecomeReady)
     }
 }

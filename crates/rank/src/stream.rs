@@ -268,8 +268,8 @@ impl Job {
             count_exchange(scatter.spans(), self.rank, &self.ranks);
             self.land(scatter.spans())?;
         }
-        if let (Some(exchange), Some(slot)) = (&self.exchange, slot) {
-            exchange.contribute(number, slot);
+        if let (Some(exchange), Some(round), Some(slot)) = (&self.exchange, read.round, slot) {
+            exchange.contribute(round, slot);
         }
         if self.reads_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.tell(&self.own, WorkerEvent::ReadsDone);

@@ -307,11 +307,11 @@ impl RunArgs {
                 TransportArg::Auto => Transport::Auto,
                 TransportArg::Tcp => Transport::Tcp,
             },
-            beat_every: self.heartbeat_timeout / BEATS_PER_TIMEOUT,
-            silent_after: self.heartbeat_timeout,
             stuck_after: self.progress_timeout,
             join_limit: self.join_timeout,
+            ..GroupOptions::default()
         }
+        .with_silent_after(self.heartbeat_timeout)
     }
 
     /// # Errors
@@ -393,9 +393,6 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
         false => Err(expected()),
     }
 }
-
-/// Ten missed heartbeats are not load but a hang.
-const BEATS_PER_TIMEOUT: u32 = 10;
 
 fn parse_read_size(text: &str) -> Result<u64, String> {
     match parse_bytes(text)? {

@@ -2,13 +2,14 @@
 
 use std::{ffi::OsString, path::Path, process::ExitCode};
 
+use longshore_rank::params::ReadyParams;
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::filter::LevelFilter;
 
 use super::{
-    Phases, fail, launch, make_plan, print, start_log,
+    Phases,
     arguments::{LoadArgs, RankArgs},
-    watch,
+    fail, launch, make_plan, print, start_log, watch,
 };
 use crate::{
     digest,
@@ -20,7 +21,7 @@ use crate::{
     place::Place,
     plan::Plan,
     processes::{self, Door, Joined},
-    report::{Done, Report, peak_rss_bytes},
+    report::{Done, RanksAs, Report, peak_rss_bytes},
 };
 
 /// Carries `longshore load --ranks processes` out: this program as every rank, with the same arguments.
@@ -40,10 +41,7 @@ pub(super) fn launch(
 }
 
 /// The command line of each rank: this one's, with `rank` in the place of `load`.
-fn rank_command(
-    load: &LoadArgs,
-    mut arguments: Vec<OsString>,
-) -> Result<Vec<OsString>, LoadError> {
+fn rank_command(load: &LoadArgs, mut arguments: Vec<OsString>) -> Result<Vec<OsString>, LoadError> {
     // before anything is started: what is wrong with them is said once
     load.run.plan.check_supported()?;
     load.run.run_options()?;
@@ -122,9 +120,10 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
     if let Some(watch) = watch {
         watch.stop();
     }
-    let done = joined.and_then(|mut joined| {
-        let rank = Rank { place, plan: &plan, source, out: run.out.as_deref() };
-        let report = runtime.block_on(rank.results(&mut joined, &warnings, !run.no_digest, phases));
+    let done = joined.and_then(|(params, mut joined)| {
+        let (out, hash) = (run.out.as_deref(), !run.no_digest);
+        let rank = Rank { place, plan: &plan, source, out, params: &params };
+        let report = runtime.block_on(rank.results(&mut joined, &warnings, hash, phases));
         runtime.block_on(joined.end());
         report
     });
@@ -142,6 +141,7 @@ struct Rank<'a> {
     plan: &'a Plan,
     source: &'a str,
     out: Option<&'a Path>,
+    params: &'a ReadyParams,
 }
 
 /// What a rank tells of what it holds.
@@ -167,7 +167,7 @@ impl Rank<'_> {
     ) -> Result<Option<Report>, LoadError> {
         let mut own = Holding::default();
         if hash {
-            own.hashes = phases.measure("digest", || digest::param_hashes(&joined.params));
+            own.hashes = phases.measure("digest", || digest::param_hashes(self.params));
         }
         let file = match self.out {
             None => None,
@@ -193,12 +193,13 @@ impl Rank<'_> {
             return Ok(None);
         };
         let peaks: Vec<u64> = holdings.iter().map(|h| h.peak_rss_bytes).collect();
-        let done = Done { reports, warnings, generation: 1, peak_rss_bytes: Some(&peaks) };
+        let (ranks_as, peak_rss_bytes) = (RanksAs::Processes, Some(peaks.as_slice()));
+        let done = Done { reports, warnings, generation: 1, ranks_as, peak_rss_bytes };
         let mut report = Report::of_load(self.plan, self.source, &done);
         report.seconds = Some(phases.ready_seconds(joined.seconds));
         if hash {
             let shares = holdings.into_iter().map(|h| h.hashes);
-            report.digest = Some(digest::combine(&joined.params, shares));
+            report.digest = Some(digest::combine(self.params, shares));
         }
         report.phases = phases.0;
         Ok(Some(report))
@@ -217,9 +218,9 @@ impl Rank<'_> {
             Ok(_) => begun,
             Err(e) => Err(e),
         };
-        match begun.and_then(|()| RankFile::write(dir, &joined.params, self.place.world_size)) {
+        match begun.and_then(|()| RankFile::write(dir, self.params, self.place.world_size)) {
             Ok(file) => {
-                own.sha256 = digest::param_sha256(&joined.params);
+                own.sha256 = digest::param_sha256(self.params);
                 Some(file)
             }
             Err(e) => {
@@ -248,7 +249,7 @@ impl Rank<'_> {
             None => Ok(()),
             Some(holdings) => {
                 let hashes: Vec<_> = holdings.iter().map(|h| h.sha256.clone()).collect();
-                out::write_manifest(dir, self.plan, &joined.params, &hashes, self.source)
+                out::write_manifest(dir, self.plan, self.params, &hashes, self.source)
             }
         }
     }

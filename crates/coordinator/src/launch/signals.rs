@@ -12,10 +12,12 @@ const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGH
 pub(super) struct Signals(Vec<(i32, Signal)>);
 
 impl Signals {
-    /// Listens from now on, in place of what the signals did before. One that was ignored stays so: whoever started the
-    /// launcher wants it to go on (`nohup`, `&` in a script).
+    /// Listens from now on, in place of what the signals did before. A launcher under `nohup` goes on when the terminal
+    /// is closed. Of the other signals it does not count that they are ignored: a script does so to whatever it starts
+    /// with `&`, and to pass them on is what a launcher is for.
     pub(super) fn listen() -> io::Result<Self> {
-        let heeded = ENDING.into_iter().filter(|number| !is_ignored(*number));
+        let heeded = |number: &i32| *number != libc::SIGHUP || !is_ignored(*number);
+        let heeded = ENDING.into_iter().filter(heeded);
         let listen = |number| Ok((number, signal(SignalKind::from_raw(number))?));
         Ok(Self(heeded.map(listen).collect::<io::Result<_>>()?))
     }

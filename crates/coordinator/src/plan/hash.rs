@@ -81,3 +81,51 @@ impl Write for Hash {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::{
+        discover::discover,
+        plan::{Exchange, Plan, PlanOptions},
+        synth::Synth,
+    };
+
+    fn hash(dir: &Path, change: impl FnOnce(&mut PlanOptions)) -> [u8; 16] {
+        let mut options = PlanOptions { tp: 4, ..PlanOptions::default() };
+        change(&mut options);
+        Plan::new(discover(dir).unwrap(), &options).unwrap().hash()
+    }
+
+    /// Two ranks that would do different things never agree; two hosts with a copy each do.
+    #[test]
+    fn whatever_changes_what_a_rank_does_changes_the_hash() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = |name: &str| scratch.path().join(name);
+        let synth = |name: &str, family: &str, scheme: &str| {
+            Synth::new(family, scheme).write(&dir(name)).unwrap();
+            dir(name)
+        };
+        let here = synth("here", "deepseek_v3", "bf16");
+        let copy = synth("there", "deepseek_v3", "bf16");
+        let other = synth("other", "deepseek_v32", "bf16");
+        let plain = hash(&here, |_| {});
+        assert_eq!(hash(&copy, |_| {}), plain);
+        let others = [
+            hash(&other, |_| {}),
+            hash(&here, |o| o.tp = 2),
+            hash(&here, |o| o.ep = 2),
+            hash(&here, |o| o.exchange = Exchange::Off),
+            hash(&here, |o| o.read_bytes = Some(64 << 10)),
+            hash(&here, |o| o.model.fuse_shared_experts = true),
+            hash(&here, |o| o.model.draft = true),
+            hash(&here, |o| o.model.kernel_layout = Some("none".parse().unwrap())),
+            hash(&here, |o| o.model.kernel_layout = Some("trtllm".parse().unwrap())),
+        ];
+        for (i, hash) in others.iter().enumerate() {
+            assert_ne!(*hash, plain, "{i}");
+            assert!(!others[..i].contains(hash), "{i}");
+        }
+    }
+}

@@ -87,9 +87,7 @@ impl Hosting {
     pub(crate) async fn load(&self, generation: Generation) -> Outcome {
         let (done, outcome) = oneshot::channel();
         let gone = || LoadError::Runtime("the coordinator's actor has ended".into());
-        self.supervisor
-            .cast(SupervisorMessage::Load { generation, done })
-            .map_err(|_| gone())?;
+        self.supervisor.cast(SupervisorMessage::Load { generation, done }).map_err(|_| gone())?;
         outcome.await.map_err(|_| gone())?
     }
 

@@ -66,9 +66,8 @@ pub(crate) struct Announced {
 
 impl Join for HostJoin {
     fn announce(&self, generation: Generation) -> Result<Endpoint, RankError> {
-        let failed = |action| {
-            move |e: io::Error| CollectiveError::System { action, what: e.to_string() }
-        };
+        let failed =
+            |action| move |e: io::Error| CollectiveError::System { action, what: e.to_string() };
         let token = secret::random().map_err(failed("making shared memory"))?;
         let segment = Segment::create(self.form, token)?;
         // bound now, so that whoever has the roster finds it; nobody connects where all are on one host
@@ -103,7 +102,7 @@ impl Join for HostJoin {
             routes.push(if rank == self.place.rank as usize {
                 Some(Route::Here)
             } else if endpoint.host == own.host {
-                Some(Route::SharedMemory(Segment::open(&endpoint.segment)?))
+                Some(Route::SharedMemory(open_segment(rank as u32, endpoint)?))
             } else {
                 None
             });
@@ -174,8 +173,7 @@ impl HostJoin {
     ) -> Result<std::net::TcpStream, CollectiveError> {
         let failed = |what: String| CollectiveError::Connection { with: rank, what };
         let Place { rank: own, world_size, attempt, ref secret, .. } = self.place;
-        let credentials =
-            Credentials::new(secret.clone(), own, world_size, attempt, Purpose::Data);
+        let credentials = Credentials::new(secret.clone(), own, world_size, attempt, Purpose::Data);
         let (stream, _) =
             connect(&[address], &credentials, deadline).await.map_err(|e| failed(line(&e)))?;
         into_blocking(stream).map_err(|e| failed(e.to_string()))
@@ -220,6 +218,14 @@ impl HostJoin {
             () = listener.run(admitted) => Err(system("the listener ended".to_owned())),
         }
     }
+}
+
+/// Opens the memory of a rank of this host. A kernel that has been hardened may forbid it.
+fn open_segment(rank: u32, endpoint: &Endpoint) -> Result<Arc<Segment>, CollectiveError> {
+    Segment::open(&endpoint.segment).map_err(|e| CollectiveError::Connection {
+        with: rank,
+        what: format!("{}; --transport tcp does without shared memory", line(&e)),
+    })
 }
 
 /// Waits until every rank has joined: from here on all paths are known to work.

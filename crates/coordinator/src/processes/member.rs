@@ -20,7 +20,10 @@ use tokio::{
 
 use crate::{
     error::{LoadError, line},
-    link::{session::Timing, thread::{self, LinkThread}},
+    link::{
+        session::Timing,
+        thread::{self, LinkThread},
+    },
     processes::{
         message::{Happened, PLAN_HASH_BYTES, ToCoordinator, ToRank},
         remote::beat_of,

@@ -94,12 +94,10 @@ impl HostCollective {
                 Route::SharedMemory(other) => Reached::SharedMemory(other),
                 Route::Tcp(stream) => {
                     let own = Arc::clone(&segment);
-                    let slots =
-                        SlotPool::private(receive_slots.max(1), segment.slot_bytes()).map_err(|e| {
-                            CollectiveError::System {
-                                action: "setting memory aside to receive into",
-                                what: e.to_string(),
-                            }
+                    let slots = SlotPool::private(receive_slots.max(1), segment.slot_bytes())
+                        .map_err(|e| CollectiveError::System {
+                            action: "setting memory aside to receive into",
+                            what: e.to_string(),
                         })?;
                     let news = move || ring(own.doorbell());
                     Reached::Tcp(Connection::start(with as u32, stream, slots, news)?)

@@ -1,0 +1,193 @@
+//! A load onto ranks that are processes, of which this is one.
+
+use std::sync::Arc;
+
+use longshore_rank::{params::ReadyParams, protocol::Progress};
+use tokio::{runtime::Runtime, task::JoinHandle};
+
+use super::{
+    Load, Params, RankProgress,
+    threads::{progress, runtime},
+};
+use crate::{
+    error::LoadError,
+    load::{prepare_process, progress_of},
+    place::Place,
+    plan::Plan,
+    processes::{self, Complete, Door, Joined},
+    report::{Done, RanksAs, Report},
+};
+
+impl Load {
+    /// Plans, opens the files, and starts loading this process's rank together with all others, each of which does the same.
+    ///
+    /// ```no_run
+    /// use longshore::{Load, Place};
+    ///
+    /// // in every process that torchrun, srun, Kubernetes or `longshore launch` has started
+    /// let rank = Load::from("/models/Qwen3-8B").join(Place::from_env()?)?.wait()?;
+    /// let down = rank.params().get("model.layers.0.mlp.down_proj.weight");
+    /// # Ok::<(), longshore::LoadError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The source cannot be loaded with these options, or not on this host; or rank 0 finds no port to listen on.
+    pub fn join(self, place: Place) -> Result<Joining, LoadError> {
+        let ranks = self.tensor_parallel.unwrap_or(place.world_size);
+        if ranks != place.world_size {
+            let reason = format!("{ranks}, but the group has {} processes", place.world_size);
+            return Err(LoadError::Option { option: "tensor_parallel", reason });
+        }
+        let door = Door::open(&place)?;
+        let plan = self.planned(ranks)?;
+        let prepared = prepare_process(&plan, &self.run, &place, self.group.transport)?;
+        let runtime = runtime()?;
+        let (counters, group) = (progress_of(&plan), self.group);
+        let (warnings, seen) = (prepared.warnings.clone(), counters.clone());
+        let joining = {
+            let place = place.clone();
+            async move { processes::load(&place, door, prepared, &group, counters).await }
+        };
+        let complete = runtime.spawn(joining);
+        Ok(Joining {
+            source: self.source,
+            place,
+            plan,
+            warnings,
+            progress: seen,
+            complete,
+            runtime,
+        })
+    }
+}
+
+/// A load that this process takes part in. Dropping it ends this rank, and with it the load.
+#[derive(Debug)]
+pub struct Joining {
+    source: String,
+    place: Place,
+    plan: Plan,
+    warnings: Vec<String>,
+    progress: Vec<Arc<Progress>>,
+    complete: JoinHandle<Result<Complete, LoadError>>,
+    runtime: Runtime,
+}
+
+impl Joining {
+    /// What the load does, on all ranks.
+    pub fn plan(&self) -> Report {
+        Report::forecast(&self.plan, &self.source, RanksAs::Processes)
+    }
+
+    /// On rank 0, how each rank is getting on, as of its last heartbeat; nothing elsewhere.
+    pub fn progress(&self) -> Vec<RankProgress> {
+        match self.place.rank {
+            0 => progress(&self.plan, &self.progress),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Waits until every parameter of every rank is complete, on all hosts.
+    ///
+    /// Blocks; in asynchronous code call it where that is allowed (`spawn_blocking`).
+    ///
+    /// # Errors
+    /// On rank 0 the first failure of any rank; elsewhere that of this process, or [`LoadError::GroupEnded`] with what the
+    /// coordinator says. Nothing is handed out.
+    ///
+    /// # Panics
+    /// When called within a runtime's own thread.
+    pub fn wait(self) -> Result<Rank, LoadError> {
+        let Self { source, place, plan, warnings, complete, runtime, .. } = self;
+        let ended = |e: tokio::task::JoinError| LoadError::Runtime(e.to_string());
+        let (params, joined) = runtime.block_on(complete).map_err(ended)??;
+        Ok(Rank { params, joined, source, place, plan, warnings, runtime })
+    }
+}
+
+/// This process's rank, complete like all others of its group.
+///
+/// It stays in touch with them until it is dropped or [left](Rank::leave), so that they can wait for each other.
+#[derive(Debug)]
+pub struct Rank {
+    params: ReadyParams,
+    joined: Joined,
+    source: String,
+    place: Place,
+    plan: Plan,
+    warnings: Vec<String>,
+    runtime: Runtime,
+}
+
+impl Rank {
+    /// Its parameters.
+    pub fn params(&self) -> Params<'_> {
+        Params(&self.params)
+    }
+
+    /// Where it stands.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// On rank 0, what the load did on all ranks.
+    pub fn report(&self) -> Option<Report> {
+        let reports = self.joined.reports.as_deref()?;
+        let (warnings, generation) = (self.warnings.as_slice(), 1);
+        let (ranks_as, peak_rss_bytes) = (RanksAs::Processes, None);
+        let done = Done { reports, warnings, generation, ranks_as, peak_rss_bytes };
+        let mut report = Report::of_load(&self.plan, &self.source, &done);
+        report.seconds = Some(self.joined.seconds);
+        Some(report)
+    }
+
+    /// Waits until every rank is here.
+    ///
+    /// # Errors
+    /// A rank or the coordinator was lost.
+    ///
+    /// # Panics
+    /// When called within a runtime's own thread.
+    pub fn barrier(&mut self) -> Result<(), LoadError> {
+        self.gather(Vec::new()).map(|_| ())
+    }
+
+    /// Waits until every rank has contributed a piece (of at most 8 MiB); on rank 0 returns them all, in the order of ranks.
+    ///
+    /// For what servers have to tell each other before they serve, their addresses for instance; not for weights.
+    ///
+    /// # Errors
+    /// The piece is too long, or a rank or the coordinator was lost.
+    ///
+    /// # Panics
+    /// When called within a runtime's own thread.
+    pub fn gather(&mut self, piece: Vec<u8>) -> Result<Option<Vec<Vec<u8>>>, LoadError> {
+        if piece.len() > PIECE_BYTES_MAX {
+            let reason = format!("{} bytes, at most {PIECE_BYTES_MAX}", piece.len());
+            return Err(LoadError::Option { option: "gather", reason });
+        }
+        self.runtime.block_on(self.joined.gather(piece))
+    }
+
+    /// Says goodbye to the group, and gives the parameters out for good. When all ranks do so, the load leaves no trace but
+    /// them.
+    pub fn leave(self) -> OwnParams {
+        self.runtime.block_on(self.joined.end());
+        self.runtime.shutdown_background();
+        OwnParams(self.params)
+    }
+}
+
+/// A frame of the control link has room for it.
+const PIECE_BYTES_MAX: usize = 8 << 20;
+
+/// The parameters of a rank that has left its group.
+#[derive(Debug)]
+pub struct OwnParams(ReadyParams);
+
+impl OwnParams {
+    /// The parameters.
+    pub fn params(&self) -> Params<'_> {
+        Params(&self.0)
+    }
+}
