@@ -96,6 +96,8 @@ pub(crate) struct MemberState {
     complete: Option<(ReadyParams, RankReport)>,
     released: Option<oneshot::Sender<Released>>,
     gathering: VecDeque<oneshot::Sender<Result<(), LoadError>>>,
+    /// How the group has ended, once it has.
+    over: Option<Over>,
 }
 
 impl Actor for Member {
@@ -129,6 +131,7 @@ impl Actor for Member {
             complete: None,
             released: Some(arguments.released),
             gathering: VecDeque::new(),
+            over: None,
         })
     }
 
@@ -141,10 +144,7 @@ impl Actor for Member {
         match message {
             MemberMessage::Told(told) => state.told(told),
             MemberMessage::Event(event) => state.event(event).await,
-            MemberMessage::Contribute(piece, done) => {
-                state.gathering.push_back(done);
-                state.say(ToCoordinator::Contributed(piece)).await;
-            }
+            MemberMessage::Contribute(piece, done) => state.contribute(piece, done).await,
             MemberMessage::LinkEnded => {
                 let reason = match state.link.take() {
                     None => "it was ended".to_owned(),
@@ -153,7 +153,7 @@ impl Actor for Member {
                         Err(e) => line(&e),
                     },
                 };
-                state.end(&Over::Lost { reason });
+                state.end(Over::Lost { reason });
             }
             MemberMessage::End(done) => {
                 if let Some(link) = state.link.take() {
@@ -211,7 +211,7 @@ impl MemberState {
                 }
             }
             ToRank::Abort { generation, why } if *generation == self.generation => {
-                self.end(&Over::Told { why: why.clone() });
+                self.end(Over::Told { why: why.clone() });
             }
             ToRank::Gathered => {
                 if let Some(done) = self.gathering.pop_front() {
@@ -251,6 +251,16 @@ impl MemberState {
         self.say(ToCoordinator::Event { generation, what }).await;
     }
 
+    async fn contribute(&mut self, piece: Vec<u8>, done: oneshot::Sender<Result<(), LoadError>>) {
+        if let Some(over) = &self.over {
+            // nobody answers any more; whoever waited may have gone away
+            let _ = done.send(Err(over.error()));
+            return;
+        }
+        self.gathering.push_back(done);
+        self.say(ToCoordinator::Contributed(piece)).await;
+    }
+
     async fn say(&mut self, message: ToCoordinator) {
         if let Some(link) = &self.link {
             // an ended link is told by a message of its own
@@ -259,7 +269,9 @@ impl MemberState {
     }
 
     /// Nothing more will come of this load: tells everyone who waits, and stops the rank.
-    fn end(&mut self, over: &Over) {
+    fn end(&mut self, over: Over) {
+        // what came first is the cause of the rest
+        let over = self.over.get_or_insert(over);
         self.complete = None;
         if let Some(released) = self.released.take() {
             // whoever waited may have gone away, here and below
