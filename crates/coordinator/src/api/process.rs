@@ -149,24 +149,39 @@ impl Rank {
     /// # Panics
     /// When called within a runtime's own thread.
     pub fn barrier(&mut self) -> Result<(), LoadError> {
-        self.gather(Vec::new()).map(|_| ())
+        self.all_gather(Vec::new()).map(|_| ())
     }
 
-    /// Waits until every rank has contributed a piece (of at most 8 MiB); on rank 0 returns them all, in the order of ranks.
+    /// Waits until every rank has contributed a piece, and returns all pieces on every rank, in the order of ranks.
     ///
-    /// For what servers have to tell each other before they serve, their addresses for instance; not for weights.
+    /// For what the ranks of a server have to tell each other before they serve (where to connect to, an NCCL identifier),
+    /// not for weights: all pieces together have room in 1 MiB, so each in 1 MiB divided by the number of ranks. They may
+    /// differ in length. All ranks call it, and [`barrier`](Rank::barrier), in the same order.
+    ///
+    /// ```no_run
+    /// # use longshore::{Load, Place};
+    /// # let mut rank = Load::from("synth:llama-bf16").join(Place::from_env()?)?.wait()?;
+    /// // rank 0 tells the others where it listens
+    /// let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    /// let own = listener.local_addr().expect("it is bound").to_string();
+    /// let all = rank.all_gather(own.into_bytes())?;
+    /// let first = std::str::from_utf8(&all[0]).expect("an address");
+    /// # Ok::<(), longshore::LoadError>(())
+    /// ```
     ///
     /// # Errors
-    /// The piece is too long, or a rank or the coordinator was lost.
+    /// The piece is too long, or a rank or the coordinator was lost; nothing is gathered from then on.
     ///
     /// # Panics
     /// When called within a runtime's own thread.
-    pub fn gather(&mut self, piece: Vec<u8>) -> Result<Option<Vec<Vec<u8>>>, LoadError> {
-        if piece.len() > PIECE_BYTES_MAX {
-            let reason = format!("{} bytes, at most {PIECE_BYTES_MAX}", piece.len());
-            return Err(LoadError::Option { option: "gather", reason });
+    pub fn all_gather(&mut self, piece: Vec<u8>) -> Result<Vec<Vec<u8>>, LoadError> {
+        let (ranks, length) = (self.place.world_size, piece.len());
+        let limit = PIECES_BYTES_MAX / ranks as usize;
+        if length > limit {
+            let reason = format!("a piece of {length} bytes, at most {limit} with {ranks} ranks");
+            return Err(LoadError::Option { option: "all_gather", reason });
         }
-        self.runtime.block_on(self.joined.gather(piece))
+        self.runtime.block_on(self.joined.all_gather(piece))
     }
 
     /// Says goodbye to the group, and gives the parameters out for good. When all ranks do so, the load leaves no trace but
@@ -178,8 +193,8 @@ impl Rank {
     }
 }
 
-/// A frame of the control link has room for it.
-const PIECE_BYTES_MAX: usize = 8 << 20;
+/// Every rank is sent as much, in one frame of its control link, which has room for 16 times that.
+const PIECES_BYTES_MAX: usize = 1 << 20;
 
 /// The parameters of a rank that has left its group.
 #[derive(Debug)]
