@@ -3,7 +3,7 @@
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
 
-use std::{net::TcpListener, path::Path, thread};
+use std::{net::TcpListener, path::Path, sync::Barrier, thread};
 
 use longshore::{Load, LoadError, Place, Rank, Secret};
 use longshore_harness::{
@@ -69,9 +69,11 @@ fn a_piece_that_is_too_long_is_refused() {
 #[test]
 fn a_lost_rank_is_told_to_all_however_often_they_ask() {
     for lost in [0, 1, 2] {
+        let all_are_through = Barrier::new(4);
         let said = with_ranks(4, |mut rank| {
             let own = rank.place().rank;
             rank.barrier().unwrap();
+            all_are_through.wait();
             if own == lost {
                 drop(rank);
                 return None;

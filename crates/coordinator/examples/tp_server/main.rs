@@ -210,7 +210,9 @@ impl Failure {
                 line.push_str(&format!(": {e}"));
                 cause = e.source();
             }
-            eprintln!("tp_server: {line}");
+            // in one piece, so that no other rank writes into it
+            let line = format!("tp_server: {line}\n");
+            eprint!("{line}");
         }
         match self {
             Self::Load(e) => e.exit_code().into(),
