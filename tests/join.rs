@@ -103,3 +103,16 @@ fn a_lost_rank_is_told_to_all_however_often_they_ask() {
         }
     }
 }
+
+/// Servers are asynchronous, and let go of things where they are.
+#[test]
+fn what_was_loaded_may_be_dropped_in_asynchronous_code() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    with_ranks(1, |rank| runtime.block_on(async move { drop(rank) }));
+    let scratch = Scratch::new().unwrap();
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(scratch.path()).unwrap();
+    let load = Load::from(scratch.path().to_str().unwrap());
+    let loading = load.clone().start().unwrap();
+    let loaded = load.start().unwrap().wait().unwrap();
+    runtime.block_on(async move { drop((loading, loaded)) });
+}

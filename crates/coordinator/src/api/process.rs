@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use longshore_rank::{params::ReadyParams, protocol::Progress};
-use tokio::{runtime::Runtime, task::JoinHandle};
+use tokio::task::JoinHandle;
 
 use super::{
     Load, Params, RankProgress,
-    threads::{progress, runtime},
+    threads::{Background, progress},
 };
 use crate::{
     error::LoadError,
@@ -41,7 +41,7 @@ impl Load {
         let door = Door::open(&place)?;
         let plan = self.planned(ranks)?;
         let prepared = prepare_process(&plan, &self.run, &place, self.group.transport)?;
-        let runtime = runtime()?;
+        let runtime = Background::start()?;
         let (counters, group) = (progress_of(&plan), self.group);
         let (warnings, seen) = (prepared.warnings.clone(), counters.clone());
         let joining = {
@@ -70,7 +70,7 @@ pub struct Joining {
     warnings: Vec<String>,
     progress: Vec<Arc<Progress>>,
     complete: JoinHandle<Result<Complete, LoadError>>,
-    runtime: Runtime,
+    runtime: Background,
 }
 
 impl Joining {
@@ -107,7 +107,9 @@ impl Joining {
 
 /// This process's rank, complete like all others of its group.
 ///
-/// It stays in touch with them until it is dropped or [left](Rank::leave), so that they can wait for each other.
+/// It stays in touch with them until it is dropped or [left](Rank::leave), so that they can wait for each other
+/// ([`Rank::barrier`]) and tell each other how to connect ([`Rank::all_gather`]). That a rank was lost is learned from these
+/// two; a server's own connections tell it afterwards.
 #[derive(Debug)]
 pub struct Rank {
     params: ReadyParams,
@@ -116,7 +118,7 @@ pub struct Rank {
     place: Place,
     plan: Plan,
     warnings: Vec<String>,
-    runtime: Runtime,
+    runtime: Background,
 }
 
 impl Rank {
@@ -184,11 +186,16 @@ impl Rank {
         self.runtime.block_on(self.joined.all_gather(piece))
     }
 
-    /// Says goodbye to the group, and gives the parameters out for good. When all ranks do so, the load leaves no trace but
-    /// them.
+    /// Says goodbye to the group, and gives the parameters out for good, at the addresses that they have. When all ranks do
+    /// so, the load leaves no trace but them.
+    ///
+    /// Nobody can wait for a rank that has left, so it is the last that all have in common. Rank 0 waits until the others
+    /// have heard it, for two seconds at most.
+    ///
+    /// # Panics
+    /// When called within a runtime's own thread.
     pub fn leave(self) -> OwnParams {
         self.runtime.block_on(self.joined.end());
-        self.runtime.shutdown_background();
         OwnParams(self.params)
     }
 }
