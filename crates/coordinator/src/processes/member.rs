@@ -25,13 +25,16 @@ use crate::{
         thread::{self, LinkThread},
     },
     processes::{
-        message::{Happened, PLAN_HASH_BYTES, ToCoordinator, ToRank},
+        message::{Happened, PLAN_HASH_BYTES, Piece, ToCoordinator, ToRank},
         remote::beat_of,
     },
 };
 
 /// What a rank holds when every rank is complete.
 pub(crate) type Released = Result<(ReadyParams, RankReport), LoadError>;
+
+/// What all ranks have contributed, or nothing where that was not asked for.
+pub(crate) type Gathered = Result<Vec<Vec<u8>>, LoadError>;
 
 /// One rank process.
 #[derive(Debug)]
@@ -62,7 +65,7 @@ pub(crate) enum MemberMessage {
     /// From the rank.
     Event(RankEvent),
     /// Contribute a piece, and answer when every rank has.
-    Contribute(Vec<u8>, oneshot::Sender<Result<(), LoadError>>),
+    Contribute(Piece, oneshot::Sender<Gathered>),
     /// The link has ended.
     LinkEnded,
     /// Nothing is left to be done.
@@ -95,7 +98,9 @@ pub(crate) struct MemberState {
     /// Complete on this rank, not yet everywhere.
     complete: Option<(ReadyParams, RankReport)>,
     released: Option<oneshot::Sender<Released>>,
-    gathering: VecDeque<oneshot::Sender<Result<(), LoadError>>>,
+    gathering: VecDeque<oneshot::Sender<Gathered>>,
+    /// Set once nothing more will come of the group.
+    over: Option<Over>,
 }
 
 impl Actor for Member {
@@ -129,6 +134,7 @@ impl Actor for Member {
             complete: None,
             released: Some(arguments.released),
             gathering: VecDeque::new(),
+            over: None,
         })
     }
 
@@ -141,10 +147,14 @@ impl Actor for Member {
         match message {
             MemberMessage::Told(told) => state.told(told),
             MemberMessage::Event(event) => state.event(event).await,
-            MemberMessage::Contribute(piece, done) => {
-                state.gathering.push_back(done);
-                state.say(ToCoordinator::Contributed(piece)).await;
-            }
+            MemberMessage::Contribute(piece, done) => match &state.over {
+                // whoever waited may have gone away
+                Some(over) => drop(done.send(Err(over.error()))),
+                None => {
+                    state.gathering.push_back(done);
+                    state.say(ToCoordinator::Contributed(piece)).await;
+                }
+            },
             MemberMessage::LinkEnded => {
                 let reason = match state.link.take() {
                     None => "it was ended".to_owned(),
@@ -153,7 +163,7 @@ impl Actor for Member {
                         Err(e) => line(&e),
                     },
                 };
-                state.end(&Over::Lost { reason });
+                state.end(Over::Lost { reason });
             }
             MemberMessage::End(done) => {
                 if let Some(link) = state.link.take() {
@@ -211,14 +221,15 @@ impl MemberState {
                 }
             }
             ToRank::Abort { generation, why } if *generation == self.generation => {
-                self.end(&Over::Told { why: why.clone() });
-            }
-            ToRank::Gathered => {
-                if let Some(done) = self.gathering.pop_front() {
-                    let _ = done.send(Ok(()));
-                }
+                self.end(Over::Told { why: why.clone() });
             }
             _ => {}
+        }
+        if let ToRank::Gathered(pieces) = told {
+            if let Some(done) = self.gathering.pop_front() {
+                let _ = done.send(Ok(pieces));
+            }
+            return;
         }
         if let Some(command) = told.command() {
             // supervision tells when the rank is gone
@@ -259,8 +270,10 @@ impl MemberState {
     }
 
     /// Nothing more will come of this load: tells everyone who waits, and stops the rank.
-    fn end(&mut self, over: &Over) {
+    fn end(&mut self, over: Over) {
         self.complete = None;
+        // the first cause is the one that counts
+        let over = self.over.get_or_insert(over);
         if let Some(released) = self.released.take() {
             // whoever waited may have gone away, here and below
             let _ = released.send(Err(over.error()));
