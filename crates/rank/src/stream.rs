@@ -161,7 +161,7 @@ impl Job {
             let progress = self.progress();
             progress.in_hand.fetch_add(1, Ordering::Relaxed);
             let done = catch_unwind(AssertUnwindSafe(|| match task {
-                Task::Place(landed) => self.place(&landed),
+                Task::Place(landed) => self.place(landed),
                 Task::Finish(finish) => self.finish(finish, &mut workspace),
                 Task::Read(number, slot) => self.read(number, slot, &mut scatter),
                 Task::Exit => Ok(()),
@@ -278,10 +278,12 @@ impl Job {
     }
 
     /// Places what another process has read.
-    fn place(&self, landed: &Landed) -> Result<(), RankError> {
+    fn place(&self, landed: Landed) -> Result<(), RankError> {
         let spans = landed.spans(&self.work.plan, self.rank);
         place_all(&spans, landed.host_bytes()?, &self.ranks)?;
         count_exchange(&spans, landed.source, &self.ranks);
+        // what it lies in goes back before anyone can believe the rank to be ready (RNK-3)
+        drop(landed);
         self.land(&spans)
     }
 

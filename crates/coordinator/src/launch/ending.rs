@@ -72,10 +72,11 @@ impl Outcome {
     pub(super) fn of(first: Option<Gone>, gone: &[Gone], lines: FinalLines) -> Self {
         let Some(first) = first else { return Outcome::Done };
         let rank_0 = gone.iter().find(|gone| gone.rank == 0).and_then(|gone| match gone.end {
-            End::Exited(code @ 1..) => {
-                // a `longshore` command that is told to end does not exit with a code: it failed at the same moment
-                (!gone.told || lines == FinalLines::One).then_some(code)
-            }
+            End::Exited(code @ 1..) => match lines {
+                FinalLines::Each => (!gone.told).then_some(code),
+                // one that is told to end does not exit with a code: it failed at the same moment
+                FinalLines::One => is_spoken(code).then_some(code),
+            },
             _ => None,
         });
         Outcome::Failed { first, rank_0 }
@@ -86,9 +87,12 @@ impl Outcome {
         match self {
             Outcome::Done => 0,
             Outcome::Failed { rank_0: Some(code), .. } => code,
+            Outcome::Failed { first, .. } if lines == FinalLines::One => match first.end {
+                End::Exited(code) if is_spoken(code) => code,
+                // a rank that is lost is a failed load, whatever took it
+                _ => 1,
+            },
             Outcome::Failed { first: Gone { end: End::Exited(code), .. }, .. } => code,
-            // a rank that is lost is a failed load, whatever took it
-            Outcome::Failed { .. } if lines == FinalLines::One => 1,
             Outcome::Failed { first: Gone { end: End::Killed(signal), .. }, .. } => {
                 of_signal(signal)
             }
@@ -108,6 +112,11 @@ impl Outcome {
             }),
         }
     }
+}
+
+/// Whether a `longshore` command that exits with `code` has said why: it knows two codes for what it fails with.
+fn is_spoken(code: u8) -> bool {
+    matches!(code, 1 | 2)
 }
 
 /// What a shell exits with after a process that a signal ended.
@@ -173,7 +182,8 @@ mod tests {
 
         let all = [gone(2, KILLED), gone(0, End::Exited(7))];
         assert_eq!(judge(FinalLines::Each, &all, None), (7, line(killed)));
-        assert_eq!(judge(FinalLines::One, &all, Some(b"another's")), (7, None));
+        let all = [gone(2, KILLED), gone(0, End::Exited(1))];
+        assert_eq!(judge(FinalLines::One, &all, Some(b"another's")), (1, None));
 
         let all = [gone(2, KILLED), told(0, End::Killed(libc::SIGTERM))];
         assert_eq!(judge(FinalLines::Each, &all, None), (137, line(killed)));
@@ -182,7 +192,14 @@ mod tests {
 
         let all = [gone(1, End::Exited(3)), told(0, End::Exited(143))];
         assert_eq!(judge(FinalLines::Each, &all, None), (3, line("rank 1 exited with code 3")));
-        assert_eq!(judge(FinalLines::One, &all, None), (143, None));
+        // neither code is one that a `longshore` command exits with once it has said why
+        assert_eq!(judge(FinalLines::One, &all, None), (1, line("rank 1 exited with code 3")));
+
+        let all = [gone(0, End::Exited(3)), gone(1, End::Exited(1))];
+        assert_eq!(judge(FinalLines::One, &all, Some(b"lost")), (1, line("lost")));
+        assert_eq!(judge(FinalLines::Each, &all, None), (3, line("rank 0 exited with code 3")));
+        let all = [gone(1, End::Exited(2)), told(0, End::Exited(1))];
+        assert_eq!(judge(FinalLines::One, &all, Some(b"held")), (1, None));
 
         let all = [gone(0, End::Exited(0)), gone(1, End::Exited(0))];
         assert_eq!(judge(FinalLines::Each, &all, None), (0, None));
