@@ -93,7 +93,7 @@ impl Story {
     pub fn loading(&self, world_size: u32) -> Vec<Process> {
         let ranks: Vec<Process> = (0..world_size).map(|rank| self.rank(rank)).collect();
         for (rank, process) in ranks.iter().enumerate() {
-            let worker = format!("rank{rank}-");
+            let worker = format!("rank{rank}-worker");
             let works = || process.threads().iter().any(|name| name.starts_with(&worker));
             wait_until(&format!("rank {rank} reads"), works);
             self.segments.borrow_mut().extend(process.segments());

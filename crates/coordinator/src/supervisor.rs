@@ -128,6 +128,8 @@ struct Attempt {
     prepared: Vec<bool>,
     ready: Vec<Option<(Option<ReadyParams>, RankReport)>>,
     stuck: Stuck,
+    /// A failure that may only follow from another rank's, and when it was reported.
+    suspicion: Option<(Instant, LoadError)>,
     done: oneshot::Sender<Outcome>,
 }
 
@@ -143,6 +145,10 @@ pub(crate) struct SupervisorState {
     lost: Option<(u32, String)>,
     ending: bool,
 }
+
+/// How long a rank that could not reach another is the cause only if nothing is heard of that one: a rank that fails or dies
+/// closes its connections to all, and the news of that may come by way of another first.
+const SUSPICION: Duration = Duration::from_millis(500);
 
 /// How often to look whether all ranks get on.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -276,6 +282,7 @@ impl SupervisorState {
             prepared: vec![false; count],
             ready: (0..count).map(|_| None).collect(),
             stuck: Stuck::new(count, self.stuck_after, Instant::now()),
+            suspicion: None,
             done,
         });
         self.tell_all(&RankCommand::Allocate { generation });
@@ -340,11 +347,25 @@ impl SupervisorState {
                     self.answer(Ok(all));
                 }
             }
-            RankEventKind::Failed(source) => self.answer(Err(LoadError::Rank { rank, source })),
+            RankEventKind::Failed(source) => {
+                let blames_another = source.blames().is_some_and(|other| other != rank);
+                let failed = LoadError::Rank { rank, source };
+                match blames_another {
+                    false => self.answer(Err(failed)),
+                    true => {
+                        attempt.suspicion.get_or_insert((Instant::now(), failed));
+                    }
+                }
+            }
         }
     }
 
     fn look(&mut self, now: Instant) {
+        let over = |(since, _): &mut (Instant, LoadError)| now.duration_since(*since) >= SUSPICION;
+        let suspicion = self.attempt.as_mut().and_then(|a| a.suspicion.take_if(over));
+        if let Some((_, failed)) = suspicion {
+            return self.answer(Err(failed));
+        }
         // whoever has not joined is waited for elsewhere
         let Some(ranks) = self.ranks.iter().map(Option::as_ref).collect::<Option<Vec<&Rank>>>()
         else {

@@ -123,6 +123,8 @@ pub enum RankError {
         text: String,
         /// Whether the user can mend it before any weight is read, rather than a load that failed.
         refused: bool,
+        /// The rank that it could not go on without.
+        blames: Option<u32>,
     },
     /// A worker panicked: a bug of ours.
     #[error("a worker of this rank panicked: {0}; please report this")]
@@ -133,5 +135,14 @@ impl RankError {
     /// Whether the user can mend it (exit code 2), rather than a load that failed.
     pub fn is_refusal(&self) -> bool {
         matches!(self, RankError::Values { .. } | RankError::Reported { refused: true, .. })
+    }
+
+    /// The other rank that this one could not reach any more: the cause may lie there.
+    pub fn blames(&self) -> Option<u32> {
+        match self {
+            RankError::Exchange(CollectiveError::Connection { with, .. }) => Some(*with),
+            RankError::Reported { blames, .. } => *blames,
+            _ => None,
+        }
     }
 }

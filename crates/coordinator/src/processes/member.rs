@@ -190,8 +190,8 @@ impl Actor for Member {
             }
             _ => return Ok(()),
         };
-        let (text, refused) = (RankError::Panicked(reason).to_string(), false);
-        let what = Happened::Failed { text, refused };
+        let text = RankError::Panicked(reason).to_string();
+        let what = Happened::Failed { text, refused: false, blames: None };
         state.say(ToCoordinator::Event { generation: state.generation, what }).await;
         Ok(())
     }
@@ -253,10 +253,11 @@ impl MemberState {
                     self.complete = params.map(|params| (params, report.clone()));
                     Happened::Ready(report)
                 }
-                Err(e) => Happened::Failed { text: e.line(), refused: false },
+                Err(e) => Happened::Failed { text: e.line(), refused: false, blames: None },
             },
             RankEventKind::Failed(e) => {
-                Happened::Failed { text: line(&e), refused: e.is_refusal() }
+                let (refused, blames) = (e.is_refusal(), e.blames());
+                Happened::Failed { text: line(&e), refused, blames }
             }
         };
         self.say(ToCoordinator::Event { generation, what }).await;

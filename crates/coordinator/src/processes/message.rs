@@ -103,5 +103,7 @@ pub(crate) enum Happened {
         text: String,
         /// Whether the user can mend it.
         refused: bool,
+        /// The rank that it could not go on without.
+        blames: Option<u32>,
     },
 }

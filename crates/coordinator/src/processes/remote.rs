@@ -166,15 +166,16 @@ impl RemoteState {
         let kind = match what {
             Happened::Allocated { plan, .. } if plan != self.plan => {
                 let text = "it plans another load than rank 0: source, options or version differ";
-                RankEventKind::Failed(RankError::Reported { text: text.into(), refused: true })
+                let (text, blames) = (text.into(), None);
+                RankEventKind::Failed(RankError::Reported { text, refused: true, blames })
             }
             Happened::Allocated { endpoint, .. } => {
                 RankEventKind::Allocated(Contact::Apart(endpoint))
             }
             Happened::Prepared => RankEventKind::Prepared,
             Happened::Ready(report) => RankEventKind::Ready(None, report),
-            Happened::Failed { text, refused } => {
-                RankEventKind::Failed(RankError::Reported { text, refused })
+            Happened::Failed { text, refused, blames } => {
+                RankEventKind::Failed(RankError::Reported { text, refused, blames })
             }
         };
         let rank = self.rank;
