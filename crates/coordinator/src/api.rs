@@ -4,7 +4,7 @@ mod params;
 mod process;
 mod threads;
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use longshore_models::options::{KernelLayout, Quantization};
 use longshore_rank::storage::IoChoice;
@@ -167,6 +167,16 @@ impl Load {
         self
     }
 
+    /// The checkpoint's directory, where a server finds `config.json` and the tokenizer's files.
+    ///
+    /// `synth:FAMILY-SCHEME` is written to the cache directory (`$XDG_CACHE_HOME` or `~/.cache`) unless it is there.
+    ///
+    /// # Errors
+    /// The source is none.
+    pub fn directory(&self) -> Result<PathBuf, LoadError> {
+        source::resolve(&self.source)
+    }
+
     /// What the load would do: who reads, passes on and holds how much. Reads headers only.
     ///
     /// # Errors
@@ -202,7 +212,7 @@ impl Load {
     }
 
     fn planned(&self, ranks: u32) -> Result<Plan, LoadError> {
-        let discovered = discover(&source::resolve(&self.source)?)?;
+        let discovered = discover(&self.directory()?)?;
         let memory_limit = self.memory_limit.unwrap_or(self.plan.memory_limit);
         Plan::new(discovered, &PlanOptions { tp: ranks, memory_limit, ..self.plan })
     }

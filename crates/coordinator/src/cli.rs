@@ -70,9 +70,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-#[expect(clippy::print_stderr, reason = "the one line that a failed command ends with")]
+/// Ends a failed command with one line. It is written at once, so that lines of several processes do not mix.
 fn fail(line: &str, code: u8) -> ExitCode {
-    eprintln!("longshore: {line}");
+    // without stderr there is nobody to tell
+    let _ = io::stderr().write_all(format!("longshore: {line}\n").as_bytes());
     ExitCode::from(code)
 }
 

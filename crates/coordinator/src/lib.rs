@@ -20,6 +20,8 @@
 //! | knowing beforehand what a load will do | [`Load::plan`] → [`Report`] |
 //! | starting processes | [`launch`], or torchrun, srun, Kubernetes |
 //!
+//! `examples/tp_server` is a whole server over it, `examples/stream.rs` the streaming form.
+//!
 //! What follows is how it is done, stage by stage; it may change where the above does not.
 //!
 //! | # | stage | module | in → out |

@@ -149,7 +149,7 @@ fn prepare_ranks(
 }
 
 /// Slots beyond one for each read in flight: what was read waits in them until the others have taken it.
-const SLOTS_AHEAD: u64 = 8;
+const SLOTS_AHEAD: u64 = 4;
 
 /// Shares the staging memory of a rank process out: slabs for its reads in flight, slots to receive into for each of `distant`
 /// ranks, and slots to send from; reads in flight become fewer where that is the only way.

@@ -15,7 +15,7 @@
 
 mod hosting;
 mod join;
-mod member;
+pub(crate) mod member;
 pub(crate) mod message;
 pub(crate) mod remote;
 
@@ -38,6 +38,7 @@ use self::{
     hosting::{Hosting, HostingArguments},
     join::HostJoin,
     member::{Member, MemberArguments, MemberMessage},
+    message::Piece,
 };
 use crate::{
     error::LoadError,
@@ -308,12 +309,29 @@ impl Joined {
         &mut self,
         piece: Vec<u8>,
     ) -> Result<Option<Vec<Vec<u8>>>, LoadError> {
+        let pieces = self.contribute(piece, false).await?;
+        Ok(self.hosting.is_some().then_some(pieces))
+    }
+
+    /// Waits until every rank has contributed a piece, and returns them all, in the order of ranks. For small ones: each
+    /// goes over every rank's control link.
+    ///
+    /// # Errors
+    /// A rank or the coordinator was lost.
+    pub(crate) async fn all_gather(&mut self, piece: Vec<u8>) -> member::Gathered {
+        // rank 0's process has them anyway
+        let wants_all = self.hosting.is_none();
+        self.contribute(piece, wants_all).await
+    }
+
+    async fn contribute(&mut self, bytes: Vec<u8>, wants_all: bool) -> member::Gathered {
         let gone = || LoadError::Runtime("the rank's actor has ended".into());
         let (done, contributed) = oneshot::channel();
+        let piece = Piece { bytes, wants_all };
         self.member.cast(MemberMessage::Contribute(piece, done)).map_err(|_| gone())?;
         match &mut self.hosting {
-            Some(hosting) => hosting.gathered().await.map(Some),
-            None => contributed.await.map_err(|_| gone())?.map(|()| None),
+            Some(hosting) => hosting.gathered().await,
+            None => contributed.await.map_err(|_| gone())?,
         }
     }
 

@@ -28,7 +28,11 @@ use tracing::{debug, warn};
 use self::stuck::{Stuck, Watched};
 use crate::{
     error::LoadError,
-    processes::remote::{RemoteArguments, RemoteMessage, RemoteRank},
+    processes::{
+        member::Gathered,
+        message::Piece,
+        remote::{RemoteArguments, RemoteMessage, RemoteRank},
+    },
 };
 
 /// What all ranks ended with; parameters where they are in this process.
@@ -64,7 +68,7 @@ pub(crate) struct SupervisorArguments {
     /// How long a rank may have work in hand without getting on.
     pub(crate) stuck_after: Duration,
     /// Where a piece of every rank goes, when all have contributed one.
-    pub(crate) gathered: mpsc::Sender<Result<Vec<Vec<u8>>, LoadError>>,
+    pub(crate) gathered: mpsc::Sender<Gathered>,
 }
 
 /// What a supervisor is told.
@@ -82,7 +86,7 @@ pub(crate) enum SupervisorMessage {
     /// A rank has said something.
     Event(RankEvent),
     /// A rank's piece of what is gathered.
-    Contributed { rank: u32, piece: Vec<u8> },
+    Contributed { rank: u32, piece: Piece },
     /// Time to look whether all ranks get on.
     Look,
     /// Nothing is left to be done: end the ranks, then this.
@@ -114,7 +118,7 @@ struct Rank {
     remote: Option<ActorRef<RemoteMessage>>,
     progress: Arc<Progress>,
     /// What it has contributed and was not gathered yet.
-    pieces: VecDeque<Vec<u8>>,
+    pieces: VecDeque<Piece>,
 }
 
 /// One load in progress.
@@ -134,7 +138,7 @@ pub(crate) struct SupervisorState {
     /// `None`: it has not joined yet.
     ranks: Vec<Option<Rank>>,
     stuck_after: Duration,
-    gathered: mpsc::Sender<Result<Vec<Vec<u8>>, LoadError>>,
+    gathered: mpsc::Sender<Gathered>,
     generation: Generation,
     attempt: Option<Attempt>,
     /// The first rank that was lost, and why: nothing is done without it.
@@ -394,7 +398,11 @@ impl SupervisorState {
         }
         let (rank, reason) = self.lost.get_or_insert((rank, reason)).clone();
         let lost = || LoadError::RankLost { rank, reason: reason.clone() };
-        self.answer(Err(lost()));
+        match self.attempt.is_some() {
+            true => self.answer(Err(lost())),
+            // those that are complete may wait for each other
+            false => self.abort(lost().line()),
+        }
         // whoever gathers is told as well, now or when it asks; a full queue holds the news already
         let _ = self.gathered.try_send(Err(lost()));
     }
@@ -403,27 +411,36 @@ impl SupervisorState {
     fn answer(&mut self, outcome: Outcome) {
         let Some(attempt) = self.attempt.take() else { return };
         if let Err(e) = &outcome {
-            let why = e.line();
-            self.tell_all(&RankCommand::Abort { generation: self.generation, why });
+            self.abort(e.line());
         }
         // whoever asked may have gone away
         let _ = attempt.done.send(outcome);
     }
 
-    fn contributed(&mut self, rank: u32, piece: Vec<u8>) {
+    fn abort(&self, why: String) {
+        self.tell_all(&RankCommand::Abort { generation: self.generation, why });
+    }
+
+    fn contributed(&mut self, rank: u32, piece: Piece) {
         if let Some(rank) = &mut self.ranks[rank as usize] {
             rank.pieces.push_back(piece);
         }
         let has_one = |rank: &Option<Rank>| rank.as_ref().is_some_and(|r| !r.pieces.is_empty());
-        let pieces: Option<Vec<Vec<u8>>> = match self.ranks.iter().all(has_one) {
-            true => self.ranks.iter_mut().map(|rank| rank.as_mut()?.pieces.pop_front()).collect(),
-            false => None,
-        };
-        if let Some(pieces) = pieces {
-            self.tell_remotes(|| RemoteMessage::Gathered);
-            // gatherings follow each other, so there is room unless nobody takes them any more
-            let _ = self.gathered.try_send(Ok(pieces));
+        if !self.ranks.iter().all(has_one) {
+            return;
         }
+        let pieces = self.ranks.iter_mut().flatten().filter_map(|rank| rank.pieces.pop_front());
+        let (wanted, pieces): (Vec<bool>, Vec<Vec<u8>>) =
+            pieces.map(|piece| (piece.wants_all, piece.bytes)).unzip();
+        for (rank, wanted) in self.ranks.iter().flatten().zip(wanted) {
+            if let Some(remote) = &rank.remote {
+                let pieces = if wanted { pieces.clone() } else { Vec::new() };
+                // as with commands
+                let _ = remote.cast(RemoteMessage::Gathered(pieces));
+            }
+        }
+        // gatherings follow each other, so there is room unless nobody takes them any more
+        let _ = self.gathered.try_send(Ok(pieces));
     }
 
     fn end(&mut self, myself: &ActorRef<SupervisorMessage>) {

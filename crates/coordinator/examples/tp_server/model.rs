@@ -46,7 +46,7 @@ pub(crate) enum ModelError {
     #[error("parameter {name} is {found:?}, expected {expected:?} in BF16")]
     Param { name: String, found: Option<Vec<u64>>, expected: Vec<usize> },
     /// A token that is not in the vocabulary, or no token at all.
-    #[error("token {found:?}, the vocabulary has {vocab}")]
+    #[error("{}, the vocabulary has {vocab}", .found.map_or("no token".into(), |token| format!("token {token}")))]
     Token { found: Option<u32>, vocab: usize },
     /// Another rank does not answer.
     #[error("a collective operation failed")]

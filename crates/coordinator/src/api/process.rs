@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use longshore_rank::{params::ReadyParams, protocol::Progress};
-use tokio::{runtime::Runtime, task::JoinHandle};
+use tokio::task::JoinHandle;
 
 use super::{
     Load, Params, RankProgress,
-    threads::{progress, runtime},
+    threads::{Background, progress},
 };
 use crate::{
     error::LoadError,
@@ -41,7 +41,7 @@ impl Load {
         let door = Door::open(&place)?;
         let plan = self.planned(ranks)?;
         let prepared = prepare_process(&plan, &self.run, &place, self.group.transport)?;
-        let runtime = runtime()?;
+        let runtime = Background::start()?;
         let (counters, group) = (progress_of(&plan), self.group);
         let (warnings, seen) = (prepared.warnings.clone(), counters.clone());
         let joining = {
@@ -70,7 +70,7 @@ pub struct Joining {
     warnings: Vec<String>,
     progress: Vec<Arc<Progress>>,
     complete: JoinHandle<Result<Complete, LoadError>>,
-    runtime: Runtime,
+    runtime: Background,
 }
 
 impl Joining {
@@ -107,7 +107,9 @@ impl Joining {
 
 /// This process's rank, complete like all others of its group.
 ///
-/// It stays in touch with them until it is dropped or [left](Rank::leave), so that they can wait for each other.
+/// It stays in touch with them until it is dropped or [left](Rank::leave), so that they can wait for each other
+/// ([`Rank::barrier`]) and tell each other how to connect ([`Rank::all_gather`]). That a rank was lost is learned from these
+/// two; a server's own connections tell it afterwards.
 #[derive(Debug)]
 pub struct Rank {
     params: ReadyParams,
@@ -116,7 +118,7 @@ pub struct Rank {
     place: Place,
     plan: Plan,
     warnings: Vec<String>,
-    runtime: Runtime,
+    runtime: Background,
 }
 
 impl Rank {
@@ -149,37 +151,57 @@ impl Rank {
     /// # Panics
     /// When called within a runtime's own thread.
     pub fn barrier(&mut self) -> Result<(), LoadError> {
-        self.gather(Vec::new()).map(|_| ())
+        self.all_gather(Vec::new()).map(|_| ())
     }
 
-    /// Waits until every rank has contributed a piece (of at most 8 MiB); on rank 0 returns them all, in the order of ranks.
+    /// Waits until every rank has contributed a piece, and returns all pieces on every rank, in the order of ranks.
     ///
-    /// For what servers have to tell each other before they serve, their addresses for instance; not for weights.
+    /// For what the ranks of a server have to tell each other before they serve (where to connect to, an NCCL identifier),
+    /// not for weights: all pieces together have room in 1 MiB, so each in 1 MiB divided by the number of ranks. They may
+    /// differ in length. All ranks call it, and [`barrier`](Rank::barrier), in the same order.
+    ///
+    /// ```no_run
+    /// # use longshore::{Load, Place};
+    /// # let mut rank = Load::from("synth:llama-bf16").join(Place::from_env()?)?.wait()?;
+    /// // rank 0 tells the others where it listens
+    /// let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    /// let own = listener.local_addr().expect("it is bound").to_string();
+    /// let all = rank.all_gather(own.into_bytes())?;
+    /// let first = std::str::from_utf8(&all[0]).expect("an address");
+    /// # Ok::<(), longshore::LoadError>(())
+    /// ```
     ///
     /// # Errors
-    /// The piece is too long, or a rank or the coordinator was lost.
+    /// The piece is too long, or a rank or the coordinator was lost; nothing is gathered from then on.
     ///
     /// # Panics
     /// When called within a runtime's own thread.
-    pub fn gather(&mut self, piece: Vec<u8>) -> Result<Option<Vec<Vec<u8>>>, LoadError> {
-        if piece.len() > PIECE_BYTES_MAX {
-            let reason = format!("{} bytes, at most {PIECE_BYTES_MAX}", piece.len());
-            return Err(LoadError::Option { option: "gather", reason });
+    pub fn all_gather(&mut self, piece: Vec<u8>) -> Result<Vec<Vec<u8>>, LoadError> {
+        let (ranks, length) = (self.place.world_size, piece.len());
+        let limit = PIECES_BYTES_MAX / ranks as usize;
+        if length > limit {
+            let reason = format!("a piece of {length} bytes, at most {limit} with {ranks} ranks");
+            return Err(LoadError::Option { option: "all_gather", reason });
         }
-        self.runtime.block_on(self.joined.gather(piece))
+        self.runtime.block_on(self.joined.all_gather(piece))
     }
 
-    /// Says goodbye to the group, and gives the parameters out for good. When all ranks do so, the load leaves no trace but
-    /// them.
+    /// Says goodbye to the group, and gives the parameters out for good, at the addresses that they have. When all ranks do
+    /// so, the load leaves no trace but them.
+    ///
+    /// Nobody can wait for a rank that has left, so it is the last that all have in common. Rank 0 waits until the others
+    /// have heard it, for two seconds at most.
+    ///
+    /// # Panics
+    /// When called within a runtime's own thread.
     pub fn leave(self) -> OwnParams {
         self.runtime.block_on(self.joined.end());
-        self.runtime.shutdown_background();
         OwnParams(self.params)
     }
 }
 
-/// A frame of the control link has room for it.
-const PIECE_BYTES_MAX: usize = 8 << 20;
+/// Every rank is sent as much, in one frame of its control link, which has room for 16 times that.
+const PIECES_BYTES_MAX: usize = 1 << 20;
 
 /// The parameters of a rank that has left its group.
 #[derive(Debug)]

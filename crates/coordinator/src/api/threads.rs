@@ -1,6 +1,9 @@
 //! A load onto ranks that are threads of this process.
 
-use std::sync::{Arc, atomic::Ordering::Relaxed};
+use std::{
+    ops::Deref,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
 
 use longshore_rank::protocol::{Phase, Progress};
 use tokio::{runtime::Runtime, task::JoinHandle};
@@ -23,20 +26,43 @@ impl Load {
     pub fn start(self) -> Result<Loading, LoadError> {
         let plan = self.planned(self.tensor_parallel.unwrap_or(1))?;
         let prepared = load::prepare(&plan, &self.run)?;
-        let runtime = runtime()?;
+        let runtime = Background::start()?;
         let progress = progress_of(&plan);
         let group = runtime.spawn(load::run(prepared, progress.clone()));
         Ok(Loading { load: self, plan, progress, group, runtime })
     }
 }
 
-pub(super) fn runtime() -> Result<Runtime, LoadError> {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("longshore")
-        .enable_all()
-        .build()
-        .map_err(|e| LoadError::Runtime(e.to_string()))
+/// The runtime of a load. Dropping it waits for nothing, so it may be done in asynchronous code too, where a bare runtime
+/// panics.
+#[derive(Debug)]
+pub(super) struct Background(Option<Runtime>);
+
+impl Background {
+    pub(super) fn start() -> Result<Self, LoadError> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("longshore")
+            .enable_all()
+            .build();
+        runtime.map(|runtime| Self(Some(runtime))).map_err(|e| LoadError::Runtime(e.to_string()))
+    }
+}
+
+impl Deref for Background {
+    type Target = Runtime;
+
+    fn deref(&self) -> &Runtime {
+        self.0.as_ref().expect("only drop takes it")
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// A load that is going on. Dropping it lets the ranks go on until they are done; their memory is freed then.
@@ -46,7 +72,7 @@ pub struct Loading {
     plan: Plan,
     progress: Vec<Arc<Progress>>,
     group: JoinHandle<Result<Group, LoadError>>,
-    runtime: Runtime,
+    runtime: Background,
 }
 
 /// How one rank is getting on. Sizes in bytes.
@@ -110,7 +136,7 @@ pub struct Loaded {
     load: Load,
     plan: Plan,
     group: Group,
-    runtime: Runtime,
+    runtime: Background,
 }
 
 impl Loaded {

@@ -18,7 +18,7 @@ use crate::{
         listen::{Admitted, Listener},
         session::Timing,
     },
-    processes::{message::PLAN_HASH_BYTES, remote::RemoteArguments},
+    processes::{member::Gathered, message::PLAN_HASH_BYTES, remote::RemoteArguments},
     supervisor::{Outcome, Supervisor, SupervisorArguments, SupervisorMessage},
 };
 
@@ -42,7 +42,9 @@ pub(crate) struct Hosting {
     supervisor: ActorRef<SupervisorMessage>,
     ended: JoinHandle<()>,
     door: JoinHandle<()>,
-    gathered: mpsc::Receiver<Result<Vec<Vec<u8>>, LoadError>>,
+    gathered: mpsc::Receiver<Gathered>,
+    /// Why nothing will be gathered any more.
+    over: Option<String>,
     /// Where it listens.
     pub(crate) address: SocketAddr,
 }
@@ -77,7 +79,7 @@ impl Hosting {
                 }
             }
         });
-        Ok(Self { supervisor, ended, door, gathered, address })
+        Ok(Self { supervisor, ended, door, gathered, over: None, address })
     }
 
     /// Carries a load through on all ranks, and returns when every one is complete.
@@ -92,9 +94,17 @@ impl Hosting {
     }
 
     /// What every rank has contributed, in the order of ranks, when all have.
-    pub(crate) async fn gathered(&mut self) -> Result<Vec<Vec<u8>>, LoadError> {
+    ///
+    /// # Errors
+    /// A rank was lost, now or before.
+    pub(crate) async fn gathered(&mut self) -> Gathered {
+        if let Some(why) = &self.over {
+            return Err(LoadError::GroupEnded { why: why.clone() });
+        }
         let gone = || LoadError::Runtime("the coordinator's actor has ended".into());
-        self.gathered.recv().await.ok_or_else(gone)?
+        let gathered = self.gathered.recv().await.ok_or_else(gone)?;
+        self.over = gathered.as_ref().err().map(LoadError::line);
+        gathered
     }
 
     /// Says goodbye to all ranks.

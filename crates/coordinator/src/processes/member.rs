@@ -25,13 +25,16 @@ use crate::{
         thread::{self, LinkThread},
     },
     processes::{
-        message::{Happened, PLAN_HASH_BYTES, ToCoordinator, ToRank},
+        message::{Happened, PLAN_HASH_BYTES, Piece, ToCoordinator, ToRank},
         remote::beat_of,
     },
 };
 
 /// What a rank holds when every rank is complete.
 pub(crate) type Released = Result<(ReadyParams, RankReport), LoadError>;
+
+/// What all ranks have contributed, or nothing where that was not asked for.
+pub(crate) type Gathered = Result<Vec<Vec<u8>>, LoadError>;
 
 /// One rank process.
 #[derive(Debug)]
@@ -62,7 +65,7 @@ pub(crate) enum MemberMessage {
     /// From the rank.
     Event(RankEvent),
     /// Contribute a piece, and answer when every rank has.
-    Contribute(Vec<u8>, oneshot::Sender<Result<(), LoadError>>),
+    Contribute(Piece, oneshot::Sender<Gathered>),
     /// The link has ended.
     LinkEnded,
     /// Nothing is left to be done.
@@ -95,8 +98,8 @@ pub(crate) struct MemberState {
     /// Complete on this rank, not yet everywhere.
     complete: Option<(ReadyParams, RankReport)>,
     released: Option<oneshot::Sender<Released>>,
-    gathering: VecDeque<oneshot::Sender<Result<(), LoadError>>>,
-    /// How the group has ended, once it has.
+    gathering: VecDeque<oneshot::Sender<Gathered>>,
+    /// Set once nothing more will come of the group.
     over: Option<Over>,
 }
 
@@ -144,7 +147,14 @@ impl Actor for Member {
         match message {
             MemberMessage::Told(told) => state.told(told),
             MemberMessage::Event(event) => state.event(event).await,
-            MemberMessage::Contribute(piece, done) => state.contribute(piece, done).await,
+            MemberMessage::Contribute(piece, done) => match &state.over {
+                // whoever waited may have gone away
+                Some(over) => drop(done.send(Err(over.error()))),
+                None => {
+                    state.gathering.push_back(done);
+                    state.say(ToCoordinator::Contributed(piece)).await;
+                }
+            },
             MemberMessage::LinkEnded => {
                 let reason = match state.link.take() {
                     None => "it was ended".to_owned(),
@@ -213,12 +223,13 @@ impl MemberState {
             ToRank::Abort { generation, why } if *generation == self.generation => {
                 self.end(Over::Told { why: why.clone() });
             }
-            ToRank::Gathered => {
-                if let Some(done) = self.gathering.pop_front() {
-                    let _ = done.send(Ok(()));
-                }
-            }
             _ => {}
+        }
+        if let ToRank::Gathered(pieces) = told {
+            if let Some(done) = self.gathering.pop_front() {
+                let _ = done.send(Ok(pieces));
+            }
+            return;
         }
         if let Some(command) = told.command() {
             // supervision tells when the rank is gone
@@ -252,16 +263,6 @@ impl MemberState {
         self.say(ToCoordinator::Event { generation, what }).await;
     }
 
-    async fn contribute(&mut self, piece: Vec<u8>, done: oneshot::Sender<Result<(), LoadError>>) {
-        if let Some(over) = &self.over {
-            // nobody answers any more; whoever waited may have gone away
-            let _ = done.send(Err(over.error()));
-            return;
-        }
-        self.gathering.push_back(done);
-        self.say(ToCoordinator::Contributed(piece)).await;
-    }
-
     async fn say(&mut self, message: ToCoordinator) {
         if let Some(link) = &self.link {
             // an ended link is told by a message of its own
@@ -271,9 +272,9 @@ impl MemberState {
 
     /// Nothing more will come of this load: tells everyone who waits, and stops the rank.
     fn end(&mut self, over: Over) {
-        // what came first is the cause of the rest
-        let over = self.over.get_or_insert(over);
         self.complete = None;
+        // the first cause is the one that counts
+        let over = self.over.get_or_insert(over);
         if let Some(released) = self.released.take() {
             // whoever waited may have gone away, here and below
             let _ = released.send(Err(over.error()));

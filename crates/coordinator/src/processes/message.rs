@@ -39,8 +39,8 @@ pub(crate) enum ToRank {
         /// The generation.
         generation: Generation,
     },
-    /// Every rank has contributed its piece.
-    Gathered,
+    /// Every rank has contributed its piece: all of them, in the order of ranks, where the rank has asked for them.
+    Gathered(Vec<Vec<u8>>),
 }
 
 impl ToRank {
@@ -55,7 +55,7 @@ impl ToRank {
             ToRank::Start { generation } => RankCommand::Start { generation },
             ToRank::Abort { generation, why } => RankCommand::Abort { generation, why },
             ToRank::Release { generation } => RankCommand::Release { generation },
-            ToRank::Gathered => return None,
+            ToRank::Gathered(_) => return None,
         })
     }
 }
@@ -71,7 +71,16 @@ pub(crate) enum ToCoordinator {
         what: Happened,
     },
     /// Its piece of what is gathered.
-    Contributed(Vec<u8>),
+    Contributed(Piece),
+}
+
+/// What one rank contributes to what is gathered.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Piece {
+    /// What it tells.
+    pub(crate) bytes: Vec<u8>,
+    /// Whether it wants to be told all pieces, not only that they are there.
+    pub(crate) wants_all: bool,
 }
 
 /// What happened on a rank.

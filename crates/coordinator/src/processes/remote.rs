@@ -43,8 +43,8 @@ pub(crate) struct RemoteArguments {
 #[derive(Debug)]
 pub(crate) enum RemoteMessage {
     Command(RankCommand),
-    /// Every rank has contributed its piece.
-    Gathered,
+    /// Every rank has contributed its piece; all of them, if this one wants them.
+    Gathered(Vec<Vec<u8>>),
     /// Nothing is left to be said.
     End,
     Heard(ToCoordinator),
@@ -114,7 +114,7 @@ impl Actor for RemoteRank {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             RemoteMessage::Command(command) => state.tell(to_rank(command)),
-            RemoteMessage::Gathered => state.tell(Some(ToRank::Gathered)),
+            RemoteMessage::Gathered(pieces) => state.tell(Some(ToRank::Gathered(pieces))),
             RemoteMessage::End => {
                 state.outgoing = None;
                 Ok(())
