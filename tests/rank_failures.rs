@@ -154,7 +154,7 @@ fn a_rank_that_is_alive_and_stuck_is_named_by_its_progress() {
         assert!(at - began < 4 * SECOND, "{:?}", at - began);
         let ended = hanging.load.end();
         let line = ended.failed(1);
-        let wanted = format!("rank {stuck} is alive but has not got on for 2 s (reading, ");
+        let wanted = format!("rank {stuck} is alive but has not got on for 2s (reading, ");
         assert!(line.contains(&wanted), "{line}");
         hanging.story.assert_nothing_is_left();
     });
@@ -248,7 +248,7 @@ fn ranks_that_never_join_are_named_when_the_time_is_over() {
     let start = |rank| story.start(group.command(&story, rank, &arguments));
     let mut ranks = [0, 2].map(start).into_iter();
     let ended = ranks.next().unwrap().end();
-    let wanted = "longshore: 2 of 4 ranks have not joined within 2 s: 1, 3";
+    let wanted = "longshore: 2 of 4 ranks have not joined within 2s: 1, 3";
     assert_eq!(ended.failed(1), wanted);
     let took = began.elapsed();
     assert!(took > 2 * SECOND && took < 5 * SECOND, "{took:?}");

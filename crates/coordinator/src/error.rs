@@ -1,6 +1,6 @@
 //! Why a load was refused or failed, the first cause first.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, time::Duration};
 
 use longshore_models::error::{CheckpointError, PlanError};
 use longshore_rank::error::RankError;
@@ -155,27 +155,27 @@ pub enum LoadError {
     },
     /// A rank lives and does not get on.
     #[error(
-        "rank {rank} is alive but has not got on for {seconds} s ({phase}, {read_bytes} bytes read)"
+        "rank {rank} is alive but has not got on for {after:?} ({phase}, {read_bytes} bytes read)"
     )]
     RankStuck {
         /// The rank.
         rank: u32,
         /// How long.
-        seconds: u64,
+        after: Duration,
         /// What it was doing.
         phase: &'static str,
         /// Weight bytes that it had read from storage.
         read_bytes: u64,
     },
     /// Ranks have not joined in time.
-    #[error("{} of {world_size} ranks have not joined within {seconds} s: {}", .missing.len(), numbers(.missing))]
+    #[error("{} of {world_size} ranks have not joined within {after:?}: {}", .missing.len(), numbers(.missing))]
     Missing {
         /// Those that have not.
         missing: Vec<u32>,
         /// Ranks of the group.
         world_size: u32,
         /// How long was waited.
-        seconds: u64,
+        after: Duration,
     },
     /// The coordinator's process is gone, or was not heard of.
     #[error("the coordinator (rank 0) was lost: {reason}")]

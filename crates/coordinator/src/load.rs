@@ -180,7 +180,7 @@ fn exchange_staging(
     }
     let needed = slab + (u64::from(distant) + 1) * slot_bytes;
     let reason = format!(
-        "{} bytes; ranks that are processes need {needed} (reads of {} bytes, {distant} ranks on other hosts)",
+        "{} bytes; ranks that are processes need {needed} (reads of {} bytes, {distant} ranks reached by TCP)",
         plan.memory_limit, plan.load.read_bytes_max
     );
     Err(LoadError::Option { option: "--memory-limit", reason })

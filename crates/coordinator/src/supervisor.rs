@@ -312,8 +312,8 @@ impl SupervisorState {
         let missing: Vec<u32> =
             (0..self.ranks.len() as u32).filter(|r| self.ranks[*r as usize].is_none()).collect();
         if !missing.is_empty() {
-            let (world_size, seconds) = (self.ranks.len() as u32, after.as_secs());
-            self.answer(Err(LoadError::Missing { missing, world_size, seconds }));
+            let world_size = self.ranks.len() as u32;
+            self.answer(Err(LoadError::Missing { missing, world_size, after }));
         }
     }
 
@@ -384,7 +384,7 @@ impl SupervisorState {
             let progress = &ranks[rank as usize].progress;
             let stuck = LoadError::RankStuck {
                 rank,
-                seconds: self.stuck_after.as_secs(),
+                after: self.stuck_after,
                 phase: progress.phase().name(),
                 read_bytes: progress.read_bytes.load(Ordering::Relaxed),
             };
