@@ -73,7 +73,10 @@ impl Lines {
                 cut.held.get_or_insert_with(|| line.to_vec());
             }
             None => {
-                cut.forward.extend_from_slice(&self.prefix);
+                // `longshore rank` says whose its lines are itself, for launchers that do not
+                if !self.open.starts_with(&self.prefix) {
+                    cut.forward.extend_from_slice(&self.prefix);
+                }
                 cut.forward.extend_from_slice(&self.open);
                 cut.forward.push(b'\n');
             }
@@ -103,6 +106,12 @@ mod tests {
             let wanted = b"[rank 3] one\n[rank 3] \n[rank 3] tw\xff\r\n[rank 3] last\n";
             assert_eq!(forward, wanted, "{step} bytes at a time");
         }
+    }
+
+    #[test]
+    fn a_line_that_says_whose_it_is_is_left_as_it_is() {
+        let forward = lines(None).feed(b"[rank 3] one\n[rank 2] two\n").forward;
+        assert_eq!(forward, b"[rank 3] one\n[rank 3] [rank 2] two\n");
     }
 
     #[test]
