@@ -373,14 +373,41 @@ fn an_output_that_one_rank_cannot_write_fails_the_group() {
         for (rank, running) in ranks.into_iter().enumerate() {
             let ended = running.end();
             assert_eq!((ended.status.code(), &ended.stdout[..]), (Some(1), ""), "{:?}", ended);
-            if rank == 0 {
-                let line = ended.failed(1);
-                let wanted = format!("rank {odd} could not write its output: ");
-                assert!(line.contains(&wanted) && line.contains("creating a directory"), "{line}");
+            match rank {
+                0 => {
+                    let line = ended.failed(1);
+                    let wanted = format!("rank {odd} could not write its output: ");
+                    assert!(line.contains(&wanted), "{line}");
+                    assert!(line.contains("creating a directory"), "{line}");
+                }
+                // one says it for all
+                _ => assert!(ended.stderr.is_empty(), "{:?}", ended.stderr),
             }
         }
         fs::remove_file(&taken).unwrap();
         assert_eq!(fs::read_dir(&out).unwrap().count(), 0);
+        story.assert_nothing_is_left();
+    }
+}
+
+/// The very last step of a rank, told in its own words as well.
+#[test]
+fn a_file_that_cannot_get_its_name_fails_the_group() {
+    for odd in [0, 1] {
+        let story = story();
+        let taken = story.path("out").join(format!("rank-0000{odd}-of-00002.safetensors"));
+        fs::create_dir_all(taken.join("full")).unwrap();
+        let group = Group::new(2);
+        let start = |rank| story.start(group.command(&story, rank, &rank_arguments(&[])));
+        let (zero, one) = (start(0), start(1));
+        let line = zero.end().failed(1).to_owned();
+        assert!(line.contains(&format!("rank {odd} could not write its output: ")), "{line}");
+        assert!(line.contains("renaming"), "{line}");
+        let one = one.end();
+        assert_eq!((one.status.code(), one.stderr), (Some(1), vec![]));
+        let left = fs::read_dir(story.path("out")).unwrap().flatten().map(|e| e.file_name());
+        let left: Vec<_> = left.filter(|name| name != taken.file_name().unwrap()).collect();
+        assert!(left.iter().all(|name| name.to_str().unwrap().starts_with("rank-")), "{left:?}");
         story.assert_nothing_is_left();
     }
 }
