@@ -360,16 +360,16 @@ fn an_output_that_one_rank_cannot_write_fails_the_group() {
     for odd in [0, 1] {
         let group = Group::new(2);
         let out = story.path("out");
-        let first = story.start(group.command(&story, odd, &rank_arguments(&[])));
+        let ranks = [0, 1].map(|rank| {
+            let mut command = group.command(&story, rank, &rank_arguments(&[]));
+            command.env("LONGSHORE_FAULT", format!("rank={odd},read=0,do=slow"));
+            story.start(command)
+        });
+        // past its look whether it can write, and far from writing
         let process = story.rank(odd);
-        // past its look whether it can write
-        let ready = || odd == 1 || process.has_thread("longshore-link");
-        wait_until("rank 0 waits for rank 1", ready);
-        fs::create_dir_all(&out).unwrap();
-        let taken = out.join(format!(".longshore.{}.{odd}.tmp", first.pid()));
+        wait_until("the rank loads", || process.has_thread("longshore-link"));
+        let taken = out.join(format!(".longshore.{}.{odd}.tmp", process.pid));
         fs::write(&taken, "").unwrap();
-        let other = story.start(group.command(&story, 1 - odd, &rank_arguments(&[])));
-        let ranks = if odd == 0 { [first, other] } else { [other, first] };
         for (rank, running) in ranks.into_iter().enumerate() {
             let ended = running.end();
             assert_eq!((ended.status.code(), &ended.stdout[..]), (Some(1), ""), "{:?}", ended);

@@ -103,7 +103,7 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
     let mut phases = Phases::default();
     let plan = make_plan(&run.plan, tp, source, &mut phases)?;
     if let Some(dir) = &run.out {
-        out::check_writable(dir)?;
+        out::check_writable(dir, place.rank)?;
     }
     let prepared = prepare_process(&plan, &options, place, group.transport)?;
     let warnings = prepared.warnings.clone();
