@@ -277,10 +277,11 @@ fn a_second_process_of_the_same_rank_does_not_disturb_the_first() {
     let one = start(1);
     let joined = story.rank(1);
     wait_until("rank 1 has joined", || joined.has_thread("longshore-link"));
-    let second = start(1).end();
-    assert_eq!((second.status.code(), &second.stdout[..]), (Some(1), ""));
-    assert_eq!(second.stderr.len(), 1, "{:?}", second.stderr);
-    first.wait_for_line("a second process has joined as rank 1");
+    let hurried = [&arguments[..], &["--join-timeout", "1"]].concat();
+    let second = story.start(group.command(&story, 1, &hurried)).end();
+    let line = second.failed(1);
+    assert!(line.contains("rank 1 has joined already"), "{line}");
+    first.wait_for_line("rank 1 has joined already");
     for rank in [one, start(2), start(3)] {
         assert_eq!(rank.end().status.code(), Some(0));
     }

@@ -210,8 +210,7 @@ impl HostJoin {
                     let what = format!("it did not connect within {JOIN_LIMIT:?}");
                     return Err(CollectiveError::Connection { with, what });
                 };
-                let new = !streams.iter().any(|(rank, _)| *rank == joined.rank);
-                if joined.purpose == Purpose::Data && expected.contains(&joined.rank) && new {
+                if joined.purpose == Purpose::Data && expected.contains(&joined.rank) {
                     let stream = into_blocking(stream).map_err(|e| system(e.to_string()))?;
                     streams.push((joined.rank, stream));
                 }
