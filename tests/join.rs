@@ -116,3 +116,25 @@ fn what_was_loaded_may_be_dropped_in_asynchronous_code() {
     let loaded = load.start().unwrap().wait().unwrap();
     runtime.block_on(async move { drop((loading, loaded)) });
 }
+
+/// A server loads its draft model while the ranks of the first load stay in touch: the same processes, the same place.
+#[test]
+fn the_same_processes_form_a_second_group() {
+    let scratch = Scratch::new().unwrap();
+    let draft = scratch.join("draft");
+    Checkpoint::new(Family::Qwen3, Scheme::Bf16).write(&draft).unwrap();
+    let norms = with_ranks(2, |mut first| {
+        let load = Load::from(draft.to_str().unwrap());
+        let mut second = load.join(first.place().clone()).unwrap().wait().unwrap();
+        second.barrier().unwrap();
+        first.barrier().unwrap();
+        let name = "model.layers.0.self_attn.q_norm.weight";
+        let of = |rank: &Rank| rank.params().get(name).is_some();
+        let found = (of(&first), of(&second));
+        second.leave();
+        first.barrier().unwrap();
+        first.leave();
+        found
+    });
+    assert_eq!(norms, [(false, true); 2]);
+}

@@ -281,10 +281,11 @@ fn a_second_process_of_the_same_rank_does_not_disturb_the_first() {
     let one = start(1);
     let joined = story.rank(1);
     wait_until("rank 1 has joined", || joined.has_thread("longshore-link"));
-    let second = start(1).end();
-    assert_eq!((second.status.code(), &second.stdout[..]), (Some(1), ""));
-    assert_eq!(second.stderr.len(), 1, "{:?}", second.stderr);
-    first.wait_for_line("a second process has joined as rank 1");
+    let hurried = [&arguments[..], &["--join-timeout", "1"]].concat();
+    let second = story.start(group.command(&story, 1, &hurried)).end();
+    let line = second.failed(1);
+    assert!(line.contains("rank 1 has joined already"), "{line}");
+    first.wait_for_line("rank 1 has joined already");
     for rank in [one, start(2), start(3)] {
         assert_eq!(rank.end().status.code(), Some(0));
     }
@@ -364,23 +365,28 @@ fn an_output_that_one_rank_cannot_write_fails_the_group() {
     for odd in [0, 1] {
         let group = Group::new(2);
         let out = story.path("out");
-        let first = story.start(group.command(&story, odd, &rank_arguments(&[])));
+        let ranks = [0, 1].map(|rank| {
+            let mut command = group.command(&story, rank, &rank_arguments(&[]));
+            command.env("LONGSHORE_FAULT", format!("rank={odd},read=0,do=slow"));
+            story.start(command)
+        });
+        // past its look whether it can write, and far from writing
         let process = story.rank(odd);
-        // past its look whether it can write
-        let ready = || odd == 1 || process.has_thread("longshore-link");
-        wait_until("rank 0 waits for rank 1", ready);
-        fs::create_dir_all(&out).unwrap();
-        let taken = out.join(format!(".longshore.{}.{odd}.tmp", first.pid()));
+        wait_until("the rank loads", || process.has_thread("longshore-link"));
+        let taken = out.join(format!(".longshore.{}.{odd}.tmp", process.pid));
         fs::write(&taken, "").unwrap();
-        let other = story.start(group.command(&story, 1 - odd, &rank_arguments(&[])));
-        let ranks = if odd == 0 { [first, other] } else { [other, first] };
         for (rank, running) in ranks.into_iter().enumerate() {
             let ended = running.end();
             assert_eq!((ended.status.code(), &ended.stdout[..]), (Some(1), ""), "{:?}", ended);
-            if rank == 0 {
-                let line = ended.failed(1);
-                let wanted = format!("rank {odd} could not write its output: ");
-                assert!(line.contains(&wanted) && line.contains("creating a directory"), "{line}");
+            match rank {
+                0 => {
+                    let line = ended.failed(1);
+                    let wanted = format!("rank {odd} could not write its output: ");
+                    assert!(line.contains(&wanted), "{line}");
+                    assert!(line.contains("creating a directory"), "{line}");
+                }
+                // one says it for all
+                _ => assert!(ended.stderr.is_empty(), "{:?}", ended.stderr),
             }
         }
         fs::remove_file(&taken).unwrap();
@@ -426,6 +432,28 @@ fn a_rank_that_is_killed_while_it_writes_leaves_no_output() {
     story.start(again).end().json();
     let files = ["rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"];
     assert_eq!(names(), ["manifest.json", files[0], files[1]]);
+}
+
+/// The very last step of a rank, told in its own words as well.
+#[test]
+fn a_file_that_cannot_get_its_name_fails_the_group() {
+    for odd in [0, 1] {
+        let story = story();
+        let taken = story.path("out").join(format!("rank-0000{odd}-of-00002.safetensors"));
+        fs::create_dir_all(taken.join("full")).unwrap();
+        let group = Group::new(2);
+        let start = |rank| story.start(group.command(&story, rank, &rank_arguments(&[])));
+        let (zero, one) = (start(0), start(1));
+        let line = zero.end().failed(1).to_owned();
+        assert!(line.contains(&format!("rank {odd} could not write its output: ")), "{line}");
+        assert!(line.contains("renaming"), "{line}");
+        let one = one.end();
+        assert_eq!((one.status.code(), one.stderr), (Some(1), vec![]));
+        let left = fs::read_dir(story.path("out")).unwrap().flatten().map(|e| e.file_name());
+        let left: Vec<_> = left.filter(|name| name != taken.file_name().unwrap()).collect();
+        assert!(left.iter().all(|name| name.to_str().unwrap().starts_with("rank-")), "{left:?}");
+        story.assert_nothing_is_left();
+    }
 }
 
 /// Connects to rank 0 once it listens, and sends `bytes`.

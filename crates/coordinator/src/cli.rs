@@ -201,7 +201,7 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
         }
     }
     if let Some(dir) = &arguments.run.out {
-        out::check_writable(dir)?;
+        out::check_writable(dir, 0)?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -22,7 +22,7 @@
 //!
 //! It neither encrypts nor moves weights: it keeps out whoever does not know the secret, and finds out that the other
 //! side is dead (closed), hung (silent) or another one than expected (refused). It does not decide what follows from
-//! that, nor whether a rank may join twice; the supervisor does.
+//! that; the supervisor does.
 
 pub mod connect;
 pub mod frame;

@@ -40,17 +40,17 @@ struct ManifestParam<'a> {
     sha256: String,
 }
 
-/// Creates `dir` if need be and makes sure that files can be written there: before a load, not after it.
+/// Creates `dir` if need be and makes sure that files of `rank` can be written there: before a load, not after it.
 ///
 /// # Errors
 /// They cannot.
-pub fn check_writable(dir: &Path) -> Result<(), LoadError> {
+pub fn check_writable(dir: &Path, rank: u32) -> Result<(), LoadError> {
     let failed = |action| move |e| LoadError::Io { path: dir.into(), action, source: e };
     fs::create_dir_all(dir).map_err(failed("creating the directory"))?;
-    remove_abandoned(dir);
-    let aside = aside(dir, 0);
-    fs::create_dir(&aside).map_err(failed("creating a directory in it"))?;
-    fs::remove_dir(&aside).map_err(failed("removing a directory in it"))
+    let aside = aside(dir, rank);
+    // one that is there was left by an earlier process of the same number: in a container every one is number 1
+    fs::create_dir_all(&aside).map_err(failed("creating a directory in it"))?;
+    fs::remove_dir_all(&aside).map_err(failed("removing a directory in it"))
 }
 
 /// Writes what every rank holds to `dir`, which is created if need be.
@@ -84,7 +84,8 @@ pub fn write(
     }
 }
 
-/// Gets `dir` ready for an output: takes an older manifest away, and what dead processes left behind.
+/// Gets `dir` ready for an output: takes an older manifest away, and what dead processes left behind. Done once, while no rank
+/// has anything there: whether a process of another host lives cannot be seen from this one.
 ///
 /// # Errors
 /// The directory cannot be had or changed.
@@ -266,5 +267,26 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a rank of another host has there looks like a dead process's.
+    #[test]
+    fn ranks_of_several_hosts_do_not_get_into_each_others_way() {
+        let scratch = tempfile::tempdir().unwrap();
+        let of_another_host = scratch.path().join(format!("{ASIDE_START}4194305.1{ASIDE_END}"));
+        fs::create_dir(&of_another_host).unwrap();
+        check_writable(scratch.path(), 0).unwrap();
+        assert!(of_another_host.exists());
+
+        let of_the_same_number = aside(scratch.path(), 0);
+        fs::create_dir(&of_the_same_number).unwrap();
+        fs::write(of_the_same_number.join("left"), "").unwrap();
+        check_writable(scratch.path(), 0).unwrap();
+        assert!(!of_the_same_number.exists());
     }
 }

@@ -23,7 +23,7 @@ use longshore_rank::{
 };
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, DerivedActorRef, SupervisionEvent};
 use tokio::sync::{mpsc, oneshot};
-use tracing::{debug, warn};
+use tracing::debug;
 
 use self::stuck::{Stuck, Watched};
 use crate::{
@@ -295,7 +295,7 @@ impl SupervisorState {
     ) -> Result<(), ActorProcessingErr> {
         let number = start.rank;
         if self.ranks[number as usize].is_some() {
-            warn!("a second process has joined as rank {number}: ignored");
+            // the listener lets each in once
             return Ok(());
         }
         let rank = bring_up(myself, number, Member::Apart(start)).await?;

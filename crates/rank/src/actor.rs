@@ -1,6 +1,10 @@
 //! The actor of one rank: delivers events to [`LoadState`], carries out its effects, never blocks.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::Instant,
+};
 
 use ractor::{Actor, ActorProcessingErr, ActorRef, DerivedActorRef};
 
@@ -15,7 +19,7 @@ use crate::{
     },
     scatter::Ranks,
     state::{Effect, LoadState},
-    stream::Job,
+    stream::{Job, panic_text},
 };
 
 /// A rank of a load.
@@ -149,7 +153,11 @@ impl RankState {
                 // reaching other hosts may take long, and an actor must not wait
                 let connect = move || {
                     let missing = || RankError::Panicked("the rank cannot join others".to_owned());
-                    let joined = join.ok_or_else(missing).and_then(|j| j.join(generation, &roster));
+                    let joined = catch_unwind(AssertUnwindSafe(|| {
+                        join.ok_or_else(missing).and_then(|j| j.join(generation, &roster))
+                    }));
+                    let joined = joined
+                        .unwrap_or_else(|panic| Err(RankError::Panicked(panic_text(&*panic))));
                     let event = joined.map_or_else(WorkerEvent::Failed, WorkerEvent::Joined);
                     // a rank that is gone has no use for it
                     let _ = myself.cast(RankMessage::Worker(generation, event));

@@ -85,25 +85,13 @@ impl Exchange {
         land: impl Fn(Landed),
         freed: impl Fn(),
     ) -> Result<(), CollectiveError> {
-        let mut round = 0;
         let mut arrived = vec![0; self.pooled.len()];
-        loop {
-            while round < self.rounds && self.collective.has_room() {
-                let Some(operation) = self.operation(plan, round) else { break };
-                self.collective.start(operation)?;
-                round += 1;
+        let land = |arrival| {
+            if let Some(landed) = self.landed(plan, &mut arrived, arrival) {
+                land(landed);
             }
-            for arrival in self.collective.arrivals()? {
-                if let Some(landed) = self.landed(plan, &mut arrived, arrival) {
-                    land(landed);
-                }
-            }
-            if round == self.rounds && self.collective.is_idle() {
-                return Ok(());
-            }
-            freed();
-            self.collective.wait(LOOK_AGAIN);
-        }
+        };
+        run_rounds(&*self.collective, self.rounds, |round| self.operation(plan, round), land, freed)
     }
 
     /// This rank's part in `round`; `None` while its read is not done.
@@ -169,6 +157,36 @@ impl Exchange {
     }
 }
 
+/// Starts the operation of each round as soon as there is one and room for it, hands on what arrives; calls `freed` now and
+/// then. Ends when everything has arrived and everything was taken.
+fn run_rounds(
+    collective: &dyn Collective,
+    rounds: u32,
+    operation: impl Fn(u32) -> Option<Operation>,
+    mut arrived: impl FnMut(Arrival),
+    freed: impl Fn(),
+) -> Result<(), CollectiveError> {
+    let mut round = 0;
+    loop {
+        // before anything else is looked at, so that whatever changes from here on ends the wait below
+        collective.arrivals()?.into_iter().for_each(&mut arrived);
+        let before = round;
+        while round < rounds && collective.has_room() {
+            let Some(operation) = operation(round) else { break };
+            collective.start(operation)?;
+            round += 1;
+        }
+        if round == rounds && collective.is_idle() {
+            return Ok(());
+        }
+        freed();
+        // what others have sent to an operation that was just started may have been there before
+        if round == before {
+            collective.wait(LOOK_AGAIN);
+        }
+    }
+}
+
 /// The spans that `read` turns into on those ranks that are `wanted`, relative to its beginning.
 pub(crate) fn for_each_span(
     plan: &LoadPlan,
@@ -219,5 +237,38 @@ impl Landed {
             let what = "bytes arrived in a device's memory".to_owned();
             RankError::Exchange(CollectiveError::Operation { what })
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, time::Instant};
+
+    use super::*;
+    use crate::collective::{
+        host::{HostCollective, Route},
+        segment::{Form, Segment},
+    };
+
+    /// A read that is contributed right after a look found none would otherwise lie there for [`LOOK_AGAIN`].
+    #[test]
+    fn a_read_is_sent_at_once_whenever_it_is_contributed() {
+        const ROUNDS: u32 = 20;
+        let form = Form { world_size: 1, slots: 1, slot_bytes: 4096 };
+        let segment = Segment::create(form, [1; 32]).unwrap();
+        let alone = HostCollective::new(0, segment, vec![Route::Here], 1).unwrap();
+        let looks = Cell::new(0);
+        let operation = |_| {
+            looks.set(looks.get() + 1);
+            if looks.get() % 3 == 0 {
+                return Some(Operation { kind: Kind::Barrier, data: None });
+            }
+            // contributed in the instant after this look
+            alone.wake();
+            None
+        };
+        let began = Instant::now();
+        run_rounds(&alone, ROUNDS, operation, |_| {}, || {}).unwrap();
+        assert!(began.elapsed() < LOOK_AGAIN * ROUNDS / 4, "{:?}", began.elapsed());
     }
 }

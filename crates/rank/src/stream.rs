@@ -187,11 +187,15 @@ impl Job {
             drop(self.lock());
             self.wake.notify_all();
         };
-        match exchange.drive(&self.work.plan, land, freed) {
-            Ok(()) => self.tell(&self.own, WorkerEvent::ExchangeDone),
+        let driven = catch_unwind(AssertUnwindSafe(|| {
+            exchange.drive(&self.work.plan, land, freed)
+        }));
+        match driven {
+            Ok(Ok(())) => self.tell(&self.own, WorkerEvent::ExchangeDone),
             // whoever stopped the rank knows why
-            Err(_) if self.lock().stopped => {}
-            Err(e) => self.give_up(e.into()),
+            Ok(Err(_)) if self.lock().stopped => {}
+            Ok(Err(e)) => self.give_up(e.into()),
+            Err(panic) => self.give_up(RankError::Panicked(panic_text(&*panic))),
         }
     }
 

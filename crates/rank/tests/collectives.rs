@@ -137,3 +137,17 @@ fn no_thread_is_left() {
         std::thread::sleep(Duration::from_millis(10));
     }
 }
+
+/// A segment says itself for how many ranks it is, and where its words lie follows from that.
+#[test]
+fn memory_of_another_group_is_refused_when_the_ranks_are_joined() {
+    let form = |world_size, slot_bytes| Form { world_size, slots: SLOTS, slot_bytes };
+    let own = || Segment::create(form(3, SLOT_BYTES), [1; 32]).unwrap();
+    for other in [form(2, SLOT_BYTES), form(0, SLOT_BYTES), form(3, SLOT_BYTES / 2)] {
+        let other = Segment::create(other, [2; 32]).unwrap();
+        let third = Segment::create(form(3, SLOT_BYTES), [3; 32]).unwrap();
+        let routes = vec![Route::Here, Route::SharedMemory(third), Route::SharedMemory(other)];
+        let refused = HostCollective::new(0, own(), routes, 1).unwrap_err();
+        assert!(matches!(refused, CollectiveError::Connection { with: 2, .. }), "{refused}");
+    }
+}

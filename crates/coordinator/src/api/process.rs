@@ -30,6 +30,9 @@ impl Load {
     /// # Ok::<(), longshore::LoadError>(())
     /// ```
     ///
+    /// The same processes may load another model while they hold this one, with the same place: one load after the other, in
+    /// the same order on all. Each takes one of the place's ports for as long as its ranks stay in touch.
+    ///
     /// # Errors
     /// The source cannot be loaded with these options, or not on this host; or rank 0 finds no port to listen on.
     pub fn join(self, place: Place) -> Result<Joining, LoadError> {

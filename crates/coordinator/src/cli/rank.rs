@@ -103,7 +103,7 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
     let mut phases = Phases::default();
     let plan = make_plan(&run.plan, tp, source, &mut phases)?;
     if let Some(dir) = &run.out {
-        out::check_writable(dir)?;
+        out::check_writable(dir, place.rank)?;
     }
     let prepared = prepare_process(&plan, &options, place, group.transport)?;
     let warnings = prepared.warnings.clone();
@@ -152,8 +152,6 @@ struct Holding {
     hashes: Vec<u128>,
     /// Of each parameter, where files are wanted.
     sha256: Vec<[u8; 32]>,
-    /// Why its file could not be written.
-    failed: Option<String>,
 }
 
 impl Rank<'_> {
@@ -171,8 +169,11 @@ impl Rank<'_> {
         }
         let file = match self.out {
             None => None,
-            Some(dir) => self.write_file(dir, joined, &mut own).await,
+            Some(dir) => Some(self.write_file(dir, joined).await?),
         };
+        if file.is_some() {
+            own.sha256 = digest::param_sha256(self.params);
+        }
         own.peak_rss_bytes = peak_rss_bytes().unwrap_or(0);
         let failed = |e: wire::WireError| LoadError::Runtime(e.to_string());
         let piece = wire::encode(&own).map_err(failed)?.to_vec();
@@ -183,10 +184,7 @@ impl Rank<'_> {
                 Some(all.map_err(failed)?)
             }
         };
-        if let Some((rank, why)) = holdings.iter().flatten().enumerate().find_map(first_failed) {
-            return Err(LoadError::RankOutput { rank, why });
-        }
-        if let Some(dir) = self.out {
+        if let (Some(dir), Some(file)) = (self.out, file) {
             self.publish(dir, joined, file, holdings.as_deref()).await?;
         }
         let (Some(holdings), Some(reports)) = (holdings, &joined.reports) else {
@@ -205,46 +203,24 @@ impl Rank<'_> {
         Ok(Some(report))
     }
 
-    /// Writes this rank's file aside; a failure is told with what the rank holds, so that all ranks end alike.
-    async fn write_file(
-        &self,
-        dir: &Path,
-        joined: &mut Joined,
-        own: &mut Holding,
-    ) -> Option<RankFile> {
+    /// Writes this rank's file aside; returns when every rank has.
+    async fn write_file(&self, dir: &Path, joined: &mut Joined) -> Result<RankFile, LoadError> {
         // rank 0 takes the old manifest away before any rank writes
         let begun = if self.place.rank == 0 { out::begin(dir) } else { Ok(()) };
-        let begun = match joined.gather(Vec::new()).await {
-            Ok(_) => begun,
-            Err(e) => Err(e),
-        };
-        match begun.and_then(|()| RankFile::write(dir, self.params, self.place.world_size)) {
-            Ok(file) => {
-                own.sha256 = digest::param_sha256(self.params);
-                Some(file)
-            }
-            Err(e) => {
-                own.failed = Some(e.line());
-                None
-            }
-        }
+        self.all_could(joined, begun).await?;
+        let written = RankFile::write(dir, self.params, self.place.world_size);
+        self.all_could(joined, written).await
     }
 
-    /// Gives all files their names once every one is complete, then writes the manifest. A rank that fails ends the group,
-    /// and there is no manifest.
+    /// Gives all files their names, then writes the manifest. A rank that fails ends the group, and there is no manifest.
     async fn publish(
         &self,
         dir: &Path,
         joined: &mut Joined,
-        file: Option<RankFile>,
+        file: RankFile,
         holdings: Option<&[Holding]>,
     ) -> Result<(), LoadError> {
-        // rank 0 has seen that all are complete when this comes back
-        joined.gather(Vec::new()).await?;
-        if let Some(file) = file {
-            file.publish()?;
-        }
-        joined.gather(Vec::new()).await?;
+        self.all_could(joined, file.publish()).await?;
         match holdings {
             None => Ok(()),
             Some(holdings) => {
@@ -253,8 +229,24 @@ impl Rank<'_> {
             }
         }
     }
-}
 
-fn first_failed((rank, holding): (usize, &Holding)) -> Option<(u32, String)> {
-    Some((rank as u32, holding.failed.clone()?))
+    /// Waits until every rank has tried what this one has `done`; the first that could not is the failure of all, which rank 0
+    /// tells.
+    async fn all_could<T>(
+        &self,
+        joined: &mut Joined,
+        done: Result<T, LoadError>,
+    ) -> Result<T, LoadError> {
+        let why = done.as_ref().err().map(LoadError::line).unwrap_or_default();
+        let all = joined.all_gather(why.into_bytes()).await?;
+        let failed = all.iter().enumerate().find(|(_, why)| !why.is_empty()).map(|(rank, why)| {
+            let why = String::from_utf8_lossy(why).into_owned();
+            LoadError::RankOutput { rank: rank as u32, why }
+        });
+        match failed {
+            None => done,
+            Some(failed) if self.place.rank == 0 => Err(failed),
+            Some(failed) => Err(LoadError::GroupEnded { why: failed.line() }),
+        }
+    }
 }

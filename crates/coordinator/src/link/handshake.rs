@@ -13,7 +13,13 @@
 //!
 //! Nothing is encrypted, and who can alter packets on the way can take over a connection once it is proven.
 
-use std::{future::Future, io, time::Duration};
+use std::{
+    collections::HashSet,
+    future::Future,
+    io,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -56,12 +62,21 @@ pub struct Terms {
     pub attempt: u32,
     /// The longest a handshake may take.
     pub within: Duration,
+    /// Who was admitted: each rank once for each purpose, whichever of the clones of these terms it was admitted by.
+    pub(crate) admitted: Arc<Mutex<HashSet<(u32, Purpose)>>>,
 }
 
 impl Terms {
     /// Terms with the usual time limit.
     pub fn new(secret: Option<Secret>, world_size: u32, attempt: u32) -> Self {
-        Self { secret, world_size, attempt, within: HANDSHAKE_LIMIT }
+        Self { secret, world_size, attempt, within: HANDSHAKE_LIMIT, admitted: Arc::default() }
+    }
+
+    /// Notes that a rank is admitted; `false` if it was before.
+    fn admit(&self, rank: u32, purpose: Purpose) -> bool {
+        // a set is consistent after every call
+        let mut admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
+        admitted.insert((rank, purpose))
     }
 }
 
@@ -131,12 +146,23 @@ pub enum Mismatch {
         /// Ranks of the group.
         world_size: u32,
     },
+    /// The rank is there already: there are two of it, or it is to join another group of the same processes.
+    #[error("rank {rank} has joined already")]
+    Joined {
+        /// The joiner's rank.
+        rank: u32,
+    },
 }
 
 impl Mismatch {
-    /// Whether trying again cannot help. It can where the other side is the older one, about to make room for its successor.
+    /// Whether trying again cannot help. It can where the other side is the older one, about to make room for its successor, and
+    /// where the same processes are about to form another group, on the next port.
     pub fn is_final(&self) -> bool {
-        !matches!(self, Mismatch::Attempt { joiner, group } if joiner > group)
+        match self {
+            Mismatch::Attempt { joiner, group } => joiner <= group,
+            Mismatch::Joined { .. } => false,
+            Mismatch::WorldSize { .. } | Mismatch::Rank { .. } => true,
+        }
     }
 }
 
@@ -337,16 +363,19 @@ where
     }
 }
 
-/// What keeps one that knows the secret out.
+/// What keeps one that knows the secret out; one that nothing keeps out is noted.
 fn misfit(claim: &Claim, terms: &Terms) -> Option<Mismatch> {
-    let Claim { rank, world_size, attempt, purpose: _ } = *claim;
+    let Claim { rank, world_size, attempt, purpose } = *claim;
     if attempt != terms.attempt {
         return Some(Mismatch::Attempt { joiner: attempt, group: terms.attempt });
     }
     if world_size != terms.world_size {
         return Some(Mismatch::WorldSize { joiner: world_size, group: terms.world_size });
     }
-    (rank >= world_size).then_some(Mismatch::Rank { rank, world_size })
+    if rank >= world_size {
+        return Some(Mismatch::Rank { rank, world_size });
+    }
+    (!terms.admit(rank, purpose)).then_some(Mismatch::Joined { rank })
 }
 
 /// The joiner's side, whole.

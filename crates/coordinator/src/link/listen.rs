@@ -132,8 +132,7 @@ impl Listener {
         self.address
     }
 
-    /// Hands proven connections to `admitted` until nobody takes them any more. The same rank may come twice: whether that is
-    /// a mistake or a second connection is for the taker to say.
+    /// Hands proven connections to `admitted` until nobody takes them any more, one of each rank for each purpose.
     ///
     /// # Cancel safety
     /// Dropping the future closes the address and every connection that was not handed on.

@@ -96,6 +96,11 @@ impl Join for HostJoin {
             let what = format!("generation {generation} was not announced");
             return Err(CollectiveError::Operation { what }.into());
         };
+        if roster.len() != self.place.world_size as usize {
+            let (ranks, expected) = (roster.len(), self.place.world_size);
+            let what = format!("{ranks} ranks are to be joined, the group has {expected}");
+            return Err(CollectiveError::Operation { what }.into());
+        }
         let own = &roster[self.place.rank as usize];
         let mut routes: Vec<Option<Route>> = Vec::with_capacity(roster.len());
         for (rank, endpoint) in roster.iter().enumerate() {
@@ -205,8 +210,7 @@ impl HostJoin {
                     let what = format!("it did not connect within {JOIN_LIMIT:?}");
                     return Err(CollectiveError::Connection { with, what });
                 };
-                let new = !streams.iter().any(|(rank, _)| *rank == joined.rank);
-                if joined.purpose == Purpose::Data && expected.contains(&joined.rank) && new {
+                if joined.purpose == Purpose::Data && expected.contains(&joined.rank) {
                     let stream = into_blocking(stream).map_err(|e| system(e.to_string()))?;
                     streams.push((joined.rank, stream));
                 }

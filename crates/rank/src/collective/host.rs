@@ -76,7 +76,7 @@ impl HostCollective {
     /// Every rank of a group passes routes for the same number of ranks; slots of all are equally large.
     ///
     /// # Errors
-    /// Memory or threads cannot be had, or the routes are none.
+    /// Memory or threads cannot be had, the routes are none, or a rank's memory is not of such a group.
     pub fn new(
         rank: u32,
         segment: Arc<Segment>,
@@ -87,11 +87,16 @@ impl HostCollective {
             let what = format!("rank {rank} is not here in {} routes", routes.len());
             return Err(CollectiveError::Operation { what });
         }
+        let world_size = routes.len() as u32;
+        check_form(rank, &segment, &segment, world_size)?;
         let mut reached = Vec::with_capacity(routes.len());
         for (with, route) in routes.into_iter().enumerate() {
             reached.push(match route {
                 Route::Here => Reached::Here,
-                Route::SharedMemory(other) => Reached::SharedMemory(other),
+                Route::SharedMemory(other) => {
+                    check_form(with as u32, &other, &segment, world_size)?;
+                    Reached::SharedMemory(other)
+                }
                 Route::Tcp(stream) => {
                     let own = Arc::clone(&segment);
                     let slots = SlotPool::private(receive_slots.max(1), segment.slot_bytes())
@@ -203,6 +208,25 @@ impl HostCollective {
             Reached::Tcp(connection) => connection.has_sent(operation),
         })
     }
+}
+
+/// Whether the memory of rank `with` has a place for each of `world_size` ranks, and slots like `own`'s: what is looked for
+/// in it follows from that.
+fn check_form(
+    with: u32,
+    other: &Segment,
+    own: &Segment,
+    world_size: u32,
+) -> Result<(), CollectiveError> {
+    let (other, own) = (other.form(), own.form());
+    if other.world_size == world_size && other.slot_bytes == own.slot_bytes {
+        return Ok(());
+    }
+    let what = format!(
+        "its memory has slots of {} bytes for {} ranks, expected were {} bytes for {world_size}",
+        other.slot_bytes, other.world_size, own.slot_bytes
+    );
+    Err(CollectiveError::Connection { with, what })
 }
 
 impl Collective for HostCollective {

@@ -180,6 +180,11 @@ impl Segment {
         Ok(Arc::new(this))
     }
 
+    /// Its sizes, as its owner has announced them.
+    pub(super) fn form(&self) -> Form {
+        self.form
+    }
+
     /// Number of slots.
     pub(super) fn slots(&self) -> u32 {
         self.form.slots

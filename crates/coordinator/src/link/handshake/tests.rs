@@ -138,6 +138,26 @@ async fn each_mismatch_is_told_to_the_joiner() {
     }
 }
 
+/// Whoever has joined as a rank stays it; another purpose is another connection.
+#[tokio::test]
+async fn a_rank_joins_once_for_each_purpose() {
+    let terms = terms();
+    for purpose in [Purpose::Control, Purpose::Data] {
+        let credentials = Credentials { purpose, ..credentials() };
+        // one that knows no secret takes nobody's place
+        let stranger = Credentials { secret: secret("abd"), ..credentials.clone() };
+        assert!(matches!(shake(&terms, &stranger).await.0, Err(Refusal::Proof)));
+        let (admitted, joined) = shake(&terms, &credentials).await;
+        assert_eq!(admitted.unwrap().purpose, purpose);
+        joined.unwrap();
+        let (admitted, joined) = shake(&terms, &credentials).await;
+        let why = Mismatch::Joined { rank: credentials.rank };
+        assert!(matches!(admitted, Err(Refusal::Mismatch(found)) if found == why));
+        assert!(matches!(joined, Err(JoinError::Refused(found)) if found == why));
+        assert!(!why.is_final());
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_silent_joiner_is_given_up_in_time() {
     let (mut a, _b) = duplex(4096);
