@@ -19,7 +19,7 @@ use crate::{
     error::LoadError,
     load::RunOptions,
     plan::{Exchange, Plan, PlanOptions},
-    processes::{GroupOptions, Transport},
+    processes::{GroupOptions, TIME_LIMITS, Transport},
     report::{RanksAs, Report},
     source,
     tensors::{Tensors, TensorsOptions},
@@ -142,22 +142,23 @@ impl Load {
         self
     }
 
-    /// A rank that has work in hand and does not get on for so long has failed.
+    /// A rank that has work in hand and does not get on for so long has failed; a tenth of a second to a day, as for every
+    /// time limit.
     pub fn progress_timeout(mut self, after: Duration) -> Self {
-        self.run.stuck_after = after;
-        self.group.stuck_after = after;
+        self.run.stuck_after = limited(after);
+        self.group.stuck_after = limited(after);
         self
     }
 
     /// A rank process that was not heard of for so long is lost.
     pub fn heartbeat_timeout(mut self, after: Duration) -> Self {
-        self.group = self.group.with_silent_after(after);
+        self.group = self.group.with_silent_after(limited(after));
         self
     }
 
     /// How long rank processes may take to join.
     pub fn join_timeout(mut self, limit: Duration) -> Self {
-        self.group.join_limit = limit;
+        self.group.join_limit = limited(limit);
         self
     }
 
@@ -215,5 +216,29 @@ impl Load {
         let discovered = discover(&self.directory()?)?;
         let memory_limit = self.memory_limit.unwrap_or(self.plan.memory_limit);
         Plan::new(discovered, &PlanOptions { tp: ranks, memory_limit, ..self.plan })
+    }
+}
+
+/// `limit`, where it can be counted with: no clock ticks every nanosecond, and none can tell the time at the end of time.
+fn limited(limit: Duration) -> Duration {
+    limit.clamp(*TIME_LIMITS.start(), *TIME_LIMITS.end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// No limit at all is asked for in this way; either end would be a panic.
+    #[test]
+    fn time_limits_are_such_as_can_be_kept() {
+        for limit in [Duration::ZERO, Duration::MAX] {
+            let load = Load::from("somewhere").progress_timeout(limit);
+            let Load { group, run, .. } = load.heartbeat_timeout(limit).join_timeout(limit);
+            for limit in [group.silent_after, group.stuck_after, group.join_limit, run.stuck_after]
+            {
+                assert!(TIME_LIMITS.contains(&limit), "{limit:?}");
+            }
+            assert!(!group.beat_every.is_zero());
+        }
     }
 }

@@ -21,6 +21,7 @@ pub(crate) mod remote;
 
 use std::{
     net::{IpAddr, TcpListener},
+    ops::RangeInclusive,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -73,6 +74,10 @@ impl GroupOptions {
         Self { silent_after, beat_every: silent_after / BEATS_PER_SILENCE, ..self }
     }
 }
+
+/// What a time limit may be.
+pub(crate) const TIME_LIMITS: RangeInclusive<Duration> =
+    Duration::from_millis(100)..=Duration::from_secs(86_400);
 
 /// Ten missed heartbeats are not load but a hang.
 const BEATS_PER_SILENCE: u32 = 10;

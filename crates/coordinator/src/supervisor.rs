@@ -371,15 +371,17 @@ impl SupervisorState {
         else {
             return;
         };
+        let Some(attempt) = &mut self.attempt else { return };
         let watched: Vec<Watched> = ranks
             .iter()
-            .map(|rank| Watched {
+            .zip(&attempt.ready)
+            .map(|(rank, ready)| Watched {
                 steps: rank.progress.steps.load(Ordering::Relaxed),
                 busy: rank.progress.in_hand.load(Ordering::Relaxed) > 0,
-                ready: rank.progress.phase() == Phase::Ready,
+                // its last look at the files may hang when everything else is done
+                ready: ready.is_some(),
             })
             .collect();
-        let Some(attempt) = &mut self.attempt else { return };
         if let Some(rank) = attempt.stuck.look(&watched, now) {
             let progress = &ranks[rank as usize].progress;
             let stuck = LoadError::RankStuck {

@@ -11,7 +11,7 @@ use crate::{
     error::LoadError,
     load::RunOptions,
     plan::{Exchange, MEMORY_LIMIT, PlanOptions},
-    processes::{GroupOptions, Transport},
+    processes::{GroupOptions, TIME_LIMITS, Transport},
     synth::{Scale, Synth},
 };
 
@@ -386,12 +386,10 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 
 /// Seconds, with a fraction perhaps.
 fn parse_seconds(text: &str) -> Result<Duration, String> {
-    let expected = || "expected a number of seconds from 0.1 to 86400".to_owned();
-    let seconds: f64 = text.parse().map_err(|_| expected())?;
-    match (0.1..=86400.0).contains(&seconds) {
-        true => Ok(Duration::from_secs_f64(seconds)),
-        false => Err(expected()),
-    }
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds
+        .filter(|limit| TIME_LIMITS.contains(limit))
+        .ok_or_else(|| "expected a number of seconds from 0.1 to 86400".to_owned())
 }
 
 fn parse_read_size(text: &str) -> Result<u64, String> {
