@@ -73,7 +73,10 @@ impl Lines {
                 cut.held.get_or_insert_with(|| line.to_vec());
             }
             None => {
-                cut.forward.extend_from_slice(&self.prefix);
+                // a rank of ours may have said itself whose line it is
+                if self.continued || !self.open.starts_with(&self.prefix) {
+                    cut.forward.extend_from_slice(&self.prefix);
+                }
                 cut.forward.extend_from_slice(&self.open);
                 cut.forward.push(b'\n');
             }
@@ -103,6 +106,13 @@ mod tests {
             let wanted = b"[rank 3] one\n[rank 3] \n[rank 3] tw\xff\r\n[rank 3] last\n";
             assert_eq!(forward, wanted, "{step} bytes at a time");
         }
+    }
+
+    #[test]
+    fn whose_a_line_is_is_said_once() {
+        let mut lines = lines(None);
+        let forward = lines.feed(b"[rank 3] WARN a\n[rank 31] b\n").forward;
+        assert_eq!(forward, b"[rank 3] WARN a\n[rank 3] [rank 31] b\n");
     }
 
     #[test]
