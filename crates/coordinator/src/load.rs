@@ -87,6 +87,8 @@ pub(crate) struct ExchangeStaging {
     pub(crate) slot_bytes: u64,
     /// Slots that it receives into, for each connection to another host.
     pub(crate) receive_slots: u32,
+    /// What all of them take.
+    pub(crate) bytes: u64,
 }
 
 /// Opens the files of `plan` and makes sure that the host has the memory for it, with all ranks in this process.
@@ -136,7 +138,9 @@ fn prepare_ranks(
     let sources = open_sources(&plan.dir, plan.checkpoint(), &plan.identities, options.io)?;
     let mut concurrency = concurrency(plan, options, &sources, ranks_here);
     let exchange_staging = exchange(&mut concurrency)?;
-    check_host_memory(plan, ranks_here, parameter_bytes, concurrency)?;
+    let staging_bytes = concurrency as u64 * slab_bytes(plan.load.read_bytes_max)
+        + exchange_staging.map_or(0, |s| s.bytes);
+    check_host_memory(ranks_here, parameter_bytes, staging_bytes)?;
     Ok(Prepared {
         warnings: discarded_scalars(plan, &sources)?,
         plan: plan.clone(),
@@ -172,8 +176,10 @@ fn exchange_staging(
             // half of what is wanted keeps reads going; less is taken only where there is no other way
             Some(slots) if slots >= wanted.div_ceil(2) || (in_flight == 1 && slots > 0) => {
                 *concurrency = in_flight as usize;
-                let (slots, receive_slots) = (slots.min(wanted) as u32, receive_slots as u32);
-                return Ok(ExchangeStaging { slots, slot_bytes, receive_slots });
+                let slots = slots.min(wanted);
+                let bytes = (slots + u64::from(distant) * receive_slots) * slot_bytes;
+                let (slots, receive_slots) = (slots as u32, receive_slots as u32);
+                return Ok(ExchangeStaging { slots, slot_bytes, receive_slots, bytes });
             }
             _ => {}
         }
@@ -358,8 +364,7 @@ pub fn staging_forecast(plan: &Plan, processes: bool) -> u64 {
         true => exchange_staging(plan, &mut in_flight, 0).ok(),
         false => None,
     };
-    let slots = slots.map_or(0, |s| u64::from(s.slots) * s.slot_bytes);
-    in_flight as u64 * slab_bytes(plan.load.read_bytes_max) + slots
+    in_flight as u64 * slab_bytes(plan.load.read_bytes_max) + slots.map_or(0, |s| s.bytes)
 }
 
 fn direct_in_flight(ranks: usize) -> usize {
@@ -388,16 +393,15 @@ fn concurrency(
     count.min(plan.slabs_max() as usize)
 }
 
-/// Refuses up front what the host cannot hold: being killed halfway helps nobody.
+/// Refuses up front what the host cannot hold: being killed halfway helps nobody. Bytes are those of each rank.
 fn check_host_memory(
-    plan: &Plan,
     ranks_here: u32,
     parameter_bytes: u64,
-    concurrency: usize,
+    staging_bytes: u64,
 ) -> Result<(), LoadError> {
     let ranks = u64::from(ranks_here);
     let parameters = ranks * parameter_bytes;
-    let staging = ranks * concurrency as u64 * slab_bytes(plan.load.read_bytes_max);
+    let staging = ranks * staging_bytes;
     match available_memory() {
         Some(available) if parameters + staging > available => Err(LoadError::HostMemory {
             ranks: ranks as u32,
@@ -439,12 +443,13 @@ mod tests {
                         refused += 1;
                         continue;
                     };
-                    let ExchangeStaging { slots, slot_bytes, receive_slots } = staging;
+                    let ExchangeStaging { slots, slot_bytes, receive_slots, bytes } = staging;
                     assert!((1..=asked).contains(&in_flight) && slots > 0 && receive_slots > 0);
                     let slabs = in_flight as u64 * slab_bytes(plan.load.read_bytes_max);
                     let received = u64::from(distant * receive_slots) * slot_bytes;
-                    let bytes = slabs + received + u64::from(slots) * slot_bytes;
-                    assert!(bytes <= memory_limit, "{memory_limit} {distant} {asked}: {bytes}");
+                    assert_eq!(bytes, received + u64::from(slots) * slot_bytes);
+                    let all = slabs + bytes;
+                    assert!(all <= memory_limit, "{memory_limit} {distant} {asked}: {all}");
                 }
             }
         }

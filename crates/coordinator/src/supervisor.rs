@@ -8,7 +8,6 @@
 mod stuck;
 
 use std::{
-    collections::VecDeque,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -17,8 +16,8 @@ use longshore_rank::{
     actor::{RankActor, RankArguments},
     params::{ParamMemory, ReadyParams},
     protocol::{
-        Contact, Generation, Peers, Phase, Progress, RankCommand, RankEvent, RankEventKind,
-        RankReport, Work,
+        Contact, Generation, Peers, Progress, RankCommand, RankEvent, RankEventKind, RankReport,
+        Work,
     },
 };
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, DerivedActorRef, SupervisionEvent};
@@ -117,8 +116,8 @@ struct Rank {
     commands: DerivedActorRef<RankCommand>,
     remote: Option<ActorRef<RemoteMessage>>,
     progress: Arc<Progress>,
-    /// What it has contributed and was not gathered yet.
-    pieces: VecDeque<Piece>,
+    /// What it has contributed and was not gathered yet; it waits until that was before it contributes more.
+    piece: Option<Piece>,
 }
 
 /// One load in progress.
@@ -258,7 +257,7 @@ async fn bring_up(
             (actor.get_id(), actor.get_derived(), Some(actor), progress)
         }
     };
-    Ok(Rank { id, commands, remote, progress, pieces: VecDeque::new() })
+    Ok(Rank { id, commands, remote, progress, piece: None })
 }
 
 fn is_running(rank: &Rank) -> bool {
@@ -425,13 +424,13 @@ impl SupervisorState {
 
     fn contributed(&mut self, rank: u32, piece: Piece) {
         if let Some(rank) = &mut self.ranks[rank as usize] {
-            rank.pieces.push_back(piece);
+            rank.piece = Some(piece);
         }
-        let has_one = |rank: &Option<Rank>| rank.as_ref().is_some_and(|r| !r.pieces.is_empty());
+        let has_one = |rank: &Option<Rank>| rank.as_ref().is_some_and(|r| r.piece.is_some());
         if !self.ranks.iter().all(has_one) {
             return;
         }
-        let pieces = self.ranks.iter_mut().flatten().filter_map(|rank| rank.pieces.pop_front());
+        let pieces = self.ranks.iter_mut().flatten().filter_map(|rank| rank.piece.take());
         let (wanted, pieces): (Vec<bool>, Vec<Vec<u8>>) =
             pieces.map(|piece| (piece.wants_all, piece.bytes)).unzip();
         for (rank, wanted) in self.ranks.iter().flatten().zip(wanted) {

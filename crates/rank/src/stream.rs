@@ -187,9 +187,8 @@ impl Job {
             drop(self.lock());
             self.wake.notify_all();
         };
-        let driven = catch_unwind(AssertUnwindSafe(|| {
-            exchange.drive(&self.work.plan, land, freed)
-        }));
+        let driven =
+            catch_unwind(AssertUnwindSafe(|| exchange.drive(&self.work.plan, land, freed)));
         match driven {
             Ok(Ok(())) => self.tell(&self.own, WorkerEvent::ExchangeDone),
             // whoever stopped the rank knows why

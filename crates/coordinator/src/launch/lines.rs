@@ -73,8 +73,8 @@ impl Lines {
                 cut.held.get_or_insert_with(|| line.to_vec());
             }
             None => {
-                // `longshore rank` says whose its lines are itself, for launchers that do not
-                if !self.open.starts_with(&self.prefix) {
+                // a rank of ours may have said itself whose line it is
+                if self.continued || !self.open.starts_with(&self.prefix) {
                     cut.forward.extend_from_slice(&self.prefix);
                 }
                 cut.forward.extend_from_slice(&self.open);
@@ -109,9 +109,10 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_says_whose_it_is_is_left_as_it_is() {
-        let forward = lines(None).feed(b"[rank 3] one\n[rank 2] two\n").forward;
-        assert_eq!(forward, b"[rank 3] one\n[rank 3] [rank 2] two\n");
+    fn whose_a_line_is_is_said_once() {
+        let mut lines = lines(None);
+        let forward = lines.feed(b"[rank 3] WARN a\n[rank 31] b\n").forward;
+        assert_eq!(forward, b"[rank 3] WARN a\n[rank 3] [rank 31] b\n");
     }
 
     #[test]

@@ -3,7 +3,10 @@
 //! When its process is gone, silent or talks nonsense the actor fails with the cause, which its supervisor is told as it is
 //! told of any actor.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use longshore_rank::{
     error::RankError,
@@ -17,7 +20,7 @@ use tracing::warn;
 
 use crate::{
     error::line,
-    link::session::{self, Beat, Ended, LinkError, OUTGOING_MAX, Timing},
+    link::session::{self, Beat, Ended, LinkError, OUTGOING_MAX, Overrun, Timing},
     processes::message::{Happened, PLAN_HASH_BYTES, ToCoordinator, ToRank},
     supervisor::SupervisorMessage,
 };
@@ -74,6 +77,8 @@ pub(crate) struct RemoteState {
     supervisor: ActorRef<SupervisorMessage>,
     /// `None` once nothing is left to be said.
     outgoing: Option<mpsc::Sender<ToRank>>,
+    /// What the rank has said and was not looked at yet.
+    waiting: Arc<AtomicUsize>,
     plan: [u8; PLAN_HASH_BYTES],
     generation: Generation,
     late: bool,
@@ -91,9 +96,14 @@ impl Actor for RemoteRank {
     ) -> Result<RemoteState, ActorProcessingErr> {
         let RemoteArguments { rank, stream, timing, progress, plan } = arguments;
         let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
+        let waiting: Arc<AtomicUsize> = Arc::default();
+        let unheard = Arc::clone(&waiting);
         tokio::spawn(async move {
-            // the mailbox has no bound; what a rank says in one load has, and a flood is for the session's limits to stop
+            // the mailbox has no bound, so what waits in it is counted
             let heard = |message| {
+                if unheard.fetch_add(1, Ordering::Relaxed) >= OUTGOING_MAX {
+                    return Err(Overrun { waiting: OUTGOING_MAX });
+                }
                 let _ = myself.cast(RemoteMessage::Heard(message));
                 Ok(())
             };
@@ -103,7 +113,8 @@ impl Actor for RemoteRank {
             let _ = myself.cast(RemoteMessage::Ended(ended));
         });
         let (generation, late) = (0, false);
-        Ok(RemoteState { rank, supervisor, outgoing: Some(outgoing), plan, generation, late })
+        let outgoing = Some(outgoing);
+        Ok(RemoteState { rank, supervisor, outgoing, waiting, plan, generation, late })
     }
 
     async fn handle(
@@ -119,13 +130,9 @@ impl Actor for RemoteRank {
                 state.outgoing = None;
                 Ok(())
             }
-            RemoteMessage::Heard(ToCoordinator::Event { generation, what }) => {
-                state.event(generation, what);
-                Ok(())
-            }
-            RemoteMessage::Heard(ToCoordinator::Contributed(piece)) => {
-                let rank = state.rank;
-                state.report(SupervisorMessage::Contributed { rank, piece });
+            RemoteMessage::Heard(said) => {
+                state.waiting.fetch_sub(1, Ordering::Relaxed);
+                state.heard(said);
                 Ok(())
             }
             RemoteMessage::Ended(Ok(_)) if state.outgoing.is_none() => {
@@ -150,6 +157,15 @@ impl RemoteState {
                 Err(format!("it left {OUTGOING_MAX} messages unread").into())
             }
             _ => Ok(()),
+        }
+    }
+
+    fn heard(&mut self, said: ToCoordinator) {
+        match said {
+            ToCoordinator::Event { generation, what } => self.event(generation, what),
+            ToCoordinator::Contributed(piece) => {
+                self.report(SupervisorMessage::Contributed { rank: self.rank, piece });
+            }
         }
     }
 
