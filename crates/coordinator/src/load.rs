@@ -118,7 +118,7 @@ pub(crate) fn prepare_process(
 ) -> Result<Prepared, LoadError> {
     let here = place.local_world_size.unwrap_or(1);
     let distant = match transport {
-        Transport::Auto => place.world_size - here,
+        Transport::Auto => place.world_size.saturating_sub(here),
         Transport::Tcp => place.world_size - 1,
     };
     let parameter_bytes = plan.placement().parameter_bytes();
