@@ -14,6 +14,7 @@
 //! | [`host::kv`] | `k_scale`, `v_scale` → the pair in use | values | – |
 //!
 //! Each works on one thread and keeps no state; a workspace belongs to the caller, who uses it again for the next matrix.
-//! How fast they are beside a plain copy: `scripts/bench_kernels.sh`.
+//! How fast they are beside a plain copy: `scripts/bench_kernels.sh`. [`cuda`] describes their twins for GPUs.
 
+pub mod cuda;
 pub mod host;
