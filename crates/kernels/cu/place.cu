@@ -147,6 +147,14 @@ template <class Conversion> struct Elements {
 // Where a lane is within a span: a run and a chunk of it, and how far it is to the lane's next chunk.
 struct Walk {
     u64 row, chunk, rows_on, chunks_on, row_chunks;
+    __device__ void step() {
+        row += rows_on;
+        chunk += chunks_on;
+        if (chunk >= row_chunks) {
+            chunk -= row_chunks;
+            ++row;
+        }
+    }
 };
 
 __device__ inline Walk walk_of(u64 unit, u64 row_chunks, u32 lane) {
@@ -159,27 +167,21 @@ __device__ inline Walk walk_of(u64 unit, u64 row_chunks, u32 lane) {
 template <class Chunk, int HELD> __device__ inline void move_unit(const u8* source, const PlaceSpan& span, Walk walk) {
 #pragma unroll 1
     for (int step = 0; step < UNIT_CHUNKS / WARP; step += HELD) {
-        Walk at[HELD];
         typename Chunk::Held held[HELD];
+        // walked twice: that takes fewer registers than to remember
+        Walk again = walk;
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-            at[i] = walk;
+        for (int i = 0; i < HELD; ++i, walk.step()) {
             if (walk.row < span.rows) {
                 const u8* to = reinterpret_cast<const u8*>(span.target + walk.row * span.target_stride);
                 held[i] = Chunk::get(source + walk.row * span.source_stride, to, span.width, walk.chunk);
             }
-            walk.row += walk.rows_on;
-            walk.chunk += walk.chunks_on;
-            if (walk.chunk >= walk.row_chunks) {
-                walk.chunk -= walk.row_chunks;
-                ++walk.row;
-            }
         }
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-            if (at[i].row < span.rows) {
-                u8* to = reinterpret_cast<u8*>(span.target + at[i].row * span.target_stride);
-                Chunk::put(source + at[i].row * span.source_stride, to, span.width, at[i].chunk, held[i]);
+        for (int i = 0; i < HELD; ++i, again.step()) {
+            if (again.row < span.rows) {
+                u8* to = reinterpret_cast<u8*>(span.target + again.row * span.target_stride);
+                Chunk::put(source + again.row * span.source_stride, to, span.width, again.chunk, held[i]);
             }
         }
     }
@@ -203,6 +205,9 @@ __device__ inline u32 span_of(const PlaceSpan* spans, u32 span_count, u64 unit) 
     return low;
 }
 
+// The accesses that a lane holds are as many as 80 registers allow without spills: three blocks on a multiprocessor, with
+// 48 KiB of 16-byte accesses in flight. Source: ptxas 12.8; not measured.
+//
 // Places `spans`, which have `unit_count` units in all and at least one byte each. `slab` is a multiple of 16.
 extern "C" __global__ void __launch_bounds__(256) place(const u8* slab, const PlaceSpan* spans, u32 span_count, u64 unit_count) {
     u32 lane = threadIdx.x % WARP;
@@ -213,9 +218,9 @@ extern "C" __global__ void __launch_bounds__(256) place(const u8* slab, const Pl
         const Walk walk = walk_of(unit - span.first_unit, span.row_chunks, lane);
         switch (span.access) {
         case 16: move_unit<Bytes<16>, 4>(source, span, walk); continue;
-        case 8: move_unit<Bytes<8>, 4>(source, span, walk); continue;
-        case 4: move_unit<Bytes<4>, 4>(source, span, walk); continue;
-        case 1: move_unit<Bytes<1>, 4>(source, span, walk); continue;
+        case 8: move_unit<Bytes<8>, 2>(source, span, walk); continue;
+        case 4: move_unit<Bytes<4>, 2>(source, span, walk); continue;
+        case 1: move_unit<Bytes<1>, 1>(source, span, walk); continue;
         }
         switch (span.cast) {
         case BF16_F16: convert_unit<Bf16ToF16>(source, span, walk); break;
