@@ -3,6 +3,7 @@
 pub mod blocks;
 pub mod cast;
 pub mod float;
+pub mod kv;
 pub mod mla;
 pub mod nvfp4;
 pub mod permute;

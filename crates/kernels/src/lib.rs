@@ -11,8 +11,10 @@
 //! | [`host::blocks`] | `[rows, row_bytes]`, rows permuted → `[row_bytes/128, rows, 128]` | yes | 32 rows |
 //! | [`host::mla`] | BF16, FP8 or MXFP4 `[h·(dn+dv), kl]` → BF16 `[h, kl, dn]`, `[h, dv, kl]` | no | 32 rows of its own |
 //! | [`host::nvfp4`] | per-tensor scales → `alpha`, inverses | values | – |
+//! | [`host::kv`] | `k_scale`, `v_scale` → the pair in use | values | – |
 //!
 //! Each works on one thread and keeps no state; a workspace belongs to the caller, who uses it again for the next matrix.
-//! How fast they are beside a plain copy: `scripts/bench_kernels.sh`.
+//! How fast they are beside a plain copy: `scripts/bench_kernels.sh`. [`cuda`] describes their twins for GPUs.
 
+pub mod cuda;
 pub mod host;

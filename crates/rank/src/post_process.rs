@@ -1,7 +1,7 @@
 //! Post-processing: runs a finish on the complete parameters of one rank.
 
 use longshore_kernels::host::{
-    blocks, mla, nvfp4,
+    blocks, kv, mla, nvfp4,
     permute::{gated_shuffled32, shuffled32},
     rows::permute_rows,
     shuffle, swizzle,
@@ -196,7 +196,7 @@ unsafe fn expert_scalars(s: &ExpertScalars, rank: u32, memory: &ParamMemory) {
         (vec![nvfp4::maximum(&w13_input); slots], vec![nvfp4::maximum(&w2_input); slots])
     };
     let products = |a: &[f32], b: &mut dyn Iterator<Item = f32>| -> Vec<f32> {
-        a.iter().zip(b).map(|(a, b)| a * b).collect()
+        a.iter().zip(b).map(|(a, b)| nvfp4::product(*a, b)).collect()
     };
     let g1 = products(&a1, &mut w13_scale_2.iter().copied().step_by(2));
     let g2 = products(&a2, &mut w2_scale_2.iter().copied());
@@ -221,21 +221,17 @@ unsafe fn kv_scales(scales: &KvScales, memory: &ParamMemory) -> Result<(), RankE
     // SAFETY: the caller promises exclusive access; k and v are different parameters.
     let (k, v) = unsafe { (memory.bytes_mut(scales.k), memory.bytes_mut(scales.v)) };
     let read = |bytes: &[u8]| bytes.first_chunk().map_or(f32::NAN, |b| f32::from_le_bytes(*b));
-    let (k_scale, v_scale) = (read(k), if scales.v_given { read(v) } else { -1.0 });
-    let (k_scale, v_scale) = match (k_scale > 0.0, v_scale > 0.0) {
-        (true, true) => (k_scale, v_scale),
-        (true, false) => (k_scale, k_scale),
-        (false, false) => (1.0, 1.0),
-        (false, true) => {
-            return Err(RankError::Values {
-                param: memory.placement().params[scales.v as usize].name.clone(),
-                reason: format!(
-                    "v_scale is {v_scale}, which needs a positive k_scale, found {k_scale}"
-                ),
-            });
-        }
+    let (k_scale, v_scale) = (read(k), scales.v_given.then(|| read(v)));
+    let Some((settled_k, settled_v)) = kv::settled(k_scale, v_scale) else {
+        let v_scale = v_scale.unwrap_or(f32::NAN);
+        return Err(RankError::Values {
+            param: memory.placement().params[scales.v as usize].name.clone(),
+            reason: format!(
+                "v_scale is {v_scale}, which needs a positive k_scale, found {k_scale}"
+            ),
+        });
     };
-    k.copy_from_slice(&k_scale.to_le_bytes());
-    v.copy_from_slice(&v_scale.to_le_bytes());
+    k.copy_from_slice(&settled_k.to_le_bytes());
+    v.copy_from_slice(&settled_v.to_le_bytes());
     Ok(())
 }

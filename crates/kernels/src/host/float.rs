@@ -48,7 +48,7 @@ pub static E2M1_E8M0: [[[u8; 2]; 16]; 256] = {
     while factor < 256 {
         let mut code = 0;
         while code < 16 {
-            let value = E2M1[code] * e8m0_to_f32(factor as u8);
+            let value = product(E2M1[code], e8m0_to_f32(factor as u8));
             table[factor][code] = f32_to_bf16(value).to_le_bytes();
             code += 1;
         }
@@ -56,6 +56,24 @@ pub static E2M1_E8M0: [[[u8; 2]; 16]; 256] = {
     }
     table
 };
+
+/// `a`·`b`, rounded once. Which NaN: that of `a`, else that of `b`, made quiet; where neither is one, [`f32::NAN`].
+///
+/// The language leaves it open, and processors differ; a CUDA kernel has to give the same.
+#[inline]
+pub const fn product(a: f32, b: f32) -> f32 {
+    const QUIET: u32 = 1 << 22;
+    let product = a * b;
+    if a.is_nan() {
+        f32::from_bits(a.to_bits() | QUIET)
+    } else if b.is_nan() {
+        f32::from_bits(b.to_bits() | QUIET)
+    } else if product.is_nan() {
+        f32::NAN
+    } else {
+        product
+    }
+}
 
 /// BF16 of the bits `half`; exact.
 #[inline]
@@ -133,6 +151,16 @@ mod tests {
             assert_eq!(E4M3[code | 0x80], -value);
         }
         assert!(E4M3[0x7f].is_nan() && E4M3[0xff].is_nan());
+    }
+
+    #[test]
+    fn products_have_defined_nans() {
+        let (first, second) = (f32::from_bits(0xff80_0005), f32::from_bits(0x7fc0_0007));
+        assert_eq!(product(first, second).to_bits(), 0xffc0_0005);
+        assert_eq!(product(second, first).to_bits(), 0x7fc0_0007);
+        assert_eq!(product(2.0, first).to_bits(), 0xffc0_0005);
+        assert_eq!(product(f32::INFINITY, 0.0).to_bits(), 0x7fc0_0000);
+        assert_eq!(product(-0.5, 3.0), -1.5);
     }
 
     #[test]

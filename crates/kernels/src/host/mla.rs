@@ -7,7 +7,7 @@
 
 use longshore_models::Dtype;
 
-use crate::host::float::{E2M1_E8M0, E4M3, f16_to_f32, f32_to_bf16};
+use crate::host::float::{E2M1_E8M0, E4M3, f16_to_f32, f32_to_bf16, product};
 
 /// The two bytes of a BF16.
 type Bf16 = [u8; 2];
@@ -182,7 +182,7 @@ impl Rows<'_> {
         self.tables.clear();
         self.tables.extend(factors.iter().map(|factor| {
             let factor = f32::from_le_bytes(*factor);
-            E4M3.map(|value| f32_to_bf16(value * factor).to_le_bytes())
+            E4M3.map(|value| f32_to_bf16(product(value, factor)).to_le_bytes())
         }));
         self.block = Some(block);
     }

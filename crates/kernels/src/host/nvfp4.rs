@@ -3,25 +3,28 @@
 //! Source: reference §4a and §4b for what is computed, contract §4 "numbers" for how it is rounded. Whoever drives a
 //! layer decides which scales belong together (the slots of a linear layer, an expert, or all experts of a layer).
 
+pub use crate::host::float::product;
+
 /// The largest of `values`: `max(input_scale)` and `max(weight_scale_2)` over the slots of a layer.
 ///
-/// The fold starts at −∞, which is therefore the maximum of nothing; NaNs are passed over, as [`f32::max`] does.
+/// The fold starts at −∞, which is therefore the maximum of nothing; NaNs are passed over, and the first of equals wins
+/// (of a zero and a negative zero, say, which [`f32::max`] leaves open).
 pub fn maximum(values: &[f32]) -> f32 {
-    values.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    values.iter().fold(f32::NEG_INFINITY, |largest, x| if *x > largest { *x } else { largest })
 }
 
 /// `alpha` = max(`input_scale`) · max(`scale_2`): what the product of two scaled FP4 matrices is multiplied by.
 ///
 /// Shards whose own scale is smaller than the maximum are not rescaled (reference §4a, step 1).
 pub fn alpha(input_scale: &[f32], scale_2: &[f32]) -> f32 {
-    maximum(input_scale) * maximum(scale_2)
+    product(maximum(input_scale), maximum(scale_2))
 }
 
 /// 1/x, correctly rounded: `input_scale_inv` and `*_input_scale_quant`.
 ///
-/// IEEE division, never an estimate with a Newton step; 1/0 is ∞.
+/// IEEE division, never an estimate with a Newton step; 1/0 is ∞, and a NaN stays itself, made quiet.
 pub fn inverse(x: f32) -> f32 {
-    1.0 / x
+    if x.is_nan() { product(x, x) } else { 1.0 / x }
 }
 
 #[cfg(test)]
@@ -44,6 +47,7 @@ mod tests {
         assert_eq!(maximum(&[-2.0, -1.0]), -1.0);
         assert_eq!(maximum(&[f32::NAN, 1.0, f32::NAN]), 1.0);
         assert_eq!(maximum(&[f32::NAN]), f32::NEG_INFINITY);
+        assert_eq!(maximum(&[-0.0, 0.0]).to_bits(), (-0.0f32).to_bits());
         assert_eq!(inverse(0.0), f32::INFINITY);
         assert_eq!(inverse(f32::INFINITY), 0.0);
     }

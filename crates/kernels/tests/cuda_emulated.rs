@@ -1,0 +1,790 @@
+//! CUDA kernels against their host twins, byte for byte, without a device: the same sources, compiled as C++ for the host.
+//!
+//! Shown: index arithmetic, rounding, alignment of accesses (a misaligned one ends the process), bounds (guards around all
+//! memory), barriers, and that results do not depend on the order of threads. Not shown: what a device's compiler makes of
+//! the sources, and anything about time.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test says so by failing")]
+
+mod emulator;
+
+use emulator::{Emulator, TURNS, Turns, emulator};
+use longshore_kernels::{
+    cuda::{
+        mla as cuda_mla,
+        permute::{Order, Segments},
+        place::{Place, Runs, SpanTable},
+        reorder::{Band, ShuffleScales, ShuffleWeights, Swizzle, SwizzleInPlace},
+        scalars::{self, Experts, KvScales, Linear},
+        table::{Device, Grid},
+    },
+    host::{
+        blocks::into_blocks,
+        cast::cast,
+        kv,
+        mla::{self, Dims, Weight},
+        nvfp4,
+        rows::permute_rows,
+        shuffle, swizzle,
+    },
+};
+use longshore_models::Dtype;
+
+/// A device of one multiprocessor, so that loops go round.
+const DEVICE: Device = Device { multiprocessors: 1 };
+
+/// Bytes around all memory that no kernel may touch.
+const GUARD: usize = 256;
+
+/// Memory as a device would have it: at a chosen offset from a multiple of 256, guarded.
+struct Memory {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Memory {
+    fn new(contents: &[u8], offset: usize) -> Memory {
+        let mut bytes = vec![0xa5; contents.len() + offset + 4 * GUARD];
+        let start = bytes.as_ptr().align_offset(256) + GUARD + offset;
+        bytes[start..start + contents.len()].copy_from_slice(contents);
+        Memory { bytes, start, len: contents.len() }
+    }
+
+    /// Of structures that kernels read.
+    fn of<T: Copy>(items: &[T]) -> Memory {
+        // SAFETY: the table entries of this crate have no padding, whose sizes their own tests state.
+        let bytes =
+            unsafe { std::slice::from_raw_parts(items.as_ptr().cast(), size_of_val(items)) };
+        Memory::new(bytes, 0)
+    }
+
+    fn floats(values: &[f32]) -> Memory {
+        Memory::of(values)
+    }
+
+    fn address(&mut self) -> u64 {
+        self.bytes[self.start..].as_mut_ptr() as u64
+    }
+
+    /// The contents, once nothing around them has changed.
+    fn contents(&self) -> &[u8] {
+        let end = self.start + self.len;
+        let untouched = |guard: &[u8]| guard.iter().all(|byte| *byte == 0xa5);
+        assert!(untouched(&self.bytes[..self.start]), "written before the memory");
+        assert!(untouched(&self.bytes[end..]), "written past the memory");
+        &self.bytes[self.start..end]
+    }
+}
+
+/// A generator of numbers, the same in each run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        // xorshift64*
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        (self.next() >> 33) % end
+    }
+
+    fn bytes(&mut self, count: usize) -> Vec<u8> {
+        (0..count).map(|_| (self.next() >> 40) as u8).collect()
+    }
+}
+
+fn assert_same(got: &[u8], want: &[u8], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    if let Some(at) = (0..got.len()).find(|i| got[*i] != want[*i]) {
+        panic!("{what}: byte {at} of {} is {:#x}, not {:#x}", got.len(), got[at], want[at]);
+    }
+}
+
+// ---- placement -------------------------------------------------------------------------------------------------------
+
+/// What the spans do on the host.
+fn place_on_host(slab: &[u8], target: &mut [u8], base: u64, runs: &Runs) {
+    for row in 0..runs.rows {
+        let from = (runs.source_offset + row * runs.source_stride) as usize;
+        let to = (runs.target - base + row * runs.target_stride) as usize;
+        let source = &slab[from..][..runs.width as usize];
+        match runs.cast {
+            None => target[to..][..source.len()].copy_from_slice(source),
+            Some((from, to_dtype)) => {
+                let size = |dtype: Dtype| dtype.bitsize() / 8;
+                let bytes = source.len() / size(from) * size(to_dtype);
+                assert!(cast(source, from, &mut target[to..][..bytes], to_dtype));
+            }
+        }
+    }
+}
+
+/// Places `runs`, whose targets are relative to the target's start, and compares all of the target.
+fn check_placement(
+    emulator: &Emulator,
+    slab: &[u8],
+    target_bytes: usize,
+    target_offset: usize,
+    runs: &[Runs],
+    what: &str,
+) {
+    let mut source = Memory::new(slab, 0);
+    let mut target = Memory::new(&vec![0x3c; target_bytes], target_offset);
+    let (base, mut want) = (target.address(), vec![0x3c; target_bytes]);
+    let mut table = SpanTable::default();
+    for runs in runs {
+        let runs = Runs { target: runs.target + base, ..*runs };
+        place_on_host(slab, &mut want, base, &runs);
+        assert!(table.push(runs), "{what}: {runs:?}");
+    }
+    let Some(grid) = table.grid(DEVICE) else {
+        assert_same(target.contents(), &want, what);
+        return;
+    };
+    let mut spans = Memory::of(table.spans());
+    let place = Place {
+        slab: source.address(),
+        spans: spans.address(),
+        span_count: table.spans().len() as u32,
+        unit_count: table.unit_count(),
+    };
+    for (turns, blocks) in [(Turns::Forwards, grid.blocks), (Turns::Backwards, 3)] {
+        target.bytes[target.start..][..target.len].fill(0x3c);
+        emulator.launch(&place, Grid { blocks, ..grid }, turns);
+        assert_same(target.contents(), &want, what);
+    }
+    assert_same(source.contents(), slab, "the slab");
+}
+
+/// Spans of all shapes and alignments, side by side in one target with gaps of their own.
+fn random_spans(
+    random: &mut Random,
+    slab_bytes: u64,
+    count: usize,
+    widest: u64,
+) -> (Vec<Runs>, u64) {
+    let (mut spans, mut end) = (Vec::new(), 0u64);
+    for _ in 0..count {
+        let grain = [1, 2, 4, 8, 16, 64][random.below(6) as usize];
+        let width = random.below(widest) / grain * grain;
+        let rows = if random.below(3) == 0 { 1 } else { random.below(40) };
+        let source_stride = width + random.below(5) * grain;
+        let target_stride = width + random.below(3) * grain;
+        let source_bytes = source_stride * rows.max(1) + width;
+        if source_bytes > slab_bytes {
+            continue;
+        }
+        let source_offset = random.below(slab_bytes - source_bytes + 1) / grain * grain;
+        let target = (end + random.below(4)).next_multiple_of(grain);
+        end = target + target_stride * rows.max(1);
+        let cast = None;
+        spans.push(Runs { source_offset, target, rows, width, source_stride, target_stride, cast });
+    }
+    (spans, end)
+}
+
+#[test]
+fn placement_equals_strided_copies() {
+    let Some(emulator) = emulator() else { return };
+    let mut random = Random(1);
+    let slab = random.bytes(1 << 18);
+    for round in 0..40 {
+        let (count, widest) = [(1, 300), (12, 3000), (300, 40), (3, 1 << 16)][round % 4];
+        let (spans, bytes) = random_spans(&mut random, slab.len() as u64, count, widest);
+        let offset = [0, 0, 1, 4, 8, 13][round % 6];
+        check_placement(emulator, &slab, bytes as usize, offset, &spans, &format!("round {round}"));
+    }
+}
+
+/// Thousands of scalars, one run of megabytes, nothing at all.
+#[test]
+fn placement_takes_the_huge_and_the_tiny() {
+    let Some(emulator) = emulator() else { return };
+    let slab = Random(2).bytes(3 << 20);
+    let run = |source_offset, target, width| Runs {
+        source_offset,
+        target,
+        rows: 1,
+        width,
+        source_stride: 0,
+        target_stride: 0,
+        cast: None,
+    };
+    let tiny = (0..5000).map(|i| run(i * 7, i * 4, 4));
+    let huge = [run(1 << 20, 20_000, (1 << 20) + 5), run(17, 20_000 + (1 << 20) + 10, 1 << 19)];
+    let spans: Vec<Runs> = tiny.chain(huge).collect();
+    check_placement(emulator, &slab, (2 << 20) + 100_000, 0, &spans, "tiny and huge");
+    check_placement(emulator, &slab, 100, 0, &[], "no span");
+    check_placement(emulator, &slab, 100, 0, &[run(0, 0, 0)], "an empty span");
+}
+
+/// All halves, floats and doubles of all exponents with what decides a rounding below them, NaNs included.
+fn elements(dtype: Dtype) -> Vec<u8> {
+    let lows = [0u64, 1, 0xfff, 0x1000, 0x1001, 0x2000, 0x7fff, 0x8000, 0x8001, 0xffff];
+    let highs = || (0..=0xffffu64).step_by(3).chain(0x7f7e..0x7fc2).chain(0xff7e..0xffc2);
+    let with_lows = |shift: u32| {
+        let near = move |high: u64| lows.map(|low| high << 48 | low << shift | (low & 1));
+        highs().flat_map(near).collect::<Vec<u64>>()
+    };
+    match dtype {
+        Dtype::BF16 | Dtype::F16 => (0..=u16::MAX).flat_map(u16::to_le_bytes).collect(),
+        Dtype::F32 | Dtype::I32 => {
+            let all = highs().flat_map(|high| lows.map(|low| (high << 16 | low) as u32));
+            all.flat_map(u32::to_le_bytes).collect()
+        }
+        _ => {
+            let mut random = Random(3);
+            // where F32 and the halves round: bits 29 and up; and exponents within their ranges
+            let mut all = with_lows(29);
+            all.extend(with_lows(16));
+            all.extend((0..100_000).map(|_| {
+                let (sign, exponent) = (random.below(2) << 63, 1023 - 160 + random.below(300));
+                sign | exponent << 52 | random.next() >> 12
+            }));
+            all.into_iter().flat_map(u64::to_le_bytes).collect()
+        }
+    }
+}
+
+#[test]
+fn placement_converts_as_the_host_does() {
+    use Dtype::{BF16, F16, F32, F64, I32, I64};
+    let Some(emulator) = emulator() else { return };
+    let pairs = [
+        (BF16, F16),
+        (BF16, F32),
+        (F16, BF16),
+        (F16, F32),
+        (F32, BF16),
+        (F32, F16),
+        (F64, BF16),
+        (F64, F16),
+        (F64, F32),
+        (I32, I64),
+    ];
+    for (from, to) in pairs {
+        let all = elements(from);
+        let (size, to_size) = (from.bitsize() as u64 / 8, to.bitsize() as u64 / 8);
+        let count = all.len() as u64 / size;
+        // all at once; as runs of 5 elements, two elements apart; and where nothing is aligned
+        let whole = Runs {
+            source_offset: 0,
+            target: 0,
+            rows: 1,
+            width: count * size,
+            source_stride: 0,
+            target_stride: 0,
+            cast: Some((from, to)),
+        };
+        let strided = Runs {
+            rows: count / 7,
+            width: 5 * size,
+            source_stride: 7 * size,
+            target_stride: 6 * to_size,
+            ..whole
+        };
+        let bytes = (count * to_size) as usize;
+        for (runs, offset) in [(whole, 0), (strided, 0), (strided, 1)] {
+            check_placement(emulator, &all, bytes, offset, &[runs], &format!("{from} → {to}"));
+        }
+        let mut shifted = vec![9];
+        shifted.extend_from_slice(&all[..size as usize * 1000]);
+        let runs = Runs { source_offset: 1, width: 1000 * size, ..whole };
+        let what = format!("{from} → {to}, unaligned");
+        check_placement(emulator, &shifted, 1000 * to_size as usize, 3, &[runs], &what);
+    }
+}
+
+// ---- rows and blocks -------------------------------------------------------------------------------------------------
+
+fn check_permutation(
+    emulator: &Emulator,
+    segments: &Segments,
+    source: &[u8],
+    bands: u64,
+    offset: usize,
+    want: &[u8],
+    what: &str,
+) {
+    for turns in TURNS {
+        let mut matrix = Memory::new(source, offset);
+        let mut table = Memory::of(segments.segments());
+        let mut workspace = Memory::new(&vec![7; segments.workspace_bytes(bands) as usize], 0);
+        let (save, moved) =
+            segments.kernels(matrix.address(), bands, table.address(), workspace.address());
+        let grid = segments.grid(DEVICE, bands);
+        if save.saved > 0 {
+            emulator.launch(&save, grid, turns);
+        }
+        if moved.segment_count > 0 {
+            emulator.launch(&moved, grid, turns);
+        }
+        assert_same(matrix.contents(), want, what);
+        workspace.contents();
+    }
+}
+
+#[test]
+fn rows_are_permuted_as_on_the_host() {
+    let Some(emulator) = emulator() else { return };
+    let mut random = Random(4);
+    let orders = [
+        (Order::AsStored, 32),
+        (Order::Shuffled32, 32),
+        (Order::Shuffled32, 96),
+        (Order::GatedShuffled32, 64),
+        (Order::GatedShuffled32, 384),
+        (Order::Interleaved64, 128),
+        (Order::Interleaved64, 640),
+    ];
+    for (order, band) in orders {
+        for (row_bytes, bands, offset) in
+            [(1, 3, 0), (12, 2, 4), (16, 1, 0), (48, 3, 0), (48, 2, 1), (272, 2, 0), (100, 0, 0)]
+        {
+            let source = random.bytes(band * bands * row_bytes);
+            let (mut want, whole) = (source.clone(), band);
+            let host = |i| i / whole * whole + order.source(i % whole, whole);
+            permute_rows(&mut want, row_bytes, band, host, &mut Vec::new());
+            for longest in [1, 2, 7, 32] {
+                let what = format!("{order:?} {band} × {row_bytes} × {bands}, {longest}, {offset}");
+                let segments = Segments::new(order, band as u64, 1, row_bytes as u64, longest);
+                let bands = bands as u64;
+                check_permutation(emulator, &segments, &source, bands, offset, &want, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn blocks_are_cut_as_on_the_host() {
+    let Some(emulator) = emulator() else { return };
+    let mut random = Random(5);
+    for (order, rows, row_bytes, count) in [
+        (Order::AsStored, 7, 256, 2),
+        (Order::AsStored, 64, 128, 1),
+        (Order::Shuffled32, 96, 640, 2),
+        (Order::GatedShuffled32, 128, 384, 3),
+        (Order::GatedShuffled32, 256, 1024, 1),
+        (Order::AsStored, 0, 128, 1),
+        (Order::AsStored, 4, 0, 1),
+    ] {
+        let bytes = rows * row_bytes;
+        let source = random.bytes(bytes * count);
+        let mut want = source.clone();
+        for matrix in want.chunks_exact_mut(bytes.max(1)) {
+            let order = |i| order.source(i, rows);
+            into_blocks(matrix, rows, row_bytes, order, &mut Vec::new());
+        }
+        let segments = Segments::of_blocks(order, rows as u64, row_bytes as u64);
+        for offset in [0, 4, 3] {
+            let what = format!("{order:?} {rows} × {row_bytes} × {count}, {offset}");
+            let count = count as u64;
+            check_permutation(emulator, &segments, &source, count, offset, &want, &what);
+        }
+    }
+}
+
+// ---- swizzle and shuffles --------------------------------------------------------------------------------------------
+
+#[test]
+fn scales_are_swizzled_as_on_the_host() {
+    let Some(emulator) = emulator() else { return };
+    let mut random = Random(6);
+    let orders = [Order::AsStored, Order::Shuffled32, Order::GatedShuffled32, Order::Interleaved64];
+    for rows in [0, 1, 40, 127, 128, 130, 384] {
+        for cols in [0, 1, 4, 5, 16, 20, 31, 32, 48, 140] {
+            for (order, count, offset) in orders
+                .into_iter()
+                .flat_map(|order| [(order, 1, 0), (order, 3, 0), (order, 2, 4), (order, 2, 1)])
+            {
+                let (padded_rows, padded_cols) = swizzle::padded(rows, cols);
+                let source = random.bytes(rows * cols * count);
+                let mut want = vec![1; padded_rows * padded_cols * count];
+                for matrix in 0..count {
+                    let from = &source[matrix * rows * cols..][..rows * cols];
+                    let bytes = padded_rows * padded_cols;
+                    let to = &mut want[matrix * bytes..][..bytes];
+                    swizzle::swizzle(from, to, rows, cols, |m| order.source(m, padded_rows));
+                }
+                let mut from = Memory::new(&source, offset);
+                let mut to = Memory::new(&vec![1; want.len()], 0);
+                let swizzle = Swizzle {
+                    source: from.address(),
+                    target: to.address(),
+                    count: count as u64,
+                    rows: rows as u32,
+                    cols: cols as u32,
+                    order: order.number(),
+                };
+                emulator.launch(&swizzle, swizzle.grid(DEVICE), TURNS[offset % 2]);
+                let what = format!("{order:?} {rows} × {cols} × {count}, {offset}");
+                assert_same(to.contents(), &want, &what);
+            }
+        }
+    }
+}
+
+/// Launches an in-place kernel on `source` with grids of several sizes.
+fn check_bands<K: longshore_kernels::cuda::table::Kernel>(
+    emulator: &Emulator,
+    source: &[u8],
+    want: &[u8],
+    what: &str,
+    band: Band,
+    kernel: impl Fn(u64, u64) -> K,
+) {
+    let grid = band.grid(DEVICE);
+    for (turns, blocks) in [(Turns::Forwards, grid.blocks), (Turns::Backwards, 2)] {
+        let mut matrix = Memory::new(source, 0);
+        let grid = Grid { blocks, ..grid };
+        let mut workspace = Memory::new(&vec![7; band.workspace_bytes(grid) as usize], 0);
+        emulator.launch(&kernel(matrix.address(), workspace.address()), grid, turns);
+        assert_same(matrix.contents(), want, what);
+        workspace.contents();
+    }
+}
+
+#[test]
+fn scales_are_swizzled_in_place_as_on_the_host() {
+    let Some(emulator) = emulator() else { return };
+    let mut random = Random(7);
+    for order in [Order::AsStored, Order::Shuffled32] {
+        for (blocks, cols) in [
+            (0, 4),
+            (3, 0),
+            (3, 4),
+            (2, 16),
+            (3, 20),
+            (2, 64),
+            (1, 448),
+            (2, 1024),
+            (3, 1028),
+            (3, 1040),
+        ] {
+            let rows = blocks * 128;
+            let (source, mut workspace) = (random.bytes(rows * cols), Vec::new());
+            let mut want = source.clone();
+            let host = |m| order.source(m, rows);
+            swizzle::swizzle_in_place(&mut want, rows, cols, host, 128, &mut workspace);
+            let kernel = |matrix, workspace| SwizzleInPlace {
+                matrix,
+                blocks: blocks as u64,
+                cols: cols as u32,
+                order: order.number(),
+                workspace,
+            };
+            let what = format!("{order:?} {rows} × {cols}");
+            check_bands(emulator, &source, &want, &what, kernel(0, 0).band(), kernel);
+        }
+    }
+}
+
+#[test]
+fn aiter_tiles_are_shuffled_as_on_the_host() {
+    let Some(emulator) = emulator() else { return };
+    let mut random = Random(8);
+    for (bands, cols) in [(0, 8), (2, 0), (1, 8), (5, 16), (3, 40), (2, 224), (2, 1024), (3, 1032)]
+    {
+        let source = random.bytes(bands * 32 * cols);
+        let mut want = source.clone();
+        shuffle::shuffle_scales(&mut want, bands * 32, cols, &mut Vec::new());
+        let kernel = |matrix, workspace| ShuffleScales {
+            matrix,
+            bands: bands as u64,
+            cols: cols as u32,
+            workspace,
+        };
+        let what = format!("scales {bands} × {cols}");
+        check_bands(emulator, &source, &want, &what, kernel(0, 0).band(), kernel);
+    }
+    for (bands, row_bytes) in [(0, 32), (2, 0), (1, 32), (3, 96), (2, 3584), (1, 4096), (3, 4128)] {
+        let source = random.bytes(bands * 16 * row_bytes);
+        let mut want = source.clone();
+        shuffle::shuffle_weights(&mut want, bands * 16, row_bytes, &mut Vec::new());
+        let kernel = |matrix, workspace| ShuffleWeights {
+            matrix,
+            bands: bands as u64,
+            row_bytes: row_bytes as u32,
+            workspace,
+        };
+        let what = format!("weights {bands} × {row_bytes}");
+        check_bands(emulator, &source, &want, &what, kernel(0, 0).band(), kernel);
+    }
+}
+
+// ---- MLA -------------------------------------------------------------------------------------------------------------
+
+/// Every form of weight, heads of odd sizes, blocks that straddle heads; NaNs, infinities and subnormals among the values.
+#[test]
+fn mla_splits_as_on_the_host() {
+    let Some(emulator) = emulator() else { return };
+    let mut random = Random(9);
+    for (heads, dn, dv, kl) in [
+        (2, 3, 2, 32),
+        (3, 60, 40, 160),
+        (2, 32, 64, 512),
+        (1, 33, 31, 96),
+        (2, 0, 4, 32),
+        (0, 4, 4, 32),
+        (2, 5, 7, 0),
+    ] {
+        let dims = Dims { heads, dn, dv, kl };
+        let (rows, elements) = (heads * (dn + dv), heads * (dn + dv) * kl);
+        let wide = random.bytes(elements * 4);
+        let odd = [0, 0x8000_0000, 0x7f80_0000, 0x7fc0_1234, 0xff80_0001, 1, 0x7f7f_ffff];
+        let factors: Vec<u32> = (0..rows.div_ceil(128) * kl.div_ceil(128))
+            .map(|i| if i % 5 == 1 { odd[i % 7] } else { random.next() as u32 })
+            .collect();
+        let factors: Vec<u8> = factors.iter().flat_map(|f| f.to_le_bytes()).collect();
+        let exponents = random.bytes(elements / 32);
+        let plain = |bytes, dtype| Weight::Plain { data: &wide[..elements * bytes], dtype };
+        let forms = [
+            plain(2, Dtype::BF16),
+            plain(2, Dtype::F16),
+            plain(4, Dtype::F32),
+            Weight::Fp8 { data: &wide[..elements], scale: &factors },
+            Weight::Mxfp4 { data: &wide[..elements / 2], scale: &exponents },
+        ];
+        for (weight, turns) in forms.into_iter().flat_map(|form| TURNS.map(|turns| (form, turns))) {
+            let (mut want_kc, mut want_vc) =
+                (vec![0; heads * kl * dn * 2], vec![0; heads * dv * kl * 2]);
+            mla::split(weight, dims, &mut want_kc, &mut want_vc);
+            let mut kc = Memory::new(&vec![1; want_kc.len()], 0);
+            let mut vc = Memory::new(&vec![1; want_vc.len()], 0);
+            let what = split_emulated(emulator, weight, dims, &mut kc, &mut vc, turns);
+            assert_same(kc.contents(), &want_kc, &format!("w_kc, {what}, {dims:?}"));
+            assert_same(vc.contents(), &want_vc, &format!("w_vc, {what}, {dims:?}"));
+        }
+    }
+}
+
+fn split_emulated(
+    emulator: &Emulator,
+    weight: Weight<'_>,
+    dims: Dims,
+    kc: &mut Memory,
+    vc: &mut Memory,
+    turns: Turns,
+) -> String {
+    let (w_kc, w_vc, grid) = (kc.address(), vc.address(), cuda_mla::grid(dims, DEVICE));
+    let Dims { heads, dn, dv, kl } = dims;
+    let [heads, dn, dv, kl] = [heads, dn, dv, kl].map(|n| n as u32);
+    match weight {
+        Weight::Plain { data, dtype } => {
+            let mut memory = Memory::new(data, 0);
+            let data = memory.address();
+            match dtype {
+                Dtype::BF16 => {
+                    emulator.launch(
+                        &cuda_mla::Bf16 { data, w_kc, w_vc, heads, dn, dv, kl },
+                        grid,
+                        turns,
+                    );
+                }
+                Dtype::F16 => {
+                    emulator.launch(
+                        &cuda_mla::F16 { data, w_kc, w_vc, heads, dn, dv, kl },
+                        grid,
+                        turns,
+                    );
+                }
+                _ => emulator.launch(
+                    &cuda_mla::F32 { data, w_kc, w_vc, heads, dn, dv, kl },
+                    grid,
+                    turns,
+                ),
+            }
+            format!("{dtype}")
+        }
+        Weight::Fp8 { data, scale } => {
+            let (mut data, mut scale) = (Memory::new(data, 0), Memory::new(scale, 0));
+            let (data, scale) = (data.address(), scale.address());
+            emulator.launch(
+                &cuda_mla::Fp8 { data, scale, w_kc, w_vc, heads, dn, dv, kl },
+                grid,
+                turns,
+            );
+            "FP8".to_owned()
+        }
+        Weight::Mxfp4 { data, scale } => {
+            let (mut data, mut scale) = (Memory::new(data, 0), Memory::new(scale, 0));
+            let (data, scale) = (data.address(), scale.address());
+            emulator.launch(
+                &cuda_mla::Mxfp4 { data, scale, w_kc, w_vc, heads, dn, dv, kl },
+                grid,
+                turns,
+            );
+            "MXFP4".to_owned()
+        }
+    }
+}
+
+/// All codes with all factors of MXFP4, and all of FP8 with factors that make everything a product can be.
+#[test]
+fn every_code_is_dequantised_as_on_the_host() {
+    let Some(emulator) = emulator() else { return };
+    let dims = Dims { heads: 1, dn: 0, dv: 256, kl: 32 };
+    let pairs: Vec<u8> =
+        (0..256).flat_map(|_| (0..16).map(|i| ((2 * i + 1) << 4) | (2 * i))).collect();
+    let factors: Vec<u8> = (0..=255).collect();
+    let mxfp4 = (Weight::Mxfp4 { data: &pairs, scale: &factors }, dims);
+    let codes: Vec<u8> = (0..=255).collect();
+    let factors: Vec<Vec<u8>> = [
+        0x3f80_0000u32,
+        0x3e99_999a,
+        0,
+        0x8000_0000,
+        0x7f80_0000,
+        0xff80_0000,
+        0x7f80_0001,
+        0xffc0_4321,
+        1,
+        0x0080_0000,
+        0x7f7f_ffff,
+    ]
+    .iter()
+    .map(|bits| bits.to_le_bytes().to_vec())
+    .collect();
+    let one = Dims { heads: 1, dn: 0, dv: 2, kl: 128 };
+    let fp8 = factors.iter().map(|scale| (Weight::Fp8 { data: &codes, scale }, one));
+    for (weight, dims) in fp8.chain([mxfp4]) {
+        let mut want = vec![0; dims.dv * dims.kl * 2];
+        mla::split(weight, dims, &mut [], &mut want);
+        let (mut kc, mut vc) = (Memory::new(&[], 0), Memory::new(&vec![1; want.len()], 0));
+        let what = split_emulated(emulator, weight, dims, &mut kc, &mut vc, Turns::Forwards);
+        assert_same(vc.contents(), &want, &what);
+    }
+}
+
+// ---- scalars ---------------------------------------------------------------------------------------------------------
+
+/// Scales as they are stored, and now and then what no sound checkpoint has.
+fn scales(random: &mut Random, count: usize) -> Vec<f32> {
+    let odd = [f32::NAN, -f32::NAN, 0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, 1e-40, -3.0];
+    let value = |_| match random.below(12) as usize {
+        i if i < odd.len() => odd[i],
+        _ => f32::from_bits((random.next() >> 32) as u32),
+    };
+    (0..count).map(value).collect()
+}
+
+fn bytes_of(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+#[test]
+fn scalars_of_linear_layers_equal_the_host() {
+    let Some(emulator) = emulator() else { return };
+    let mut random = Random(10);
+    for round in 0..500 {
+        let (a, b) = (scales(&mut random, round % 4), scales(&mut random, 1 + round % 3));
+        let want = [nvfp4::alpha(&b, &a), nvfp4::inverse(nvfp4::maximum(&b))];
+        let (mut first, mut second) = (Memory::floats(&a), Memory::floats(&b));
+        let mut out = Memory::floats(&[0.5; 2]);
+        let linear = Linear {
+            scale_2: first.address(),
+            scale_2_count: a.len() as u32,
+            input_scale: second.address(),
+            input_count: b.len() as u32,
+            alpha: out.address(),
+            inverse_input: out.address() + 4,
+        };
+        emulator.launch(&linear, scalars::ONE, Turns::Forwards);
+        assert_same(out.contents(), &bytes_of(&want), &format!("{a:?} {b:?}"));
+    }
+}
+
+#[test]
+fn scalars_of_experts_equal_the_host() {
+    let Some(emulator) = emulator() else { return };
+    let mut random = Random(11);
+    for round in 0..60 {
+        let (per_expert, fused) = (round % 2 == 0, round % 3 == 0);
+        let (per_group, routed, group) = (5usize, 20, round % 4);
+        let slots = per_group + usize::from(fused);
+        let experts = routed + usize::from(fused);
+        let inputs = [2 * slots, slots, 2 * experts, experts].map(|n| scales(&mut random, n));
+        let [w13_2, w2_2, w13_in, w2_in] = &inputs;
+        let expert = |slot| {
+            if slot < per_group { group * per_group + slot } else { routed + slot - per_group }
+        };
+        let a = |slot: usize| match per_expert {
+            true => (nvfp4::maximum(&w13_in[2 * expert(slot)..][..2]), w2_in[expert(slot)]),
+            false => (nvfp4::maximum(w13_in), nvfp4::maximum(w2_in)),
+        };
+        let per_slot = |value: &dyn Fn(usize) -> f32| (0..slots).map(value).collect::<Vec<f32>>();
+        let g1 = per_slot(&|slot| nvfp4::product(a(slot).0, w13_2[2 * slot]));
+        let quants = if per_expert { slots } else { 1 };
+        let want = [
+            g1.clone(),
+            per_slot(&|slot| nvfp4::product(a(slot).1, w2_2[slot])),
+            per_slot(&|slot| nvfp4::inverse(a(slot).0))[..quants].to_vec(),
+            per_slot(&|slot| nvfp4::inverse(a(slot).1))[..quants].to_vec(),
+            per_slot(&|slot| nvfp4::product(nvfp4::inverse(a(slot).1), g1[slot])),
+        ];
+        let mut sources = inputs.each_ref().map(|values| Memory::floats(values));
+        let mut out = want.each_ref().map(|values| Memory::floats(&vec![0.5; values.len()]));
+        let [w13_scale_2, w2_scale_2, w13_input, w2_input] =
+            sources.each_mut().map(Memory::address);
+        let [g1_alphas, g2_alphas, w13_quant, w2_quant, g1_scale_c] =
+            out.each_mut().map(Memory::address);
+        let wanted = round % 5 != 0;
+        let kernel = Experts {
+            w13_scale_2,
+            w2_scale_2,
+            w13_input,
+            w2_input,
+            g1_alphas,
+            g2_alphas,
+            w13_quant,
+            w2_quant,
+            g1_scale_c: if wanted { g1_scale_c } else { 0 },
+            slots: slots as u32,
+            experts: experts as u32,
+            first_expert: (group * per_group) as u32,
+            per_group: per_group as u32,
+            routed: routed as u32,
+            per_expert: u32::from(per_expert),
+            quants: quants as u32,
+        };
+        emulator.launch(&kernel, kernel.grid(), TURNS[round % 2]);
+        for (number, (out, want)) in out.iter().zip(&want).enumerate() {
+            let unwanted = vec![0.5; want.len()];
+            let want = if number == 4 && !wanted { &unwanted } else { want };
+            assert_same(
+                out.contents(),
+                &bytes_of(want),
+                &format!("round {round}, result {number}"),
+            );
+        }
+    }
+}
+
+#[test]
+fn kv_scales_settle_as_on_the_host() {
+    let Some(emulator) = emulator() else { return };
+    let values = [0.5, 0.25, -1.0, 0.0, -0.0, f32::NAN, f32::INFINITY, 1e-45];
+    for (k, v, given) in values
+        .into_iter()
+        .flat_map(|k| values.into_iter().flat_map(move |v| [(k, v, true), (k, v, false)]))
+    {
+        let mut memory = Memory::floats(&[k, v]);
+        let mut refused = Memory::new(&[0; 4], 0);
+        let kernel = KvScales {
+            k: memory.address(),
+            v: memory.address() + 4,
+            v_given: u32::from(given),
+            refused: refused.address(),
+        };
+        emulator.launch(&kernel, scalars::ONE, Turns::Forwards);
+        let settled = kv::settled(k, given.then_some(v));
+        let want = settled.unwrap_or((k, v));
+        assert_same(memory.contents(), &bytes_of(&[want.0, want.1]), &format!("{k} {v} {given}"));
+        assert_eq!(refused.contents()[0], u8::from(settled.is_none()), "{k} {v} {given}");
+    }
+}
