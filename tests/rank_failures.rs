@@ -409,6 +409,13 @@ fn a_rank_that_is_killed_while_it_writes_leaves_no_output() {
         names
     };
     let one = story.start(group.command(&story, 1, &rank_arguments(&[])));
+    // it has looked whether it can write there before it waits for the others
+    let waits = || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", one.pid())).into_iter().flatten();
+        let comms = tasks.flatten().filter_map(|t| fs::read_to_string(t.path().join("comm")).ok());
+        comms.into_iter().any(|comm| comm.starts_with("tokio"))
+    };
+    wait_until("rank 1 waits for the others", waits);
     // rank 1 writes into a pipe that nobody reads
     let aside = format!(".longshore.{}.1.tmp", one.pid());
     let pipe = out.join(&aside).join("rank-00001-of-00002.safetensors");
