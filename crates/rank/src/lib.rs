@@ -27,6 +27,7 @@ pub mod collective;
 pub mod error;
 mod exchange;
 pub mod fault;
+mod lender;
 pub mod params;
 mod post_process;
 pub mod protocol;
