@@ -1,5 +1,7 @@
 //! Post-processing: runs a finish on the complete parameters of one rank.
 
+pub mod device;
+
 use longshore_kernels::host::{
     blocks, kv, mla, nvfp4,
     permute::{gated_shuffled32, shuffled32},

@@ -8,6 +8,7 @@ use longshore_rank::storage::IoChoice;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
+    device::DeviceChoice,
     error::LoadError,
     load::RunOptions,
     plan::{Exchange, MEMORY_LIMIT, PlanOptions},
@@ -90,9 +91,10 @@ pub(super) struct PlanArgs {
     /// Ranks as actors of this process, or a process each.
     #[arg(long, value_enum, default_value_t = RanksArg::Threads)]
     pub(super) ranks: RanksArg,
-    /// Where parameters live: cpu or cuda.
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    /// Where parameters live: cpu, or cuda, where a rank's device is that of its number on the host [default: cuda where there
+    /// is a device for each rank of the host, else cpu].
+    #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
+    device: Option<DeviceChoice>,
 }
 
 #[derive(Debug, Args)]
@@ -222,18 +224,9 @@ enum IoArg {
 }
 
 impl PlanArgs {
-    /// Refuses what the contract names but this version cannot do.
-    pub(super) fn check_supported(&self) -> Result<(), LoadError> {
-        let refuse =
-            |option, reason: &str| Err(LoadError::Option { option, reason: reason.into() });
-        match self.device.as_str() {
-            "cpu" => Ok(()),
-            "cuda" => refuse("--device cuda", "not supported yet; use --device cpu"),
-            d if d.starts_with("cuda:") => {
-                refuse("--device cuda", "not supported yet; use --device cpu")
-            }
-            other => refuse("--device", &format!("{other} is neither cpu nor cuda")),
-        }
+    /// Where parameters are to live.
+    pub(super) fn device_choice(&self) -> DeviceChoice {
+        self.device.unwrap_or(DeviceChoice::Auto)
     }
 
     /// # Errors
@@ -324,6 +317,7 @@ impl RunArgs {
                 IoArg::Direct => IoChoice::Direct,
             },
             stuck_after: self.progress_timeout,
+            device: self.plan.device_choice(),
             concurrency: match self.concurrency {
                 Some(count) => Some(usize::from(count)),
                 None => from_environment("RUNAI_STREAMER_CONCURRENCY", |text| {
@@ -382,6 +376,16 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     let number: u64 =
         number.trim().parse().map_err(|_| "a number of bytes, for example 512MiB".to_owned())?;
     number.checked_mul(unit).ok_or_else(|| "too large".to_owned())
+}
+
+/// `cpu`, `cuda`, or `cuda:N`, which means the same (contract §1).
+fn parse_device(text: &str) -> Result<DeviceChoice, String> {
+    match text.strip_prefix("cuda:").map(str::parse::<u32>) {
+        None if text == "cpu" => Ok(DeviceChoice::Cpu),
+        None if text == "cuda" => Ok(DeviceChoice::Cuda),
+        Some(Ok(_)) => Ok(DeviceChoice::Cuda),
+        _ => Err("neither cpu nor cuda".to_owned()),
+    }
 }
 
 /// Seconds, with a fraction perhaps.

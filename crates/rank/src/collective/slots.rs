@@ -2,8 +2,10 @@
 
 use std::{slice, sync::Arc};
 
+use longshore_kernels::cuda::driver::Device;
+
 use super::segment::Segment;
-use crate::{error::RankError, lender::Lender, region::Region, staging::POISON};
+use crate::{device::Pinned, error::RankError, lender::Lender, region::Region, staging::POISON};
 
 /// A fixed number of slots of one size; memory becomes resident as slots are first used.
 #[derive(Debug)]
@@ -16,6 +18,7 @@ pub struct SlotPool {
 #[derive(Debug)]
 enum Memory {
     Private(Region),
+    Pinned(Pinned),
     Shared(Arc<Segment>),
 }
 
@@ -27,6 +30,19 @@ impl SlotPool {
     pub fn private(slots: u32, slot_bytes: usize) -> Result<Arc<Self>, RankError> {
         let region = Region::new("exchange", slots as usize * slot_bytes)?;
         Ok(Self::new(Memory::Private(region), slots, slot_bytes))
+    }
+
+    /// Slots that devices copy from and to by themselves.
+    ///
+    /// # Errors
+    /// The memory cannot be had, or not be pinned.
+    pub fn pinned(
+        slots: u32,
+        slot_bytes: usize,
+        device: &Arc<Device>,
+    ) -> Result<Arc<Self>, RankError> {
+        let pinned = Pinned::new("staging", slots as usize * slot_bytes, device)?;
+        Ok(Self::new(Memory::Pinned(pinned), slots, slot_bytes))
     }
 
     /// The slots of a segment that other processes see.
@@ -115,6 +131,7 @@ impl Slot {
         let offset = self.index as usize * self.pool.slot_bytes;
         match &self.pool.memory {
             Memory::Private(region) => region.at(offset, self.pool.slot_bytes).as_ptr(),
+            Memory::Pinned(pinned) => pinned.at(offset, self.pool.slot_bytes).as_ptr(),
             Memory::Shared(segment) => segment.slot(self.index).as_ptr(),
         }
     }
