@@ -119,7 +119,7 @@ pub(crate) fn check_memory(
     let mut needed_on: BTreeMap<u32, u64> = BTreeMap::new();
     for (rank, home) in (first_rank..).zip(homes) {
         let Home::Device(device) = home else { continue };
-        let own = parameters + staging_bytes + workspace_bytes(placement, rank, device.geometry());
+        let own = parameters + staging_bytes + workspace_bytes(placement, device.geometry());
         let needed = needed_on.entry(device.ordinal()).or_default();
         *needed += own;
         let free = device.memory().map_err(|e| refusal(&e))?.free;

@@ -8,7 +8,8 @@ use std::{
 
 use longshore_kernels::cuda::{
     driver::{CudaError, Device, Event, Stream},
-    place::{Place, Runs, SpanTable},
+    launch,
+    place::{Runs, SpanTable},
 };
 use longshore_models::placement::Span;
 
@@ -208,7 +209,6 @@ impl Uploads {
     fn launch(&self, spans: &[Span], source: u64, slab: &mut Slab) -> Result<(), RankError> {
         // kernels count from a multiple of 16
         let (base, shift) = (source & !(ACCESS_BYTES - 1), source & (ACCESS_BYTES - 1));
-        let device = self.finisher.geometry();
         let mut table = SpanTable::default();
         let mut launched = false;
         for spans in spans.chunks(TABLE_SPANS) {
@@ -232,7 +232,9 @@ impl Uploads {
                     return Err(RankError::Transform { param: param.name.clone(), what });
                 }
             }
-            let Some(grid) = table.grid(device) else { continue };
+            if table.unit_count() == 0 {
+                continue;
+            }
             if launched {
                 // the table is in use until then; reads of so many spans are rare
                 self.places.synchronize()?;
@@ -243,13 +245,7 @@ impl Uploads {
             // checked it) and within the source, and by RNK-1 nobody else writes there.
             unsafe {
                 let address = slab.fill_table(table.spans(), &self.places)?;
-                let kernel = Place {
-                    slab: base,
-                    spans: address,
-                    span_count: table.spans().len() as u32,
-                    unit_count: table.unit_count(),
-                };
-                self.places.launch(&kernel, grid)?;
+                launch::place(&self.places, base, address, &table)?;
             }
         }
         Ok(())
