@@ -5,9 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use longshore_kernels::{
     cuda::{
         driver::{CudaError, Device, DeviceMemory, Event, Stream},
-        launch::{
-            self, MlaWeight, Permutation, Permutations, Reorder, Workspace, WorkspaceBytes,
-        },
+        launch::{self, MlaWeight, Permutation, Permutations, Reorder, Workspace, WorkspaceBytes},
         scalars::{Experts, KvScales as KvKernel, Linear},
         table,
     },
@@ -234,7 +232,7 @@ impl Finisher {
             0 => Ok(()),
             _ => {
                 // the kernel leaves a pair that it refuses as it was
-                let value = |param| Ok(f32::from_bits(self.word(memory.address(param))?));
+                let value = |param| self.word(memory.address(param)).map(f32::from_bits);
                 let v = if scales.v_given { value(scales.v)? } else { f32::NAN };
                 Err(contradiction(memory, scales, value(scales.k)?, v))
             }
