@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test says so by failing")]
 
 mod emulator;
+mod twins;
 
 use emulator::{Emulator, TURNS, Turns, emulator};
 use longshore_kernels::{
@@ -36,6 +37,7 @@ use longshore_models::{
     Dtype,
     transform::{Matrices, Reordering, RowOrder, SwizzleInto},
 };
+use twins::{ROW_ORDERS, Random, assert_same, reorder_on_host};
 
 /// A device of one multiprocessor, so that loops go round.
 const DEVICE: Device = Device { multiprocessors: 1 };
@@ -98,34 +100,6 @@ impl Memory {
         assert!(untouched(&self.bytes[..self.start]), "written before the memory");
         assert!(untouched(&self.bytes[end..]), "written past the memory");
         &self.bytes[self.start..end]
-    }
-}
-
-/// A generator of numbers, the same in each run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        // xorshift64*
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        (self.next() >> 33) % end
-    }
-
-    fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count).map(|_| (self.next() >> 40) as u8).collect()
-    }
-}
-
-fn assert_same(got: &[u8], want: &[u8], what: &str) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    if let Some(at) = (0..got.len()).find(|i| got[*i] != want[*i]) {
-        panic!("{what}: byte {at} of {} is {:#x}, not {:#x}", got.len(), got[at], want[at]);
     }
 }
 
@@ -546,35 +520,6 @@ fn aiter_tiles_are_shuffled_as_on_the_host() {
 }
 
 // ---- whole reorderings -----------------------------------------------------------------------------------------------
-
-/// What a rank does to the matrices of a parameter on the host.
-fn reorder_on_host(bytes: &mut [u8], m: &Matrices, how: Reordering) {
-    let (rows, row_bytes) = (m.rows as usize, m.row_bytes as usize);
-    let workspace = &mut Vec::new();
-    for matrix in bytes.chunks_exact_mut((rows * row_bytes).max(1)) {
-        let by = |order: RowOrder| move |i| Order::from(order).source(i, rows);
-        let band = |order: RowOrder, least| order.band(m.rows, least) as usize;
-        match how {
-            // of whole bands of 32 rows only, where there is something to do
-            Reordering::Rows(RowOrder::AsStored) => {}
-            Reordering::Rows(order) => {
-                permute_rows(matrix, row_bytes, band(order, 32), by(order), workspace);
-            }
-            Reordering::Blocks(order) => {
-                into_blocks(matrix, rows, row_bytes, by(order), workspace);
-            }
-            Reordering::Swizzled(order) => {
-                let band = band(order, 128);
-                swizzle::swizzle_in_place(matrix, rows, row_bytes, by(order), band, workspace);
-            }
-            Reordering::ScaleTiles => shuffle::shuffle_scales(matrix, rows, row_bytes, workspace),
-            Reordering::WeightTiles => shuffle::shuffle_weights(matrix, rows, row_bytes, workspace),
-        }
-    }
-}
-
-const ROW_ORDERS: [RowOrder; 3] =
-    [RowOrder::AsStored, RowOrder::Shuffled32, RowOrder::GatedShuffled32];
 
 /// Every reordering as a rank asks for it, with as much workspace as helps, as little as it takes, and less.
 #[test]
