@@ -128,6 +128,15 @@ API cuModuleGetFunction(CUfunction* function, CUmodule handle, const char* name)
     return CUDA_SUCCESS;
 }
 
+// Nothing is left to be loaded.
+API cuFuncLoad(CUfunction handle) {
+    Call call("cuFuncLoad", "module", Needs::Context);
+    if (call.refused) return call.refused;
+    std::shared_ptr<Function> function = state().functions.find(handle);
+    if (!function) return call.wrong(CUDA_ERROR_INVALID_HANDLE, "no function is %p", static_cast<void*>(handle));
+    return CUDA_SUCCESS;
+}
+
 API cuFuncGetAttribute(int* value, int attribute, CUfunction handle) {
     Call call("cuFuncGetAttribute", "module", Needs::Context);
     if (call.refused) return call.refused;
