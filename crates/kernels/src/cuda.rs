@@ -1,8 +1,9 @@
-//! CUDA twins of the host implementations: their sources, parameters and geometry. What launches them comes with the device.
+//! CUDA twins of the host implementations: their sources, parameters and geometry; and the devices that they run on.
 //!
-//! The kernels (`cu/*.cu`) are compiled by a pinned compiler (`scripts/build_ptx.sh`) to PTX that is committed (`ptx/*.ptx`)
-//! and embedded here; a driver compiles it for its chip. Each equals its host twin byte for byte. Everything in this module
-//! is plain data and arithmetic: nothing needs a device, a driver or CUDA.
+//! The kernels (`cu/*.cu`) are compiled by a pinned compiler (`scripts/build_ptx.sh`) to PTX that is committed
+//! (`ptx/*.ptx`) and embedded here; a driver compiles it for its chip. Each equals its host twin byte for byte. Kernels
+//! are plain data and arithmetic: only [`driver`] needs a device, and says so by an ordinary error where there is none.
+//! [`launch`] puts both together for what a rank does with complete parameters.
 //!
 //! | kernel | twin | in place | workspace |
 //! |---|---|---|---|
@@ -13,6 +14,8 @@
 //! | [`mla`] | [`crate::host::mla`] | no | – |
 //! | [`scalars`] | [`crate::host::nvfp4`], [`crate::host::kv`] | values | – |
 
+pub mod driver;
+pub mod launch;
 pub mod mla;
 pub mod permute;
 pub mod place;
