@@ -128,13 +128,12 @@ API cuModuleGetFunction(CUfunction* function, CUmodule handle, const char* name)
     return CUDA_SUCCESS;
 }
 
-// Nothing is left to be loaded.
+// A kernel may be loaded when it is first launched or, so asked, before: here it always is.
 API cuFuncLoad(CUfunction handle) {
     Call call("cuFuncLoad", "module", Needs::Context);
     if (call.refused) return call.refused;
-    std::shared_ptr<Function> function = state().functions.find(handle);
-    if (!function) return call.wrong(CUDA_ERROR_INVALID_HANDLE, "no function is %p", static_cast<void*>(handle));
-    return CUDA_SUCCESS;
+    if (state().functions.find(handle)) return CUDA_SUCCESS;
+    return call.wrong(CUDA_ERROR_INVALID_HANDLE, "no function is %p", static_cast<void*>(handle));
 }
 
 API cuFuncGetAttribute(int* value, int attribute, CUfunction handle) {
