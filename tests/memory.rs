@@ -178,7 +178,7 @@ fn aliased_scales_are_no_second_copy() {
                     let split = p.name.ends_with("w_kc") || p.name.ends_with("w_vc");
                     assert!(split || p.bytes <= 16, "{family:?} {layout}: {}", p.name);
                 }
-                let held: u64 = rank.iter().map(|p| p.bytes.len() as u64).sum();
+                let held: u64 = rank.iter().map(|p| p.data.len() as u64).sum();
                 // each parameter begins on a boundary of 512 bytes
                 let most = held + 512 * rank.iter().count() as u64;
                 assert!(rank.allocated_bytes() <= most, "{family:?} {layout}");

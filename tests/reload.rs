@@ -36,12 +36,12 @@ fn reload(group: &mut Group, plan: &Plan) -> Result<(), LoadError> {
 }
 
 fn digest(group: &Group) -> String {
-    group_digest(group.ranks().unwrap())
+    group_digest(group.ranks().unwrap()).unwrap()
 }
 
-fn addresses(group: &Group) -> Vec<*const u8> {
+fn addresses(group: &Group) -> Vec<u64> {
     let ranks = group.ranks().unwrap();
-    ranks.iter().flat_map(|r| r.iter().map(|p| p.bytes.as_ptr())).collect()
+    ranks.iter().flat_map(|r| r.iter().map(|p| p.data.address())).collect()
 }
 
 /// Two checkpoints that differ in their weights only.

@@ -37,7 +37,8 @@ struct Finished<'a>(HashMap<&'a str, (&'a [u64], &'a [u8])>);
 
 impl<'a> Finished<'a> {
     fn of(ready: &'a ReadyParams) -> Self {
-        let mut all: HashMap<_, _> = ready.iter().map(|p| (p.name, (p.shape, p.bytes))).collect();
+        let mut all: HashMap<_, _> =
+            ready.iter().map(|p| (p.name, (p.shape, p.data.host().unwrap()))).collect();
         for (name, source) in ready.aliases() {
             all.insert(name, all[source]);
         }

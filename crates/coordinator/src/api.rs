@@ -15,6 +15,7 @@ pub use self::{
     threads::{Loaded, Loading, RankProgress},
 };
 use crate::{
+    device::DeviceChoice,
     discover::discover,
     error::LoadError,
     load::RunOptions,
@@ -35,7 +36,7 @@ use crate::{
 /// let loaded = Load::from("synth:llama-bf16").tensor_parallel(4).start()?.wait()?;
 /// for rank in loaded.ranks()? {
 ///     let qkv = rank.get("model.layers.0.self_attn.qkv_proj.weight").expect("a Llama has it");
-///     println!("rank {}: {} {:?} at {:p}", rank.rank(), qkv.dtype, qkv.shape, qkv.bytes);
+///     println!("rank {}: {} {:?} at {:#x}", rank.rank(), qkv.dtype, qkv.shape, qkv.data.address());
 /// }
 /// # Ok::<(), longshore::LoadError>(())
 /// ```
@@ -142,6 +143,12 @@ impl Load {
         self
     }
 
+    /// With parameters on devices rather than in the host's memory, where they live unless this is asked for.
+    pub fn device(mut self, choice: DeviceChoice) -> Self {
+        self.run.device = choice;
+        self
+    }
+
     /// A rank that has work in hand and does not get on for so long has failed; a tenth of a second to a day, as for every
     /// time limit.
     pub fn progress_timeout(mut self, after: Duration) -> Self {
@@ -184,7 +191,9 @@ impl Load {
     /// The source is none, or cannot be loaded with these options.
     pub fn plan(&self) -> Result<Report, LoadError> {
         let plan = self.planned(self.tensor_parallel.unwrap_or(1))?;
-        Ok(Report::forecast(&plan, &self.source, RanksAs::Threads))
+        let mut report = Report::forecast(&plan, &self.source, RanksAs::Threads);
+        report.device = self.run.device.name(report.identity.tp);
+        Ok(report)
     }
 
     /// The checkpoint's tensors as they are stored, for servers that place weights themselves: `(name, view)` in the order in

@@ -145,7 +145,6 @@ fn make_plan(
     source: &str,
     phases: &mut Phases,
 ) -> Result<Plan, LoadError> {
-    arguments.check_supported()?;
     let dir = phases.measure("source", || source::resolve(source))?;
     let discovered = phases.measure("headers", || discover(&dir))?;
     let options = arguments.plan_options(tp)?;
@@ -163,6 +162,7 @@ fn run_plan(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
         RanksArg::Processes => RanksAs::Processes,
     };
     let mut report = Report::forecast(&plan, source, ranks_as);
+    report.device = arguments.run.plan.device_choice().name(arguments.tp);
     report.phases = phases.0;
     print(&report, json, || report.table())
 }
@@ -226,7 +226,7 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
     report.seconds = Some(phases.ready_seconds(load));
     let ranks = group.ranks()?;
     if !arguments.run.no_digest {
-        report.digest = Some(phases.measure("digest", || digest::group_digest(ranks)));
+        report.digest = Some(phases.measure("digest", || digest::group_digest(ranks))?);
     }
     if let Some(dir) = &arguments.run.out {
         phases.measure("out", || out::write(dir, &plan, ranks, source))?;

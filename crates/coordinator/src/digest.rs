@@ -8,24 +8,41 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-use longshore_rank::params::{ParamView, ReadyParams};
+use longshore_rank::{
+    error::RankError,
+    params::{
+        ParamView, ReadyParams,
+        data::{Data, Window},
+    },
+};
 use sha2::{Digest, Sha256};
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::error::LoadError;
 
 /// The digest over all parameters of all ranks: lower-case hex, the same however the bytes travelled.
-pub fn group_digest(ranks: &[ReadyParams]) -> String {
-    let hashes = each_param(ranks, |param| xxh3_128(param.bytes));
+///
+/// # Errors
+/// A device that holds parameters fails.
+pub fn group_digest(ranks: &[ReadyParams]) -> Result<String, LoadError> {
+    let hashes = each_param(ranks, xxh3)?;
     let mut all = Sha256::new();
     for (rank, hashes) in ranks.iter().zip(hashes) {
         add_rank(&mut all, rank.rank, rank, hashes.into_iter());
     }
-    hex(&all.finalize())
+    Ok(hex(&all.finalize()))
 }
 
 /// One rank's share of [`group_digest`]: the hash of each parameter, in the order of [`ReadyParams::iter`].
-pub(crate) fn param_hashes(rank: &ReadyParams) -> Vec<u128> {
-    let mut hashes = each_param(std::slice::from_ref(rank), |param| xxh3_128(param.bytes));
-    hashes.pop().unwrap_or_default()
+pub(crate) fn param_hashes(rank: &ReadyParams) -> Result<Vec<u128>, LoadError> {
+    let mut hashes = each_param(std::slice::from_ref(rank), xxh3)?;
+    Ok(hashes.pop().unwrap_or_default())
+}
+
+fn xxh3(window: &mut Window, data: Data<'_>) -> Result<u128, RankError> {
+    let mut hash = Xxh3::new();
+    window.read(data, |bytes| hash.update(bytes))?;
+    Ok(hash.digest128())
 }
 
 /// [`group_digest`], of every rank's share in their order; names and shapes are those of `any`, the same on every rank.
@@ -45,16 +62,20 @@ fn add_rank(all: &mut Sha256, rank: u32, params: &ReadyParams, hashes: impl Iter
 }
 
 /// SHA-256 of every parameter of a rank, in the order of [`ReadyParams::iter`].
-pub(crate) fn param_sha256(rank: &ReadyParams) -> Vec<[u8; 32]> {
-    let hash = |param: ParamView<'_>| Sha256::digest(param.bytes).into();
-    each_param(std::slice::from_ref(rank), hash).pop().unwrap_or_default()
+pub(crate) fn param_sha256(rank: &ReadyParams) -> Result<Vec<[u8; 32]>, LoadError> {
+    let sha256 = |window: &mut Window, data: Data<'_>| {
+        let mut hash = Sha256::new();
+        window.read(data, |bytes| hash.update(bytes))?;
+        Ok(hash.finalize().into())
+    };
+    Ok(each_param(std::slice::from_ref(rank), sha256)?.pop().unwrap_or_default())
 }
 
 /// Calls `hash` for every parameter of every rank, on all cores.
 fn each_param<T: Send>(
     ranks: &[ReadyParams],
-    hash: impl Fn(ParamView<'_>) -> T + Sync,
-) -> Vec<Vec<T>> {
+    hash: impl Fn(&mut Window, Data<'_>) -> Result<T, RankError> + Sync,
+) -> Result<Vec<Vec<T>>, LoadError> {
     let work: Vec<(usize, ParamView<'_>)> =
         ranks.iter().enumerate().flat_map(|(r, rank)| rank.iter().map(move |p| (r, p))).collect();
     let next = AtomicUsize::new(0);
@@ -62,12 +83,13 @@ fn each_param<T: Send>(
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
+                let mut window = Window::default();
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
                     let Some((_, param)) = work.get(i) else {
                         return;
                     };
-                    let result = hash(*param);
+                    let result = hash(&mut window, param.data);
                     results.lock().unwrap_or_else(PoisonError::into_inner).push((i, result));
                 }
             });
@@ -77,9 +99,11 @@ fn each_param<T: Send>(
     results.sort_by_key(|(i, _)| *i);
     let mut of_rank: Vec<Vec<T>> = ranks.iter().map(|_| Vec::new()).collect();
     for (i, result) in results {
-        of_rank[work[i].0].push(result);
+        let rank = work[i].0;
+        let failed = |source| LoadError::ReadBack { rank: ranks[rank].rank, source };
+        of_rank[rank].push(result.map_err(failed)?);
     }
-    of_rank
+    Ok(of_rank)
 }
 
 /// Lower-case hex.

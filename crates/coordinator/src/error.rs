@@ -41,6 +41,15 @@ pub enum LoadError {
         #[source]
         source: io::Error,
     },
+    /// What a device holds could not be read back.
+    #[error("reading the parameters of rank {rank} back failed")]
+    ReadBack {
+        /// The rank.
+        rank: u32,
+        /// Why.
+        #[source]
+        source: RankError,
+    },
     /// A rank in another process could not write its file.
     #[error("rank {rank} could not write its output: {why}")]
     RankOutput {
@@ -136,6 +145,23 @@ pub enum LoadError {
         /// What the host has.
         available: String,
     },
+    /// A device has too little memory for what the plan needs.
+    #[error(
+        "rank {rank} needs {needed}{}, {free} are free on device {device}; use more ranks or a smaller --memory-limit",
+        .others.as_ref().map(|o| format!(" beside {o} of other ranks")).unwrap_or_default()
+    )]
+    DeviceMemory {
+        /// The first rank that has no room.
+        rank: u32,
+        /// Its device.
+        device: u32,
+        /// What it needs.
+        needed: String,
+        /// What ranks before it need on the same device.
+        others: Option<String>,
+        /// What is free there.
+        free: String,
+    },
     /// A rank gave up; the others were stopped.
     #[error("rank {rank} failed")]
     Rank {
@@ -226,6 +252,7 @@ impl LoadError {
             | LoadError::Tensors { .. }
             | LoadError::FileModified { .. }
             | LoadError::Output { .. }
+            | LoadError::ReadBack { .. }
             | LoadError::RankOutput { .. }
             | LoadError::NotReady { .. }
             | LoadError::Runtime(_) => 1,
@@ -238,7 +265,8 @@ impl LoadError {
             | LoadError::Meet(_)
             | LoadError::Join(_)
             | LoadError::Start { .. }
-            | LoadError::HostMemory { .. } => 2,
+            | LoadError::HostMemory { .. }
+            | LoadError::DeviceMemory { .. } => 2,
         }
     }
 

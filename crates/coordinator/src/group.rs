@@ -13,6 +13,7 @@ use std::{
 };
 
 use longshore_rank::{
+    error::RankError,
     params::{ParamMemory, ReadyParams},
     protocol::{Generation, Progress, RankReport},
 };
@@ -136,10 +137,17 @@ impl Group {
             return Err(LoadError::NotReady { why: "its memory is in use".into() });
         };
         std::thread::scope(|scope| {
+            let mut begun = Vec::with_capacity(alone.len());
             for (rank, memory) in alone.into_iter().enumerate() {
-                scope.spawn(move || memory.begin_again(Arc::clone(placement), rank as u32));
+                let begin = move || memory.begin_again(Arc::clone(placement), rank as u32);
+                begun.push((rank as u32, scope.spawn(begin)));
             }
-        });
+            let panicked = |_| Err(RankError::Panicked("while it began again".to_owned()));
+            begun.into_iter().try_for_each(|(rank, begin)| {
+                let begun = begin.join().unwrap_or_else(panicked);
+                begun.map_err(|source| LoadError::Rank { rank, source })
+            })
+        })?;
         let reuse = reuse.clone();
         let finished = attempt(prepared, self.generation, Some(reuse), progress).await?;
         self.reports = finished.reports;

@@ -38,6 +38,7 @@
 mod api;
 pub mod assignment;
 pub mod cli;
+mod device;
 pub mod digest;
 pub mod discover;
 pub mod error;
@@ -65,6 +66,7 @@ pub use longshore_rank::{protocol::Phase, storage::IoChoice};
 
 pub use self::{
     api::{Joining, Load, Loaded, Loading, OwnParams, Param, Params, Rank, RankProgress},
+    device::DeviceChoice,
     error::LoadError,
     place::Place,
     plan::Exchange,

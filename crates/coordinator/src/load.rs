@@ -7,10 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use longshore_kernels::host::cast::cast;
+use longshore_kernels::{cuda::driver::Device, host::cast::cast};
 use longshore_models::{Dtype, checkpoint::Checkpoint};
 use longshore_rank::{
-    params::{ParamMemory, ReadyParams},
+    collective::nccl,
+    device::Form,
+    params::{Home, ParamMemory, ReadyParams},
     protocol::{Generation, Progress, RankReport, Work},
     staging::DIRECT_ALIGNMENT,
     storage::{CheckpointSource, FileIdentity, IoChoice},
@@ -21,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
 use crate::{
+    device::{self, DeviceChoice},
     error::LoadError,
     group::Group,
     place::Place,
@@ -39,12 +42,15 @@ pub struct RunOptions {
     pub concurrency: Option<usize>,
     /// A rank that has work in hand and does not get on for so long has failed.
     pub stuck_after: Duration,
+    /// Where parameters live.
+    pub device: DeviceChoice,
 }
 
 impl Default for RunOptions {
-    /// What the command line has by default.
+    /// What the command line has by default, with parameters in the host's memory.
     fn default() -> Self {
-        Self { io: IoChoice::Auto, concurrency: None, stuck_after: STUCK_AFTER }
+        let (io, device) = (IoChoice::Auto, DeviceChoice::Cpu);
+        Self { io, concurrency: None, stuck_after: STUCK_AFTER, device }
     }
 }
 
@@ -62,6 +68,10 @@ pub struct Prepared {
     pub(crate) warnings: Vec<String>,
     sources: Arc<Vec<CheckpointSource>>,
     concurrency: usize,
+    /// Where the parameters of each rank of this process live.
+    pub(crate) homes: Vec<Home>,
+    device_slabs: u32,
+    nccl_form: Option<nccl::Form>,
     /// What the ranks exchange through, where they are processes.
     pub(crate) exchange_staging: Option<ExchangeStaging>,
     pub(crate) opening_seconds: f64,
@@ -74,8 +84,27 @@ impl Prepared {
             plan: Arc::clone(&self.plan.load),
             sources: Arc::clone(&self.sources),
             concurrency: self.concurrency,
+            device_slabs: self.device_slabs,
         })
     }
+
+    /// What this process's rank would bring to an exchange over NCCL, and where.
+    pub(crate) fn nccl(&self) -> Option<(nccl::Form, Arc<Device>)> {
+        match (self.nccl_form, self.homes.first()) {
+            (Some(form), Some(Home::Device(device))) => Some((form, Arc::clone(device))),
+            _ => None,
+        }
+    }
+}
+
+/// Operations over NCCL that may be under way at a time: one that is packed, one on the wire, two that are placed.
+const NCCL_DEPTH: u32 = 4;
+
+/// What an exchange over NCCL sets aside, as deep as `room` bytes of device memory allow.
+fn nccl_form(staging: ExchangeStaging, world_size: u32, room: u64) -> Option<nccl::Form> {
+    let ExchangeStaging { slots, slot_bytes, .. } = staging;
+    let form = |depth| nccl::Form { world_size, slots, slot_bytes, depth };
+    (1..=NCCL_DEPTH).rev().map(form).find(|form| form.device_bytes() <= room)
 }
 
 /// The memory that a rank process passes bytes through.
@@ -106,7 +135,9 @@ pub(crate) fn prepare_into(
     parameter_bytes: u64,
 ) -> Result<Prepared, LoadError> {
     let ranks = plan.load.reads.len() as u32;
-    prepare_ranks(plan, options, ranks, parameter_bytes, |_| Ok(None))
+    let homes = device::homes(options.device, 0..ranks, ranks)?;
+    let here = Here { ranks, first: 0, homes, held: parameter_bytes == 0 };
+    prepare_ranks(plan, options, here, |_, _| Ok(None))
 }
 
 /// [`prepare`], for the one rank that this process is.
@@ -118,35 +149,70 @@ pub(crate) fn prepare_process(
 ) -> Result<Prepared, LoadError> {
     let here = place.local_world_size.unwrap_or(1);
     let distant = match transport {
-        Transport::Auto => place.world_size.saturating_sub(here),
+        Transport::Auto | Transport::Host | Transport::Nccl => {
+            place.world_size.saturating_sub(here)
+        }
         Transport::Tcp => place.world_size - 1,
     };
-    let parameter_bytes = plan.placement().parameter_bytes();
-    prepare_ranks(plan, options, here, parameter_bytes, |concurrency| {
-        exchange_staging(plan, concurrency, distant).map(Some)
+    let local = place.local_rank;
+    let homes = device::homes(options.device, [local], here.max(local + 1))?;
+    let here = Here { ranks: here, first: place.rank, homes, held: false };
+    prepare_ranks(plan, options, here, |concurrency, slabs| {
+        exchange_staging(plan, concurrency, slabs, distant).map(Some)
     })
+}
+
+/// The ranks that share this host, as far as is known here.
+struct Here {
+    /// How many there are, those in other processes included.
+    ranks: u32,
+    /// The first that is in this process.
+    first: u32,
+    /// Where those of this process live.
+    homes: Vec<Home>,
+    /// Their parameters have their memory already.
+    held: bool,
 }
 
 fn prepare_ranks(
     plan: &Plan,
     options: &RunOptions,
-    ranks_here: u32,
-    parameter_bytes: u64,
-    exchange: impl FnOnce(&mut usize) -> Result<Option<ExchangeStaging>, LoadError>,
+    here: Here,
+    exchange: impl FnOnce(&mut usize, &mut u64) -> Result<Option<ExchangeStaging>, LoadError>,
 ) -> Result<Prepared, LoadError> {
     let started = Instant::now();
     let sources = open_sources(&plan.dir, plan.checkpoint(), &plan.identities, options.io)?;
-    let mut concurrency = concurrency(plan, options, &sources, ranks_here);
-    let exchange_staging = exchange(&mut concurrency)?;
-    let staging_bytes = concurrency as u64 * slab_bytes(plan.load.read_bytes_max)
-        + exchange_staging.map_or(0, |s| s.bytes);
-    check_host_memory(ranks_here, parameter_bytes, staging_bytes)?;
+    let mut concurrency = concurrency(plan, options, &sources, here.ranks);
+    let on_device = here.homes.iter().any(|home| matches!(home, Home::Device(_)));
+    // on the way to a device, bytes stay in a slab for longer than their read takes
+    let mut slabs_per_read = if on_device { 2 } else { 1 };
+    let exchange_staging = exchange(&mut concurrency, &mut slabs_per_read)?;
+    let slabs = (concurrency as u64 * slabs_per_read).min(plan.slabs_max());
+    let slab = slab_bytes(plan.load.read_bytes_max);
+    let staging_bytes = slabs * slab + exchange_staging.map_or(0, |s| s.bytes);
+    let host_parameters = match here.held || on_device {
+        true => 0,
+        false => plan.placement().parameter_bytes(),
+    };
+    check_host_memory(here.ranks, host_parameters, staging_bytes)?;
+    let form = Form { slabs: slabs as u32, slab_bytes: slab };
+    let Here { first, homes, held, .. } = here;
+    let slabs_on_device = form.device_bytes();
+    let nccl_form = exchange_staging.filter(|_| on_device && plan.rounds > 0).and_then(|staging| {
+        let room = plan.memory_limit.saturating_sub(slabs_on_device);
+        nccl_form(staging, plan.load.reads.len() as u32, room)
+    });
+    let on_device = slabs_on_device + nccl_form.map_or(0, |form| form.device_bytes());
+    device::check_memory(&homes, first, plan.placement(), on_device, held)?;
     Ok(Prepared {
         warnings: discarded_scalars(plan, &sources)?,
         plan: plan.clone(),
         options: *options,
         sources: Arc::new(sources),
         concurrency,
+        homes,
+        device_slabs: form.slabs,
+        nccl_form,
         exchange_staging,
         opening_seconds: started.elapsed().as_secs_f64(),
     })
@@ -160,22 +226,26 @@ const SLOTS_AHEAD: u64 = 4;
 fn exchange_staging(
     plan: &Plan,
     concurrency: &mut usize,
+    slabs_per_read: &mut u64,
     distant: u32,
 ) -> Result<ExchangeStaging, LoadError> {
     let slab = slab_bytes(plan.load.read_bytes_max);
     let slot_bytes = plan.load.read_bytes_max.next_multiple_of(DIRECT_ALIGNMENT);
-    let left = |in_flight: u64, receive_slots: u64| {
-        let taken = in_flight * slab + u64::from(distant) * receive_slots * slot_bytes;
+    let left = |in_flight: u64, slabs_per_read: u64, receive_slots: u64| {
+        let taken =
+            in_flight * slabs_per_read * slab + u64::from(distant) * receive_slots * slot_bytes;
         plan.memory_limit.checked_sub(taken).map(|left| left / slot_bytes)
     };
-    for (in_flight, receive_slots) in
-        (1..=*concurrency as u64).rev().flat_map(|in_flight| [(in_flight, 2), (in_flight, 1)])
-    {
+    let most = *slabs_per_read;
+    let shares = (1..=*concurrency as u64).rev().flat_map(|in_flight| {
+        [(most, 2), (most, 1), (1, 2), (1, 1)].map(|(slabs, receive)| (in_flight, slabs, receive))
+    });
+    for (in_flight, slabs, receive_slots) in shares {
         let wanted = in_flight + SLOTS_AHEAD;
-        match left(in_flight, receive_slots) {
+        match left(in_flight, slabs, receive_slots) {
             // half of what is wanted keeps reads going; less is taken only where there is no other way
             Some(slots) if slots >= wanted.div_ceil(2) || (in_flight == 1 && slots > 0) => {
-                *concurrency = in_flight as usize;
+                (*concurrency, *slabs_per_read) = (in_flight as usize, slabs);
                 let slots = slots.min(wanted);
                 let bytes = (slots + u64::from(distant) * receive_slots) * slot_bytes;
                 let (slots, receive_slots) = (slots as u32, receive_slots as u32);
@@ -229,6 +299,7 @@ pub(crate) async fn attempt(
     let work = prepared.work();
     let member = |(rank, progress): (usize, Arc<Progress>)| Member::Here {
         work: Arc::clone(&work),
+        home: prepared.homes[rank].clone(),
         reuse: reuse.as_ref().map(|all| Arc::clone(&all[rank])),
         progress,
     };
@@ -361,7 +432,7 @@ pub fn staging_forecast(plan: &Plan, processes: bool) -> u64 {
     let mut in_flight =
         direct_in_flight(plan.load.reads.len()).min(plan.slabs_max() as usize).max(1);
     let slots = match processes {
-        true => exchange_staging(plan, &mut in_flight, 0).ok(),
+        true => exchange_staging(plan, &mut in_flight, &mut 1, 0).ok(),
         false => None,
     };
     in_flight as u64 * slab_bytes(plan.load.read_bytes_max) + slots.map_or(0, |s| s.bytes)
@@ -439,7 +510,8 @@ mod tests {
             for distant in [0, 1, 7, 63] {
                 for asked in [1, 2, 16] {
                     let mut in_flight = asked;
-                    let Ok(staging) = exchange_staging(&plan, &mut in_flight, distant) else {
+                    let staging = exchange_staging(&plan, &mut in_flight, &mut 1, distant);
+                    let Ok(staging) = staging else {
                         refused += 1;
                         continue;
                     };

@@ -2,13 +2,17 @@
 
 use std::{
     borrow::Cow,
+    cell::OnceCell,
     collections::{BTreeMap, HashMap},
     fs::{self, File},
     io,
     path::{Path, PathBuf},
 };
 
-use longshore_rank::params::{ParamView, ReadyParams};
+use longshore_rank::{
+    error::RankError,
+    params::{ParamView, ReadyParams},
+};
 use safetensors::{Dtype, SafeTensorError, View};
 use serde::Serialize;
 
@@ -74,7 +78,8 @@ pub fn write(
     for rank in ranks {
         files.push(RankFile::write(dir, rank, world_size)?);
     }
-    let hashes: Vec<Vec<[u8; 32]>> = ranks.iter().map(digest::param_sha256).collect();
+    let hashes: Result<Vec<_>, LoadError> = ranks.iter().map(digest::param_sha256).collect();
+    let hashes = hashes?;
     for file in files {
         file.publish()?;
     }
@@ -208,7 +213,7 @@ fn manifest_param<'a>((p, sha256): (ParamView<'a>, &[u8; 32])) -> (&'a str, Mani
     let param = ManifestParam {
         dtype: p.dtype.to_string(),
         shape: p.shape,
-        bytes: p.bytes.len() as u64,
+        bytes: p.data.len() as u64,
         sha256: digest::hex(sha256),
     };
     (p.name, param)
@@ -219,11 +224,15 @@ fn write_rank(path: &Path, rank: &ReadyParams) -> io::Result<()> {
         rank.aliases().map(|(name, source)| (format!("alias:{name}"), source.to_owned())).collect();
     // the crate writes a private file beside this one and renames it: the permissions are those of any new file
     let permissions = File::create(path)?.metadata()?.permissions();
-    let views = rank.iter().map(|p| (p.name, Stored::new(p)));
+    let failed = OnceCell::new();
+    let views = rank.iter().map(|p| (p.name, Stored::new(p, &failed)));
     safetensors::serialize_to_file(views, Some(metadata), path).map_err(|e| match e {
         SafeTensorError::IoError(e) => e,
         other => io::Error::other(other),
     })?;
+    if let Some(e) = failed.into_inner() {
+        return Err(io::Error::other(e));
+    }
     fs::set_permissions(path, permissions)?;
     File::open(path)?.sync_all()
 }
@@ -232,11 +241,13 @@ fn write_rank(path: &Path, rank: &ReadyParams) -> io::Result<()> {
 struct Stored<'a> {
     param: ParamView<'a>,
     shape: Vec<usize>,
+    /// Where it is noted that the bytes could not be had: the crate has no way to be told.
+    failed: &'a OnceCell<RankError>,
 }
 
 impl<'a> Stored<'a> {
-    fn new(param: ParamView<'a>) -> Self {
-        Self { param, shape: param.shape.iter().map(|&d| d as usize).collect() }
+    fn new(param: ParamView<'a>, failed: &'a OnceCell<RankError>) -> Self {
+        Self { param, shape: param.shape.iter().map(|&d| d as usize).collect(), failed }
     }
 }
 
@@ -250,11 +261,15 @@ impl View for Stored<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(self.param.bytes)
+        self.param.data.to_host().unwrap_or_else(|e| {
+            // the first one counts
+            let _ = self.failed.set(e);
+            Cow::Owned(Vec::new())
+        })
     }
 
     fn data_len(&self) -> usize {
-        self.param.bytes.len()
+        self.param.data.len()
     }
 }
 

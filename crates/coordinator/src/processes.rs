@@ -28,7 +28,7 @@ use std::{
 
 use longshore_rank::{
     collective::segment::Form,
-    params::ReadyParams,
+    params::{Home, ReadyParams},
     protocol::{Generation, Progress, RankReport},
 };
 use ractor::{Actor, ActorRef};
@@ -251,6 +251,7 @@ async fn join(
         timing: timing(options),
         progress: Arc::default(),
         work: prepared.work(),
+        home: prepared.homes.first().cloned().unwrap_or(Home::Host),
         join: Arc::new(host_join(place, prepared, options, address)?),
         plan: prepared.plan.hash(),
         check_at_end: Box::new(move || check_unchanged(&checked)),
@@ -301,6 +302,7 @@ fn host_join(
             slot_bytes: staging.slot_bytes,
         },
         receive_slots: staging.receive_slots,
+        nccl: prepared.nccl(),
         announced: Mutex::default(),
     })
 }

@@ -85,6 +85,9 @@ pub struct RankEntry {
     /// The most staging memory held; of a plan, the most that it would take.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_staging_bytes: Option<u64>,
+    /// The most device memory that the rank's process had allocated on its device, where its parameters live on one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_device_bytes: Option<u64>,
     /// Staging memory still held at the end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub final_staging_bytes: Option<u64>,
@@ -182,6 +185,7 @@ impl Report {
             received_bytes: f.received_bytes,
             sent_bytes: f.sent_bytes,
             peak_staging_bytes: Some(staging_forecast(plan, ranks_as == RanksAs::Processes)),
+            peak_device_bytes: None,
             final_staging_bytes: None,
             peak_rss_bytes: None,
             seconds: None,
@@ -228,10 +232,13 @@ impl Report {
             entry.received_bytes = report.received_bytes;
             entry.sent_bytes = report.sent_bytes;
             entry.peak_staging_bytes = Some(report.peak_staging_bytes);
+            entry.peak_device_bytes = report.peak_device_bytes;
             entry.final_staging_bytes = Some(report.final_staging_bytes);
             entry.peak_rss_bytes = done.peak_rss_bytes.map_or(own, |all| Some(all[number]));
             entry.seconds = Some(report.elapsed.as_secs_f64());
         }
+        let on_device = done.reports.iter().any(|r| r.peak_device_bytes.is_some());
+        this.device = if on_device { "cuda" } else { "cpu" };
         this.generation = done.generation;
         this.warnings.extend_from_slice(done.warnings);
         this.storage_bytes_read = done.reports.iter().map(|r| r.storage_bytes_read).sum();

@@ -14,7 +14,7 @@ use std::{
 
 use longshore_rank::{
     actor::{RankActor, RankArguments},
-    params::{ParamMemory, ReadyParams},
+    params::{Home, ParamMemory, ReadyParams},
     protocol::{
         Contact, Generation, Peers, Progress, RankCommand, RankEvent, RankEventKind, RankReport,
         Work,
@@ -48,6 +48,8 @@ pub(crate) enum Member {
     Here {
         /// What it does.
         work: Arc<Work>,
+        /// Where its parameters live.
+        home: Home,
         /// Memory of an earlier load.
         reuse: Option<Arc<ParamMemory>>,
         /// Its counters.
@@ -237,12 +239,13 @@ async fn bring_up(
     member: Member,
 ) -> Result<Rank, ActorProcessingErr> {
     let (id, commands, remote, progress) = match member {
-        Member::Here { work, reuse, progress } => {
+        Member::Here { work, home, reuse, progress } => {
             let start = RankArguments {
                 rank: number,
                 events: myself.get_derived(),
                 progress: Arc::clone(&progress),
                 work,
+                home,
                 reuse,
                 join: None,
             };

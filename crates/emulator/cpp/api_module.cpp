@@ -128,6 +128,14 @@ API cuModuleGetFunction(CUfunction* function, CUmodule handle, const char* name)
     return CUDA_SUCCESS;
 }
 
+// A kernel may be loaded when it is first launched or, so asked, before: here it always is.
+API cuFuncLoad(CUfunction handle) {
+    Call call("cuFuncLoad", "module", Needs::Context);
+    if (call.refused) return call.refused;
+    if (state().functions.find(handle)) return CUDA_SUCCESS;
+    return call.wrong(CUDA_ERROR_INVALID_HANDLE, "no function is %p", static_cast<void*>(handle));
+}
+
 API cuFuncGetAttribute(int* value, int attribute, CUfunction handle) {
     Call call("cuFuncGetAttribute", "module", Needs::Context);
     if (call.refused) return call.refused;

@@ -3,6 +3,7 @@
 //! The kernels (`cu/*.cu`) are compiled by a pinned compiler (`scripts/build_ptx.sh`) to PTX that is committed
 //! (`ptx/*.ptx`) and embedded here; a driver compiles it for its chip. Each equals its host twin byte for byte. Kernels
 //! are plain data and arithmetic: only [`driver`] needs a device, and says so by an ordinary error where there is none.
+//! [`launch`] puts both together for what a rank does with complete parameters.
 //!
 //! | kernel | twin | in place | workspace |
 //! |---|---|---|---|
@@ -14,6 +15,7 @@
 //! | [`scalars`] | [`crate::host::nvfp4`], [`crate::host::kv`] | values | – |
 
 pub mod driver;
+pub mod launch;
 pub mod mla;
 pub mod permute;
 pub mod place;

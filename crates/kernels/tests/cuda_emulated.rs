@@ -7,16 +7,21 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test says so by failing")]
 
 mod emulator;
+mod twins;
 
 use emulator::{Emulator, TURNS, Turns, emulator};
 use longshore_kernels::{
     cuda::{
-        mla as cuda_mla,
+        driver::CudaError,
+        launch::{
+            self, Launch, MlaWeight, Permutation, Reorder, Workspace, expert_scalars, kv_scales,
+            linear_scalars, mla_split, swizzle_into,
+        },
         permute::{Order, Segments},
         place::{Place, Runs, SpanTable},
         reorder::{Band, ShuffleScales, ShuffleWeights, Swizzle, SwizzleInPlace},
-        scalars::{self, Experts, KvScales, Linear},
-        table::{Device, Grid},
+        scalars::{Experts, KvScales, Linear},
+        table::{Device, Grid, Kernel},
     },
     host::{
         blocks::into_blocks,
@@ -28,10 +33,31 @@ use longshore_kernels::{
         shuffle, swizzle,
     },
 };
-use longshore_models::Dtype;
+use longshore_models::{
+    Dtype,
+    transform::{Matrices, Reordering, RowOrder, SwizzleInto},
+};
+use twins::{ROW_ORDERS, Random, assert_same, reorder_on_host};
 
 /// A device of one multiprocessor, so that loops go round.
 const DEVICE: Device = Device { multiprocessors: 1 };
+
+/// Where typed launches launch.
+struct Host<'a> {
+    emulator: &'a Emulator,
+    turns: Turns,
+}
+
+impl Launch for Host<'_> {
+    fn geometry(&self) -> Device {
+        DEVICE
+    }
+
+    unsafe fn launch<K: Kernel>(&self, kernel: &K, grid: Grid) -> Result<(), CudaError> {
+        self.emulator.launch(kernel, grid, self.turns);
+        Ok(())
+    }
+}
 
 /// Bytes around all memory that no kernel may touch.
 const GUARD: usize = 256;
@@ -77,34 +103,6 @@ impl Memory {
     }
 }
 
-/// A generator of numbers, the same in each run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        // xorshift64*
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        (self.next() >> 33) % end
-    }
-
-    fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count).map(|_| (self.next() >> 40) as u8).collect()
-    }
-}
-
-fn assert_same(got: &[u8], want: &[u8], what: &str) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    if let Some(at) = (0..got.len()).find(|i| got[*i] != want[*i]) {
-        panic!("{what}: byte {at} of {} is {:#x}, not {:#x}", got.len(), got[at], want[at]);
-    }
-}
-
 // ---- placement -------------------------------------------------------------------------------------------------------
 
 /// What the spans do on the host.
@@ -147,6 +145,10 @@ fn check_placement(
         return;
     };
     let mut spans = Memory::of(table.spans());
+    let on = Host { emulator, turns: Turns::Forwards };
+    // SAFETY: the memory is there, of these sizes.
+    unsafe { launch::place(&on, source.address(), spans.address(), &table).unwrap() };
+    assert_same(target.contents(), &want, what);
     let place = Place {
         slab: source.address(),
         spans: spans.address(),
@@ -430,7 +432,7 @@ fn scales_are_swizzled_as_on_the_host() {
 }
 
 /// Launches an in-place kernel on `source` with grids of several sizes.
-fn check_bands<K: longshore_kernels::cuda::table::Kernel>(
+fn check_bands<K: Kernel>(
     emulator: &Emulator,
     source: &[u8],
     want: &[u8],
@@ -517,6 +519,157 @@ fn aiter_tiles_are_shuffled_as_on_the_host() {
     }
 }
 
+// ---- whole reorderings -----------------------------------------------------------------------------------------------
+
+/// Every reordering as a rank asks for it, with as much workspace as helps, as little as it takes, and less.
+#[test]
+fn reorderings_are_launched_as_the_host_does_them() {
+    let Some(emulator) = emulator() else { return };
+    let mut random = Random(12);
+    let shapes = [(1, 32), (2, 16), (3, 128), (1, 256), (2, 640), (2, 1028), (1, 1152), (2, 4352)];
+    let heights = [16, 32, 128, 256, 384];
+    let (mut launched, mut in_parts) = (0, 0);
+    for (count, row_bytes) in shapes {
+        for rows in heights {
+            let m = Matrices { param: 0, count, rows, row_bytes };
+            let orders = ROW_ORDERS.into_iter().flat_map(|order| {
+                [Reordering::Rows(order), Reordering::Blocks(order), Reordering::Swizzled(order)]
+            });
+            for how in orders.chain([Reordering::ScaleTiles, Reordering::WeightTiles]) {
+                // of shapes that it refuses, others are tested
+                let Ok(reorder) = Reorder::new(&m, how) else { continue };
+                check_reordering(emulator, &m, how, &reorder, &mut random);
+                let segments = reorder.permutation().map(Permutation::segments);
+                launched += 1;
+                in_parts +=
+                    u32::from(count > 1 && segments.is_some_and(|s| s.workspace_bytes(1) > 0));
+            }
+        }
+    }
+    assert!(launched > 150 && in_parts > 10, "{launched}, {in_parts} of them in parts");
+}
+
+fn check_reordering(
+    emulator: &Emulator,
+    m: &Matrices,
+    how: Reordering,
+    reorder: &Reorder,
+    random: &mut Random,
+) {
+    let source = random.bytes((m.count * m.rows * m.row_bytes) as usize);
+    let mut want = source.clone();
+    reorder_on_host(&mut want, m, how);
+    let segments = reorder.permutation().map(Permutation::segments);
+    let mut table = segments.as_ref().map(|segments| Memory::of(segments.segments()));
+    let table = segments.as_ref().zip(table.as_mut().map(Memory::address));
+    let needs = reorder.workspace(segments.as_ref(), DEVICE);
+    for (turns, bytes) in [
+        (Turns::Forwards, needs.most),
+        (Turns::Backwards, needs.most + 1000),
+        (Turns::Forwards, needs.least),
+        (Turns::Backwards, (needs.least + needs.most) / 2 + 5),
+    ] {
+        let what = format!("{how:?} of {m:?} with {bytes} bytes of {needs:?}");
+        let mut matrices = Memory::new(&source, 0);
+        let mut workspace = Memory::new(&vec![7; bytes as usize], 0);
+        let parts = Workspace { address: workspace.address(), bytes };
+        let on = Host { emulator, turns };
+        // SAFETY: the memory is there, of these sizes.
+        unsafe { launch::reorder(&on, reorder, table, matrices.address(), parts).unwrap() };
+        assert_same(matrices.contents(), &want, &what);
+        workspace.contents();
+    }
+    if let Some(bytes) = needs.least.checked_sub(1) {
+        let mut matrices = Memory::new(&source, 0);
+        let mut workspace = Memory::new(&vec![7; bytes as usize], 0);
+        let parts = Workspace { address: workspace.address(), bytes };
+        let on = Host { emulator, turns: Turns::Forwards };
+        // SAFETY: as above.
+        let outcome = unsafe { launch::reorder(&on, reorder, table, matrices.address(), parts) };
+        assert!(matches!(outcome, Err(CudaError::Launch { .. })), "{outcome:?}");
+        assert_same(matrices.contents(), &source, "matrices of a launch that was refused");
+    }
+}
+
+#[test]
+fn padded_scales_are_launched_as_the_host_swizzles_them() {
+    let Some(emulator) = emulator() else { return };
+    let mut random = Random(13);
+    for (count, rows, cols) in [(3, 40, 20), (1, 200, 7), (2, 128, 16), (0, 4, 4), (2, 0, 4)] {
+        for order in ROW_ORDERS {
+            let (padded_rows, padded_cols) = swizzle::padded(rows, cols);
+            let source = random.bytes(count * rows * cols);
+            let mut want = vec![1; count * padded_rows * padded_cols];
+            let targets = want.chunks_exact_mut((padded_rows * padded_cols).max(1));
+            for (from, to) in source.chunks_exact((rows * cols).max(1)).zip(targets) {
+                let order = |m| Order::from(order).source(m, padded_rows);
+                swizzle::swizzle(from, to, rows, cols, order);
+            }
+            let (count, rows, row_bytes) = (count as u64, rows as u64, cols as u64);
+            let matrices = Matrices { param: 0, count, rows, row_bytes };
+            let s = SwizzleInto { source: matrices, target: 1, order };
+            let mut from = Memory::new(&source, 0);
+            let mut to = Memory::new(&vec![1; want.len()], 0);
+            let on = Host { emulator, turns: Turns::Backwards };
+            // SAFETY: the memory is there, of these sizes.
+            unsafe { swizzle_into(&on, &s, from.address(), to.address()).unwrap() };
+            assert_same(to.contents(), &want, &format!("{s:?}"));
+        }
+    }
+}
+
+/// What a kernel could not do is refused; an address that is not aligned would end the process here.
+#[test]
+fn launches_that_kernels_are_not_made_for_are_refused() {
+    let Some(emulator) = emulator() else { return };
+    let on = Host { emulator, turns: Turns::Forwards };
+    let m = Matrices { param: 0, count: 1, rows: 128, row_bytes: 128 };
+    let none = Workspace::default();
+    let tiles = |how| Reorder::new(&m, how).unwrap();
+    let s = SwizzleInto { source: m, target: 1, order: RowOrder::AsStored };
+    let dims = Dims { heads: 1, dn: 1, dv: 1, kl: 33 };
+    let plain = |data, dtype| MlaWeight::Plain { data, dtype };
+    let experts = Experts { slots: 2, experts: 4, per_group: 2, routed: 4, ..Default::default() };
+    let beyond = Experts { first_expert: 3, per_expert: 1, quants: 2, ..experts };
+    let mut table = SpanTable::default();
+    let runs = Runs {
+        source_offset: 0,
+        target: 0,
+        rows: 1,
+        width: 1,
+        source_stride: 0,
+        target_stride: 0,
+        cast: None,
+    };
+    assert!(table.push(runs));
+    // SAFETY: nothing is launched.
+    let refused = unsafe {
+        [
+            launch::place(&on, 8, 0, &table),
+            launch::place(&on, 0, 4, &table),
+            launch::reorder(&on, &tiles(Reordering::WeightTiles), None, 8, none),
+            launch::reorder(&on, &tiles(Reordering::ScaleTiles), None, 24, none),
+            launch::reorder(&on, &tiles(Reordering::Swizzled(RowOrder::AsStored)), None, 4, none),
+            launch::reorder(&on, &tiles(Reordering::Rows(RowOrder::Shuffled32)), None, 0, none),
+            swizzle_into(&on, &s, 0, 8),
+            mla_split(&on, plain(1, Dtype::BF16), dims, 0, 0),
+            mla_split(&on, plain(2, Dtype::F32), dims, 0, 0),
+            mla_split(&on, plain(0, Dtype::F64), dims, 0, 0),
+            mla_split(&on, MlaWeight::Fp8 { data: 0, scale: 2 }, dims, 0, 0),
+            mla_split(&on, MlaWeight::Mxfp4 { data: 0, scale: 0 }, dims, 0, 0),
+            mla_split(&on, plain(0, Dtype::BF16), dims, 1, 0),
+            linear_scalars(&on, &Linear { alpha: 2, ..Default::default() }),
+            expert_scalars(&on, &Experts { g1_alphas: 2, ..experts }),
+            expert_scalars(&on, &experts),
+            expert_scalars(&on, &beyond),
+            kv_scales(&on, &KvScales { refused: 1, ..Default::default() }),
+        ]
+    };
+    for (number, outcome) in refused.iter().enumerate() {
+        assert!(matches!(outcome, Err(CudaError::Launch { .. })), "{number}: {outcome:?}");
+    }
+}
+
 // ---- MLA -------------------------------------------------------------------------------------------------------------
 
 /// Every form of weight, heads of odd sizes, blocks that straddle heads; NaNs, infinities and subnormals among the values.
@@ -571,57 +724,21 @@ fn split_emulated(
     vc: &mut Memory,
     turns: Turns,
 ) -> String {
-    let (w_kc, w_vc, grid) = (kc.address(), vc.address(), cuda_mla::grid(dims, DEVICE));
-    let Dims { heads, dn, dv, kl } = dims;
-    let [heads, dn, dv, kl] = [heads, dn, dv, kl].map(|n| n as u32);
-    match weight {
-        Weight::Plain { data, dtype } => {
-            let mut memory = Memory::new(data, 0);
-            let data = memory.address();
-            match dtype {
-                Dtype::BF16 => {
-                    emulator.launch(
-                        &cuda_mla::Bf16 { data, w_kc, w_vc, heads, dn, dv, kl },
-                        grid,
-                        turns,
-                    );
-                }
-                Dtype::F16 => {
-                    emulator.launch(
-                        &cuda_mla::F16 { data, w_kc, w_vc, heads, dn, dv, kl },
-                        grid,
-                        turns,
-                    );
-                }
-                _ => emulator.launch(
-                    &cuda_mla::F32 { data, w_kc, w_vc, heads, dn, dv, kl },
-                    grid,
-                    turns,
-                ),
-            }
-            format!("{dtype}")
-        }
-        Weight::Fp8 { data, scale } => {
-            let (mut data, mut scale) = (Memory::new(data, 0), Memory::new(scale, 0));
-            let (data, scale) = (data.address(), scale.address());
-            emulator.launch(
-                &cuda_mla::Fp8 { data, scale, w_kc, w_vc, heads, dn, dv, kl },
-                grid,
-                turns,
-            );
-            "FP8".to_owned()
-        }
-        Weight::Mxfp4 { data, scale } => {
-            let (mut data, mut scale) = (Memory::new(data, 0), Memory::new(scale, 0));
-            let (data, scale) = (data.address(), scale.address());
-            emulator.launch(
-                &cuda_mla::Mxfp4 { data, scale, w_kc, w_vc, heads, dn, dv, kl },
-                grid,
-                turns,
-            );
-            "MXFP4".to_owned()
-        }
-    }
+    let (data, scale) = match weight {
+        Weight::Plain { data, .. } => (data, &[][..]),
+        Weight::Fp8 { data, scale } | Weight::Mxfp4 { data, scale } => (data, scale),
+    };
+    let (mut data, mut scale) = (Memory::new(data, 0), Memory::new(scale, 0));
+    let (data, scale) = (data.address(), scale.address());
+    let (weight, name) = match weight {
+        Weight::Plain { dtype, .. } => (MlaWeight::Plain { data, dtype }, format!("{dtype}")),
+        Weight::Fp8 { .. } => (MlaWeight::Fp8 { data, scale }, "FP8".to_owned()),
+        Weight::Mxfp4 { .. } => (MlaWeight::Mxfp4 { data, scale }, "MXFP4".to_owned()),
+    };
+    let on = Host { emulator, turns };
+    // SAFETY: the memory is there, of these sizes.
+    unsafe { mla_split(&on, weight, dims, kc.address(), vc.address()).unwrap() };
+    name
 }
 
 /// All codes with all factors of MXFP4, and all of FP8 with factors that make everything a product can be.
@@ -694,7 +811,9 @@ fn scalars_of_linear_layers_equal_the_host() {
             alpha: out.address(),
             inverse_input: out.address() + 4,
         };
-        emulator.launch(&linear, scalars::ONE, Turns::Forwards);
+        let on = Host { emulator, turns: Turns::Forwards };
+        // SAFETY: the memory is there, of these sizes.
+        unsafe { linear_scalars(&on, &linear).unwrap() };
         assert_same(out.contents(), &bytes_of(&want), &format!("{a:?} {b:?}"));
     }
 }
@@ -752,7 +871,9 @@ fn scalars_of_experts_equal_the_host() {
             per_expert: u32::from(per_expert),
             quants: quants as u32,
         };
-        emulator.launch(&kernel, kernel.grid(), TURNS[round % 2]);
+        let on = Host { emulator, turns: TURNS[round % 2] };
+        // SAFETY: the memory is there, of these sizes.
+        unsafe { expert_scalars(&on, &kernel).unwrap() };
         for (number, (out, want)) in out.iter().zip(&want).enumerate() {
             let unwanted = vec![0.5; want.len()];
             let want = if number == 4 && !wanted { &unwanted } else { want };
@@ -781,7 +902,9 @@ fn kv_scales_settle_as_on_the_host() {
             v_given: u32::from(given),
             refused: refused.address(),
         };
-        emulator.launch(&kernel, scalars::ONE, Turns::Forwards);
+        let on = Host { emulator, turns: Turns::Forwards };
+        // SAFETY: the memory is there, of these sizes.
+        unsafe { kv_scales(&on, &kernel).unwrap() };
         let settled = kv::settled(k, given.then_some(v));
         let want = settled.unwrap_or((k, v));
         assert_same(memory.contents(), &bytes_of(&[want.0, want.1]), &format!("{k} {v} {given}"));

@@ -10,9 +10,10 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, DerivedActorRef};
 
 use crate::{
     collective::Collective,
+    device::Uploads,
     error::RankError,
     exchange::Exchange,
-    params::{ParamMemory, ReadyParams},
+    params::{Home, ParamMemory, ReadyParams},
     protocol::{
         Contact, Generation, Join, Peer, Peers, Phase, Progress, RankCommand, RankEvent,
         RankEventKind, RankMessage, RankReport, Work, WorkerEvent,
@@ -37,6 +38,8 @@ pub struct RankArguments {
     pub progress: Arc<Progress>,
     /// What it does.
     pub work: Arc<Work>,
+    /// Where its parameters live.
+    pub home: Home,
     /// Memory of an earlier load of the same parameters, to be written again in place; `None`: new memory.
     pub reuse: Option<Arc<ParamMemory>>,
     /// How it is joined with the others, when it is a process of its own.
@@ -48,6 +51,8 @@ pub struct RankArguments {
 pub struct RankState {
     arguments: RankArguments,
     memory: Option<Arc<ParamMemory>>,
+    /// The way to it, where it is a device's.
+    uploads: Option<Arc<Uploads>>,
     /// The generation whose ranks are being joined.
     joining: Option<Generation>,
     running: Option<Running>,
@@ -78,7 +83,7 @@ impl Actor for RankActor {
         _myself: ActorRef<RankMessage>,
         arguments: RankArguments,
     ) -> Result<RankState, ActorProcessingErr> {
-        Ok(RankState { arguments, memory: None, joining: None, running: None })
+        Ok(RankState { arguments, memory: None, uploads: None, joining: None, running: None })
     }
 
     async fn handle(
@@ -121,11 +126,20 @@ impl RankState {
         myself: ActorRef<RankMessage>,
         generation: Generation,
     ) -> Result<Contact, RankError> {
-        let RankArguments { rank, work, reuse, join, .. } = &self.arguments;
-        self.memory = Some(match reuse {
+        let RankArguments { rank, work, home, reuse, join, progress, .. } = &self.arguments;
+        let memory = match reuse {
             Some(memory) => Arc::clone(memory),
-            None => Arc::new(ParamMemory::new(Arc::clone(&work.plan.placement), *rank)?),
-        });
+            None => Arc::new(ParamMemory::new(Arc::clone(&work.plan.placement), *rank, home)?),
+        };
+        self.uploads = match memory.device() {
+            None => None,
+            Some(device) => {
+                let form = work.device_form();
+                let (memory, progress) = (Arc::clone(&memory), Arc::clone(progress));
+                Some(Arc::new(Uploads::new(device, *rank, memory, progress, form)?))
+            }
+        };
+        self.memory = Some(memory);
         match join {
             None => Ok(Contact::Here(self.own(myself)?)),
             Some(join) => Ok(Contact::Apart(join.announce(generation)?)),
@@ -138,7 +152,8 @@ impl RankState {
             RankError::Panicked("the rank was to load before it had memory".to_owned())
         })?;
         let progress = Arc::clone(&self.arguments.progress);
-        Ok(Peer { memory, progress, actor: myself })
+        let uploads = self.uploads.clone();
+        Ok(Peer { memory, uploads, progress, actor: myself })
     }
 
     fn load(&mut self, myself: ActorRef<RankMessage>, generation: Generation, peers: Peers) {
@@ -201,7 +216,10 @@ impl RankState {
         let RankArguments { rank, work, .. } = &self.arguments;
         let landing = work.plan.placement.landing_bytes(*rank);
         let (state, effects) = LoadState::start(&work.plan.placement, &landing, exchange.is_some());
-        let job = Job::new(*rank, generation, Arc::clone(work), own, ranks, exchange);
+        let job = match Job::new(*rank, generation, Arc::clone(work), own, ranks, exchange) {
+            Ok(job) => job,
+            Err(e) => return self.fail(generation, e),
+        };
         self.running = Some(Running { job: Arc::new(job), state, started: Instant::now() });
         self.carry_out(generation, effects);
         self.report(generation, RankEventKind::Prepared);
@@ -300,6 +318,11 @@ impl RankState {
             received_bytes: p.received_bytes.load(Relaxed),
             sent_bytes: p.sent_bytes.load(Relaxed),
             peak_staging_bytes,
+            peak_device_bytes: self
+                .memory
+                .as_ref()
+                .and_then(|m| m.device())
+                .map(|d| d.peak_bytes()),
             final_staging_bytes,
             elapsed: running.started.elapsed(),
         }

@@ -11,9 +11,11 @@
 //! What is sent from and received into belongs to the collective, so that it can be memory that others see, or memory
 //! of a device. A slot is filled again only when everybody has dropped what arrived from it.
 //!
-//! [`host::HostCollective`] joins processes of one host by shared memory and hosts by TCP.
+//! [`host::HostCollective`] joins processes of one host by shared memory and hosts by TCP, [`nccl::NcclCollective`] devices
+//! by NCCL.
 
 pub mod host;
+pub mod nccl;
 pub mod segment;
 pub mod slots;
 mod tcp;
@@ -243,6 +245,27 @@ pub enum Incoming {
     InPlace(Borrowed),
     /// The pieces alone, one after the other.
     Packed(Slot),
+    /// The pieces alone, one after the other, in the memory of this rank's device.
+    OnDevice(DeviceBytes),
+}
+
+/// Bytes in a device's memory, complete, which is not used for anything else while this lives.
+pub struct DeviceBytes {
+    /// The address of the first.
+    pub address: u64,
+    /// How many there are.
+    pub bytes: u64,
+    /// What keeps the memory.
+    pub keep: Box<dyn Send + Sync>,
+}
+
+impl fmt::Debug for DeviceBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeviceBytes")
+            .field("address", &self.address)
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Incoming {
@@ -252,6 +275,15 @@ impl Incoming {
             Incoming::Nothing => Some(&[]),
             Incoming::InPlace(borrowed) => Some(borrowed.bytes()),
             Incoming::Packed(slot) => Some(slot.bytes()),
+            Incoming::OnDevice(_) => None,
+        }
+    }
+
+    /// The address of the first byte, where they lie in the memory of this rank's device.
+    pub fn device_address(&self) -> Option<u64> {
+        match self {
+            Incoming::OnDevice(bytes) => Some(bytes.address),
+            _ => None,
         }
     }
 

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use longshore_kernels::cuda::driver::CudaError;
+
 use crate::collective::CollectiveError;
 
 /// Why a rank gave up.
@@ -116,6 +118,12 @@ pub enum RankError {
     /// Passing bytes to or from other ranks failed.
     #[error(transparent)]
     Exchange(#[from] CollectiveError),
+    /// The load ended while this was going on; whoever ended it says why.
+    #[error("the load has ended")]
+    Ended,
+    /// A device failed, or its memory is short.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     /// A rank in another process gave up.
     #[error("{text}")]
     Reported {

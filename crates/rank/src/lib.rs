@@ -6,6 +6,7 @@
 //! | memory | [`region`], [`params`], [`staging`] | placement → addresses that never change |
 //! | storage | [`storage`] | file and range → bytes |
 //! | streaming | [`stream`], [`scatter`] | assignment → bytes in parameters |
+//! | devices | [`device`] | bytes in pinned memory → bytes in parameters on a device |
 //! | exchange between processes | [`collective`], `exchange` | bytes of one rank → parameters of others |
 //! | tensors as they are stored | [`tensor_stream`] | wanted tensors → each with its bytes, in staging memory |
 //! | post-processing | `post_process` | complete parameters → derived ones |
@@ -24,11 +25,13 @@
 
 pub mod actor;
 pub mod collective;
+pub mod device;
 pub mod error;
 mod exchange;
 pub mod fault;
+mod lender;
 pub mod params;
-mod post_process;
+pub mod post_process;
 pub mod protocol;
 pub mod region;
 pub mod scatter;

@@ -1,5 +1,7 @@
 //! Parameter memory of one rank: where each parameter lies and how many of its bytes are still missing.
 
+pub mod data;
+
 use std::{
     collections::HashMap,
     ptr::NonNull,
@@ -9,42 +11,59 @@ use std::{
     },
 };
 
+use longshore_kernels::cuda::driver::Device;
 use longshore_models::{
     Dtype,
     declare::ParamId,
     placement::{Placement, Span},
 };
 
-use crate::{error::RankError, region::Region};
+use crate::{
+    error::RankError,
+    params::data::{Allocation, Data, DeviceAllocation},
+    region::Region,
+};
 
 /// Parameters start on this boundary: what vector loads and device copies like.
 const ALIGNMENT: u64 = 512;
 
-/// One rank's parameters in one region, allocated once; addresses never change.
+/// Where the parameters of a rank live.
+#[derive(Debug, Clone)]
+pub enum Home {
+    /// In the host's memory.
+    Host,
+    /// In the memory of a device.
+    Device(Arc<Device>),
+}
+
+/// One rank's parameters in one allocation; addresses never change.
 #[derive(Debug)]
 pub struct ParamMemory {
     placement: Arc<Placement>,
-    region: Region,
+    allocation: Arc<Allocation>,
     offsets: Vec<u64>,
     /// Bytes still to land, per parameter.
     missing: Vec<AtomicU64>,
 }
 
 impl ParamMemory {
-    /// Allocates the parameters of `rank`.
+    /// Allocates the parameters of `rank`. Where no piece will write, they are zero.
     ///
     /// # Errors
     /// The memory cannot be had.
-    pub fn new(placement: Arc<Placement>, rank: u32) -> Result<Self, RankError> {
-        let mut offsets = Vec::with_capacity(placement.params.len());
-        let mut end = 0u64;
-        for param in &placement.params {
-            offsets.push(end);
-            end = (end + param.bytes).next_multiple_of(ALIGNMENT);
-        }
-        let region = Region::new("parameters", end as usize)?;
+    pub fn new(placement: Arc<Placement>, rank: u32, home: &Home) -> Result<Self, RankError> {
+        let (offsets, bytes) = offsets(&placement);
+        let allocation = match home {
+            Home::Host => Allocation::Host(Region::new("parameters", bytes as usize)?),
+            Home::Device(device) => Allocation::Device(DeviceAllocation::new(device, bytes)?),
+        };
         let missing = placement.landing_bytes(rank).into_iter().map(AtomicU64::new).collect();
-        Ok(Self { placement, region, offsets, missing })
+        let this = Self { placement, allocation: Arc::new(allocation), offsets, missing };
+        // the system zeroes what it gives out, a device does not
+        if let Allocation::Device(allocation) = &*this.allocation {
+            this.zero_padded(rank, allocation)?;
+        }
+        Ok(this)
     }
 
     /// Gets ready to be written again, in place, by a load of `placement`: every byte counts as missing, and padding,
@@ -52,16 +71,91 @@ impl ParamMemory {
     ///
     /// Takes `&mut self`, so that nobody else reads or writes meanwhile (RNK-5). `placement` has the same parameters
     /// ([`Placement::same_parameters`]).
-    pub fn begin_again(&mut self, placement: Arc<Placement>, rank: u32) {
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn begin_again(&mut self, placement: Arc<Placement>, rank: u32) -> Result<(), RankError> {
         self.missing = placement.landing_bytes(rank).into_iter().map(AtomicU64::new).collect();
-        placement.padding(rank, |param, range| {
-            let start = (self.offsets[param as usize] + range.start) as usize;
-            let bytes = range.len() as usize;
-            self.region.touch(start, bytes);
-            // SAFETY: `at` checks that the range lies within the region; `&mut self` makes the access exclusive.
-            unsafe { self.region.at(start, bytes).as_ptr().write_bytes(0, bytes) };
-        });
         self.placement = placement;
+        match &*self.allocation {
+            Allocation::Device(allocation) => self.zero_padded(rank, allocation),
+            Allocation::Host(region) => {
+                self.placement.padding(rank, |param, range| {
+                    let start = (self.offsets[param as usize] + range.start) as usize;
+                    let bytes = range.len() as usize;
+                    region.touch(start, bytes);
+                    // SAFETY: `at` checks that the range lies within the region; `&mut self` makes the access exclusive.
+                    unsafe { region.at(start, bytes).as_ptr().write_bytes(0, bytes) };
+                });
+                Ok(())
+            }
+        }
+    }
+
+    /// Zeroes, as a whole, the parameters that have padding: nothing has landed yet, and one large fill is cheaper than one
+    /// for each row.
+    fn zero_padded(&self, rank: u32, allocation: &DeviceAllocation) -> Result<(), RankError> {
+        let mut padded = vec![false; self.offsets.len()];
+        self.placement.padding(rank, |param, _| padded[param as usize] = true);
+        let ranges = padded.iter().enumerate().filter(|(_, padded)| **padded);
+        allocation
+            .zero(ranges.map(|(i, _)| (self.offsets[i], self.placement.params[i].bytes)))
+            .map_err(RankError::from)
+    }
+
+    /// What holds the parameters.
+    pub fn allocation(&self) -> &Arc<Allocation> {
+        &self.allocation
+    }
+
+    /// The device that the parameters live on.
+    pub fn device(&self) -> Option<&Arc<Device>> {
+        match &*self.allocation {
+            Allocation::Host(_) => None,
+            Allocation::Device(allocation) => Some(allocation.memory().device()),
+        }
+    }
+
+    /// The host's memory that holds the parameters.
+    ///
+    /// # Panics
+    /// They live on a device: a bug, as each way of loading is for one home.
+    fn region(&self) -> &Region {
+        match &*self.allocation {
+            Allocation::Host(region) => region,
+            Allocation::Device(_) => unreachable!("these parameters live on a device"),
+        }
+    }
+
+    /// The address of a parameter's first byte, in the host's or in the device's memory.
+    pub fn address(&self, param: ParamId) -> u64 {
+        self.allocation.address() + self.offsets[param as usize]
+    }
+
+    /// Where `span` lands: the address of its first byte, in the host's or in the device's memory.
+    ///
+    /// # Panics
+    /// When the span would leave its parameter.
+    pub fn span_address(&self, span: &Span) -> u64 {
+        self.extent(span);
+        self.address(span.param) + span.target_offset
+    }
+
+    /// Bytes from the first of `span`'s runs to the end of the last.
+    ///
+    /// # Panics
+    /// When the span would leave its parameter.
+    fn extent(&self, span: &Span) -> u64 {
+        let extent = match span.rows {
+            0 => 0,
+            rows => (rows - 1) * span.target_stride + span.target_width(),
+        };
+        let end = span.target_offset + extent;
+        assert!(
+            end <= self.placement.params[span.param as usize].bytes,
+            "span leaves its parameter"
+        );
+        extent
     }
 
     /// The placement that this memory was filled by, or is being filled by.
@@ -91,38 +185,31 @@ impl ParamMemory {
         Ok(before == bytes && bytes > 0)
     }
 
-    /// Where `span` lands: address of its first run, all of its extent resident and ready to be written.
+    /// Where `span` lands in the host's memory: address of its first run, all of its extent resident and ready to be written.
     ///
     /// # Panics
-    /// When the span would leave its parameter.
+    /// When the span would leave its parameter, or the parameters live on a device.
     pub fn span_target(&self, span: &Span) -> NonNull<u8> {
-        let param = span.param as usize;
-        let extent = match span.rows {
-            0 => 0,
-            rows => (rows - 1) * span.target_stride + span.target_width(),
-        };
-        let end = span.target_offset + extent;
-        assert!(end <= self.placement.params[param].bytes, "span leaves its parameter");
-        let (offset, extent) =
-            ((self.offsets[param] + span.target_offset) as usize, extent as usize);
-        self.region.touch(offset, extent);
-        self.region.at(offset, extent)
+        let offset = (self.offsets[span.param as usize] + span.target_offset) as usize;
+        let (region, extent) = (self.region(), self.extent(span) as usize);
+        region.touch(offset, extent);
+        region.at(offset, extent)
     }
 
-    /// The bytes of `param`.
+    /// The bytes of `param`, which is in the host's memory.
     ///
     /// # Safety
     /// No byte of the parameter may be written while the slice lives: it is complete (RNK-2), and nothing that writes
     /// it again (post-processing in place, a reload) runs meanwhile.
     pub unsafe fn bytes(&self, param: ParamId) -> &[u8] {
         let bytes = self.placement.params[param as usize].bytes as usize;
-        let start = self.region.at(self.offsets[param as usize] as usize, bytes);
+        let start = self.region().at(self.offsets[param as usize] as usize, bytes);
         // SAFETY: the range is within the region (checked by `at`), initialised (anonymous memory is zeroed), and by
         // the caller's promise not written.
         unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes) }
     }
 
-    /// The bytes of `param`, to be written.
+    /// The bytes of `param`, which is in the host's memory, to be written.
     ///
     /// # Safety
     /// Nothing else may read or write the parameter while the slice lives.
@@ -132,7 +219,7 @@ impl ParamMemory {
     )]
     pub unsafe fn bytes_mut(&self, param: ParamId) -> &mut [u8] {
         let bytes = self.placement.params[param as usize].bytes as usize;
-        let start = self.region.at(self.offsets[param as usize] as usize, bytes);
+        let start = self.region().at(self.offsets[param as usize] as usize, bytes);
         // SAFETY: as in `bytes`; exclusivity is the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), bytes) }
     }
@@ -147,8 +234,8 @@ pub struct ParamView<'a> {
     pub dtype: Dtype,
     /// Rank-local shape.
     pub shape: &'a [u64],
-    /// The bytes; their address stays the same as long as the parameters live.
-    pub bytes: &'a [u8],
+    /// The bytes, on the host or on a device; their address stays the same as long as the parameters live.
+    pub data: Data<'a>,
 }
 
 /// The finished parameters of one rank. Exists only for a rank that is complete, and is the only way to read them; a
@@ -176,7 +263,7 @@ impl ReadyParams {
 
     /// Bytes of memory that the parameters take, the gaps between them included.
     pub fn allocated_bytes(&self) -> u64 {
-        self.memory.region.len() as u64
+        self.memory.allocation.len()
     }
 
     /// All parameters, in model order.
@@ -198,14 +285,15 @@ impl ReadyParams {
 
     fn view(&self, id: ParamId) -> ParamView<'_> {
         let param = &self.memory.placement().params[id as usize];
-        ParamView {
-            name: &param.name,
-            dtype: param.dtype,
-            shape: &param.shape,
+        let data = match &*self.memory.allocation {
             // SAFETY: `new` saw every byte landed, and a `ReadyParams` is only made when the rank's workers have
             // nothing left to write.
-            bytes: unsafe { self.memory.bytes(id) },
-        }
+            Allocation::Host(_) => Data::Host(unsafe { self.memory.bytes(id) }),
+            Allocation::Device(allocation) => {
+                Data::Device(allocation.part(self.memory.offsets[id as usize], param.bytes))
+            }
+        };
+        ParamView { name: &param.name, dtype: param.dtype, shape: &param.shape, data }
     }
 
     /// Second names: `(derived name, name of the parameter whose storage it shares)`.
@@ -216,4 +304,20 @@ impl ReadyParams {
             .iter()
             .map(|a| (a.name.as_str(), placement.params[a.source as usize].name.as_str()))
     }
+}
+
+/// Where each parameter begins, and the bytes that all of them take, the gaps between them included.
+fn offsets(placement: &Placement) -> (Vec<u64>, u64) {
+    let mut offsets = Vec::with_capacity(placement.params.len());
+    let mut end = 0u64;
+    for param in &placement.params {
+        offsets.push(end);
+        end = (end + param.bytes).next_multiple_of(ALIGNMENT);
+    }
+    (offsets, end)
+}
+
+/// Bytes that the parameters of one rank take in memory, the gaps between them included.
+pub fn memory_bytes(placement: &Placement) -> u64 {
+    offsets(placement).1
 }

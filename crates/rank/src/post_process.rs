@@ -1,5 +1,7 @@
 //! Post-processing: runs a finish on the complete parameters of one rank.
 
+pub mod device;
+
 use longshore_kernels::host::{
     blocks, kv, mla, nvfp4,
     permute::{gated_shuffled32, shuffled32},
@@ -223,15 +225,17 @@ unsafe fn kv_scales(scales: &KvScales, memory: &ParamMemory) -> Result<(), RankE
     let read = |bytes: &[u8]| bytes.first_chunk().map_or(f32::NAN, |b| f32::from_le_bytes(*b));
     let (k_scale, v_scale) = (read(k), scales.v_given.then(|| read(v)));
     let Some((settled_k, settled_v)) = kv::settled(k_scale, v_scale) else {
-        let v_scale = v_scale.unwrap_or(f32::NAN);
-        return Err(RankError::Values {
-            param: memory.placement().params[scales.v as usize].name.clone(),
-            reason: format!(
-                "v_scale is {v_scale}, which needs a positive k_scale, found {k_scale}"
-            ),
-        });
+        return Err(contradiction(memory, scales, k_scale, v_scale.unwrap_or(f32::NAN)));
     };
     k.copy_from_slice(&settled_k.to_le_bytes());
     v.copy_from_slice(&settled_v.to_le_bytes());
     Ok(())
+}
+
+/// A pair of KV-cache scales that cannot be settled.
+fn contradiction(memory: &ParamMemory, scales: &KvScales, k: f32, v: f32) -> RankError {
+    RankError::Values {
+        param: memory.placement().params[scales.v as usize].name.clone(),
+        reason: format!("v_scale is {v}, which needs a positive k_scale, found {k}"),
+    }
 }

@@ -22,9 +22,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     collective::{Collective, segment::SegmentHandle},
+    device::{Form, Uploads},
     error::RankError,
     params::{ParamMemory, ReadyParams},
     storage::CheckpointSource,
+    stream::slab_bytes,
 };
 
 /// Numbers the attempts at a load; messages of older ones are ignored.
@@ -62,6 +64,8 @@ pub struct LoadPlan {
 pub struct Peer {
     /// Its parameters.
     pub memory: Arc<ParamMemory>,
+    /// The way to them, where they live on a device.
+    pub uploads: Option<Arc<Uploads>>,
     /// Its counters.
     pub progress: Arc<Progress>,
     /// Its mailbox.
@@ -77,6 +81,16 @@ pub struct Work {
     pub sources: Arc<Vec<CheckpointSource>>,
     /// Reads in flight.
     pub concurrency: usize,
+    /// Slabs of pinned memory, and as many on the device, of a rank whose parameters live on one.
+    pub device_slabs: u32,
+}
+
+impl Work {
+    /// What a rank sets aside on its device.
+    pub fn device_form(&self) -> Form {
+        let slab_bytes = slab_bytes(self.plan.read_bytes_max);
+        Form { slabs: self.device_slabs, slab_bytes }
+    }
 }
 
 /// How others reach a rank that is a process of its own.
@@ -88,6 +102,19 @@ pub struct Endpoint {
     pub segment: SegmentHandle,
     /// Where it takes connections from ranks on other hosts.
     pub address: SocketAddr,
+    /// What it brings to an exchange over NCCL, if it can take part in one.
+    pub nccl: Option<NcclOffer>,
+}
+
+/// A rank that could exchange over NCCL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NcclOffer {
+    /// The UUID of its device.
+    pub device: [u8; 16],
+    /// Its library, as that counts its versions: all ranks need the same.
+    pub version: u32,
+    /// Rank 0's name for the communicator.
+    pub id: Option<Vec<u8>>,
 }
 
 /// Where a rank's parameters are.
@@ -243,6 +270,8 @@ pub struct RankReport {
     pub sent_bytes: u64,
     /// The most staging memory that it held.
     pub peak_staging_bytes: u64,
+    /// The most device memory that its process had allocated on its device, where its parameters live on one.
+    pub peak_device_bytes: Option<u64>,
     /// Staging memory that it still held at the end (always 0).
     pub final_staging_bytes: u64,
     /// From the `Start` command until ready.

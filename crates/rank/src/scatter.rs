@@ -145,7 +145,8 @@ impl Scatter {
         &self.spans
     }
 
-    fn find_spans(&mut self, plan: &LoadPlan, rank: u32, read: &Read) {
+    /// Lists the spans of `read`, a read on behalf of `rank`.
+    pub(crate) fn find_spans(&mut self, plan: &LoadPlan, rank: u32, read: &Read) {
         self.spans.clear();
         self.parts.clear();
         let wanted = |r| plan.exchange || r == rank;
@@ -284,7 +285,7 @@ impl Scatter {
     }
 
     /// Copies what other processes want to the same offsets of a slot, once for all of them.
-    fn fill_slot(&self, bytes: &[u8], slot: &mut [u8], ranks: &Ranks) {
+    pub(crate) fn fill_slot(&self, bytes: &[u8], slot: &mut [u8], ranks: &Ranks) {
         let same = |a: &Span, b: &Span| {
             (a.source_offset, a.rows, a.width) == (b.source_offset, b.rows, b.width)
         };

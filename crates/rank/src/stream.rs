@@ -15,7 +15,8 @@ use longshore_models::placement::Span;
 use ractor::ActorRef;
 
 use crate::{
-    collective::slots::Slot,
+    collective::slots::{Slot, SlotPool},
+    device::{Done, Origin, Staged, Uploads},
     error::RankError,
     exchange::{Exchange, Landed},
     fault,
@@ -38,6 +39,8 @@ pub(crate) struct Job {
     own: Peer,
     /// With ranks in other processes.
     exchange: Option<Exchange>,
+    /// What is read into, where the parameters live on a device.
+    pinned: Option<Arc<SlotPool>>,
     queue: Mutex<Queue>,
     wake: Condvar,
     reads_left: AtomicUsize,
@@ -63,6 +66,9 @@ enum Task {
 
 impl Job {
     /// `own` is this rank as the others see it; `exchange` joins it with ranks in other processes.
+    ///
+    /// # Errors
+    /// Memory cannot be pinned.
     pub(crate) fn new(
         rank: u32,
         generation: Generation,
@@ -70,10 +76,14 @@ impl Job {
         own: Peer,
         ranks: Ranks,
         exchange: Option<Exchange>,
-    ) -> Self {
+    ) -> Result<Self, RankError> {
         let slab_bytes = slab_bytes(work.plan.read_bytes_max) as usize;
         let reads_left = AtomicUsize::new(work.plan.reads[rank as usize].len());
-        Self {
+        let pinned = match own.memory.device() {
+            Some(device) => Some(SlotPool::pinned(work.device_slabs, slab_bytes, device)?),
+            None => None,
+        };
+        Ok(Self {
             rank,
             generation,
             work,
@@ -81,10 +91,11 @@ impl Job {
             ranks,
             own,
             exchange,
+            pinned,
             queue: Mutex::default(),
             wake: Condvar::new(),
             reads_left,
-        }
+        })
     }
 
     /// Starts the workers, and the thread of the exchange.
@@ -96,12 +107,16 @@ impl Job {
             self.spawn(format!("rank{}-worker{number}", self.rank), Self::run_tasks)?;
         }
         if self.exchange.is_some() {
-            self.spawn(format!("rank{}-exchange", self.rank), Self::run_exchange)?;
+            let run = |job: &Arc<Self>| job.run_exchange();
+            self.spawn(format!("rank{}-exchange", self.rank), run)?;
+        }
+        if self.own.uploads.is_some() {
+            self.spawn(format!("rank{}-device", self.rank), |job| job.run_device())?;
         }
         Ok(())
     }
 
-    fn spawn(self: &Arc<Self>, name: String, run: fn(&Self)) -> Result<(), RankError> {
+    fn spawn(self: &Arc<Self>, name: String, run: fn(&Arc<Self>)) -> Result<(), RankError> {
         let job = Arc::clone(self);
         let spawned = std::thread::Builder::new().name(name).spawn(move || run(&job));
         spawned.map(|_| ()).map_err(|e| {
@@ -127,6 +142,12 @@ impl Job {
         if let Some(exchange) = &self.exchange {
             exchange.collective.abort(why);
         }
+        if let Some(pinned) = &self.pinned {
+            pinned.close();
+        }
+        if let Some(uploads) = &self.own.uploads {
+            uploads.close();
+        }
     }
 
     pub(crate) fn progress(&self) -> &Progress {
@@ -136,7 +157,10 @@ impl Job {
     /// The most staging memory that the rank has held, slots included, and what it holds now; in bytes.
     pub(crate) fn staging_bytes(&self) -> (u64, u64) {
         let slots = self.exchange.as_ref().map(|e| &e.collective);
-        let (peak, held) = slots.map_or((0, 0), |s| (s.peak_bytes(), s.held_bytes()));
+        let (mut peak, mut held) = slots.map_or((0, 0), |s| (s.peak_bytes(), s.held_bytes()));
+        if let Some(pinned) = &self.pinned {
+            (peak, held) = (peak + pinned.peak_bytes(), held + pinned.held_bytes());
+        }
         (self.staging.peak_bytes() + peak, self.staging.held_bytes() + held)
     }
 
@@ -149,7 +173,7 @@ impl Job {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run_tasks(&self) {
+    fn run_tasks(self: &Arc<Self>) {
         let mut scatter = Scatter::default();
         let mut workspace = Vec::new();
         loop {
@@ -163,15 +187,44 @@ impl Job {
             let done = catch_unwind(AssertUnwindSafe(|| match task {
                 Task::Place(landed) => self.place(landed),
                 Task::Finish(finish) => self.finish(finish, &mut workspace),
-                Task::Read(number, slot) => self.read(number, slot, &mut scatter),
+                Task::Read(number, slot) => match &self.pinned {
+                    None => self.read(number, slot, &mut scatter),
+                    Some(pinned) => self.read_to_device(number, slot, pinned, &mut scatter),
+                },
                 Task::Exit => Ok(()),
             }));
             progress.steps.fetch_add(1, Ordering::Relaxed);
             progress.in_hand.fetch_sub(1, Ordering::Relaxed);
             match done {
                 Ok(Ok(())) => {}
+                Ok(Err(RankError::Ended)) => return,
                 Ok(Err(e)) => return self.give_up(e),
                 Err(panic) => return self.give_up(RankError::Panicked(panic_text(&*panic))),
+            }
+        }
+    }
+
+    fn run_device(&self) {
+        let Some(uploads) = &self.own.uploads else { return };
+        loop {
+            let done = catch_unwind(AssertUnwindSafe(|| match uploads.next_done()? {
+                None => Ok(true),
+                Some(Done::Placed { reader, spans }) => {
+                    count_exchange(&spans, reader, &self.ranks);
+                    self.land(&spans).map(|()| false)
+                }
+                Some(Done::Finished(number)) => {
+                    self.tell(&self.own, WorkerEvent::FinishDone(number));
+                    Ok(false)
+                }
+            }));
+            match done {
+                Ok(Ok(true)) => return,
+                Ok(Ok(false)) => {}
+                // whoever stopped the rank knows why; what is under way is waited for all the same
+                Ok(Err(_)) if self.lock().stopped => {}
+                Ok(Err(e)) => self.give_up(e),
+                Err(panic) => self.give_up(RankError::Panicked(panic_text(&*panic))),
             }
         }
     }
@@ -274,8 +327,51 @@ impl Job {
         if let (Some(exchange), Some(round), Some(slot)) = (&self.exchange, read.round, slot) {
             exchange.contribute(round, slot);
         }
+        self.read_ended();
+        Ok(())
+    }
+
+    fn read_ended(&self) {
         if self.reads_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.tell(&self.own, WorkerEvent::ReadsDone);
+        }
+    }
+
+    /// Reads into pinned memory, from where the bytes go to the devices of all ranks of this process that want them.
+    fn read_to_device(
+        self: &Arc<Self>,
+        number: usize,
+        slot: Option<Slot>,
+        pinned: &Arc<SlotPool>,
+        scatter: &mut Scatter,
+    ) -> Result<(), RankError> {
+        fault::at_read(self.rank, number)?;
+        let Work { plan, sources, .. } = &*self.work;
+        let read = &plan.reads[self.rank as usize][number];
+        let source = &sources[read.file as usize];
+        let mut slab = pinned.lease_waiting().ok_or(RankError::Ended)?;
+        let staged = source.read_staged(read.range, slab.bytes_mut())?;
+        let progress = self.progress();
+        progress.reads.fetch_add(staged.reads, Ordering::Relaxed);
+        progress.read_bytes.fetch_add(read.range.len(), Ordering::Relaxed);
+        progress.padding_bytes.fetch_add(staged.padding_bytes, Ordering::Relaxed);
+        scatter.find_spans(plan, self.rank, read);
+        if let (Some(exchange), Some(round), Some(mut slot)) = (&self.exchange, read.round, slot) {
+            let bytes = &slab.bytes()[staged.begin..][..read.range.len() as usize];
+            scatter.fill_slot(bytes, slot.bytes_mut(), &self.ranks);
+            exchange.contribute(round, slot);
+        }
+        let (begin, job) = (staged.begin as u64, Arc::clone(self));
+        let staged = Arc::new(Staged::new(slab).on_end(move || job.read_ended()));
+        let mut spans = scatter.spans().to_vec();
+        spans.sort_by_key(|span| span.rank);
+        for spans in spans.chunk_by(|a, b| a.rank == b.rank) {
+            let Some(uploads) = self.ranks.here(spans[0].rank).and_then(|p| p.uploads.as_ref())
+            else {
+                continue;
+            };
+            let origin = Origin::Host { staged: Arc::clone(&staged), begin };
+            uploads.place(spans.to_vec(), self.rank, origin)?;
         }
         Ok(())
     }
@@ -283,6 +379,9 @@ impl Job {
     /// Places what another process has read.
     fn place(&self, landed: Landed) -> Result<(), RankError> {
         let spans = landed.spans(&self.work.plan, self.rank);
+        if let (Some(pinned), Some(uploads)) = (&self.pinned, &self.own.uploads) {
+            return place_on_device(spans, landed, pinned, uploads);
+        }
         place_all(&spans, landed.host_bytes()?, &self.ranks)?;
         count_exchange(&spans, landed.source, &self.ranks);
         // what it lies in goes back before anyone can believe the rank to be ready (RNK-3)
@@ -303,6 +402,10 @@ impl Job {
     }
 
     fn finish(&self, number: u32, workspace: &mut Vec<u8>) -> Result<(), RankError> {
+        if let Some(uploads) = &self.own.uploads {
+            // SAFETY: as below.
+            return unsafe { uploads.finish(number) };
+        }
         let finish = &self.work.plan.placement.finishes[number as usize];
         // SAFETY: the state machine pushes a finish once, after its inputs have landed (RNK-2); outputs belong to one
         // finish only.
@@ -316,6 +419,56 @@ impl Job {
         // a rank that is gone has no use for the news; its supervisor knows
         let _ = actor.cast(RankMessage::Worker(self.generation, event));
     }
+}
+
+/// Places what another process has read: straight away where it arrived on the device, else through pinned memory, to which
+/// only what this rank wants is copied.
+fn place_on_device(
+    mut spans: Vec<Span>,
+    landed: Landed,
+    pinned: &Arc<SlotPool>,
+    uploads: &Uploads,
+) -> Result<(), RankError> {
+    if landed.bytes.device_address().is_some() {
+        return uploads.place(spans, landed.source, Origin::Device { bytes: landed.bytes });
+    }
+    let source = landed.source;
+    let mut landed = Some(landed);
+    while let Some(held) = &landed {
+        let mut slab = pinned.lease_waiting().ok_or(RankError::Ended)?;
+        let packed = pack(&mut spans, held.host_bytes()?, slab.bytes_mut());
+        if spans.is_empty() {
+            // what it lies in goes back before anyone can believe the rank to be ready (RNK-3)
+            landed = None;
+        }
+        let origin = Origin::Host { staged: Arc::new(Staged::new(slab)), begin: 0 };
+        uploads.place(packed, source, origin)?;
+    }
+    Ok(())
+}
+
+/// Copies the runs of as many of `spans` as there is room for, one after the other; takes these away, and returns them as
+/// they lie in `slab`.
+fn pack(spans: &mut Vec<Span>, bytes: &[u8], slab: &mut [u8]) -> Vec<Span> {
+    let mut end = 0;
+    let fits = |span: &&Span| {
+        end += span.source_bytes();
+        end <= slab.len() as u64
+    };
+    let count = spans.iter().take_while(fits).count();
+    assert!(count > 0, "a span is longer than a slab");
+    let mut packed: Vec<Span> = spans.drain(..count).collect();
+    let mut at = 0;
+    for span in &mut packed {
+        let (from, width) = (*span, span.width as usize);
+        (span.source_offset, span.source_stride) = (at as u64, span.width);
+        for row in 0..from.rows {
+            let run = (from.source_offset + row * from.source_stride) as usize;
+            slab[at..at + width].copy_from_slice(&bytes[run..run + width]);
+            at += width;
+        }
+    }
+    packed
 }
 
 /// The staging memory that a read of at most `read_bytes` bytes takes: both ends may need a block more.

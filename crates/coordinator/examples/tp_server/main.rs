@@ -136,7 +136,7 @@ impl<'a> Finished<'a> {
 
 impl model::Params for Finished<'_> {
     fn param(&self, name: &str) -> Option<(&[u64], &[u8])> {
-        self.0.get(name).map(|param| (param.shape, param.bytes))
+        self.0.get(name).and_then(|param| Some((param.shape, param.data.host()?)))
     }
 }
 

@@ -166,9 +166,9 @@ impl Loaded {
     /// however the bytes travelled.
     ///
     /// # Errors
-    /// As [`Loaded::ranks`].
+    /// As [`Loaded::ranks`], or a device that holds parameters fails.
     pub fn digest(&self) -> Result<String, LoadError> {
-        Ok(digest::group_digest(self.group.ranks()?))
+        digest::group_digest(self.group.ranks()?)
     }
 
     /// Loads another checkpoint into the same parameters, at the same addresses.

@@ -8,6 +8,7 @@ use longshore_rank::storage::IoChoice;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
+    device::DeviceChoice,
     error::LoadError,
     load::RunOptions,
     plan::{Exchange, MEMORY_LIMIT, PlanOptions},
@@ -90,9 +91,10 @@ pub(super) struct PlanArgs {
     /// Ranks as actors of this process, or a process each.
     #[arg(long, value_enum, default_value_t = RanksArg::Threads)]
     pub(super) ranks: RanksArg,
-    /// Where parameters live: cpu or cuda.
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    /// Where parameters live: cpu, or cuda, where a rank's device is that of its number on the host [default: cuda where there
+    /// is a device for each rank of the host, else cpu].
+    #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
+    device: Option<DeviceChoice>,
 }
 
 #[derive(Debug, Args)]
@@ -141,7 +143,8 @@ pub(super) struct RunArgs {
     /// How long rank processes may take to join.
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = parse_seconds)]
     join_timeout: Duration,
-    /// How bytes pass between rank processes: shared memory where they are on one host and TCP elsewhere, or TCP.
+    /// How bytes pass between rank processes: NCCL where each has a device of its own, else as host; host: shared memory where
+    /// they are on one host and TCP elsewhere; TCP; NCCL.
     #[arg(long, value_enum, default_value_t = TransportArg::Auto)]
     transport: TransportArg,
 }
@@ -205,7 +208,9 @@ enum ExchangeArg {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum TransportArg {
     Auto,
+    Host,
     Tcp,
+    Nccl,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -222,18 +227,9 @@ enum IoArg {
 }
 
 impl PlanArgs {
-    /// Refuses what the contract names but this version cannot do.
-    pub(super) fn check_supported(&self) -> Result<(), LoadError> {
-        let refuse =
-            |option, reason: &str| Err(LoadError::Option { option, reason: reason.into() });
-        match self.device.as_str() {
-            "cpu" => Ok(()),
-            "cuda" => refuse("--device cuda", "not supported yet; use --device cpu"),
-            d if d.starts_with("cuda:") => {
-                refuse("--device cuda", "not supported yet; use --device cpu")
-            }
-            other => refuse("--device", &format!("{other} is neither cpu nor cuda")),
-        }
+    /// Where parameters are to live.
+    pub(super) fn device_choice(&self) -> DeviceChoice {
+        self.device.unwrap_or(DeviceChoice::Auto)
     }
 
     /// # Errors
@@ -305,7 +301,9 @@ impl RunArgs {
         GroupOptions {
             transport: match self.transport {
                 TransportArg::Auto => Transport::Auto,
+                TransportArg::Host => Transport::Host,
                 TransportArg::Tcp => Transport::Tcp,
+                TransportArg::Nccl => Transport::Nccl,
             },
             stuck_after: self.progress_timeout,
             join_limit: self.join_timeout,
@@ -324,6 +322,7 @@ impl RunArgs {
                 IoArg::Direct => IoChoice::Direct,
             },
             stuck_after: self.progress_timeout,
+            device: self.plan.device_choice(),
             concurrency: match self.concurrency {
                 Some(count) => Some(usize::from(count)),
                 None => from_environment("RUNAI_STREAMER_CONCURRENCY", |text| {
@@ -382,6 +381,16 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     let number: u64 =
         number.trim().parse().map_err(|_| "a number of bytes, for example 512MiB".to_owned())?;
     number.checked_mul(unit).ok_or_else(|| "too large".to_owned())
+}
+
+/// `cpu`, `cuda`, or `cuda:N`, which means the same (contract §1).
+fn parse_device(text: &str) -> Result<DeviceChoice, String> {
+    match text.strip_prefix("cuda:").map(str::parse::<u32>) {
+        None if text == "cpu" => Ok(DeviceChoice::Cpu),
+        None if text == "cuda" => Ok(DeviceChoice::Cuda),
+        Some(Ok(_)) => Ok(DeviceChoice::Cuda),
+        _ => Err("neither cpu nor cuda".to_owned()),
+    }
 }
 
 /// Seconds, with a fraction perhaps.

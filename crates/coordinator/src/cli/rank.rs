@@ -12,7 +12,7 @@ use super::{
     fail, launch, make_plan, print, start_log, watch,
 };
 use crate::{
-    digest,
+    device, digest,
     error::LoadError,
     launch::{FinalLines, Launch},
     link::wire,
@@ -43,9 +43,9 @@ pub(super) fn launch(
 /// The command line of each rank: this one's, with `rank` in the place of `load`.
 fn rank_command(load: &LoadArgs, mut arguments: Vec<OsString>) -> Result<Vec<OsString>, LoadError> {
     // before anything is started: what is wrong with them is said once
-    load.run.plan.check_supported()?;
     load.run.run_options()?;
     load.run.plan.plan_options(load.tp)?;
+    device::refuse_unusable(load.run.plan.device_choice())?;
     refuse_reload(&load.run.reload)?;
     let failed = |source| LoadError::Io {
         path: "/proc/self/exe".into(),
@@ -165,14 +165,14 @@ impl Rank<'_> {
     ) -> Result<Option<Report>, LoadError> {
         let mut own = Holding::default();
         if hash {
-            own.hashes = phases.measure("digest", || digest::param_hashes(self.params));
+            own.hashes = phases.measure("digest", || digest::param_hashes(self.params))?;
         }
         let file = match self.out {
             None => None,
             Some(dir) => Some(self.write_file(dir, joined).await?),
         };
         if file.is_some() {
-            own.sha256 = digest::param_sha256(self.params);
+            own.sha256 = digest::param_sha256(self.params)?;
         }
         own.peak_rss_bytes = peak_rss_bytes().unwrap_or(0);
         let failed = |e: wire::WireError| LoadError::Runtime(e.to_string());

@@ -6,7 +6,7 @@ use std::{collections::VecDeque, sync::Arc};
 use longshore_rank::{
     actor::{RankActor, RankArguments},
     error::RankError,
-    params::ReadyParams,
+    params::{Home, ReadyParams},
     protocol::{
         Contact, Generation, Join, Progress, RankCommand, RankEvent, RankEventKind, RankMessage,
         RankReport, Work,
@@ -51,6 +51,7 @@ pub(crate) struct MemberArguments {
     pub(crate) timing: Timing,
     pub(crate) progress: Arc<Progress>,
     pub(crate) work: Arc<Work>,
+    pub(crate) home: Home,
     pub(crate) join: Arc<dyn Join>,
     pub(crate) plan: [u8; PLAN_HASH_BYTES],
     pub(crate) check_at_end: CheckAtEnd,
@@ -113,12 +114,14 @@ impl Actor for Member {
         myself: ActorRef<MemberMessage>,
         arguments: MemberArguments,
     ) -> Result<MemberState, ActorProcessingErr> {
-        let MemberArguments { rank, stream, timing, progress, work, join, plan, .. } = arguments;
+        let MemberArguments { rank, stream, timing, progress, work, home, join, plan, .. } =
+            arguments;
         let start = RankArguments {
             rank,
             events: myself.get_derived(),
             progress: Arc::clone(&progress),
             work,
+            home,
             reuse: None,
             join: Some(join),
         };

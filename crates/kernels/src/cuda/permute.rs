@@ -62,7 +62,7 @@ kernel! {
 }
 
 /// Orders of rows that the kernels know.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Order {
     /// None.
     AsStored,

@@ -1,7 +1,7 @@
 //! Swizzle and shuffles.
 //!
-//! In place, a block of threads holds a band in registers between reading and writing it, or, where a band is too long for
-//! that, in its part of a workspace of the caller's: [`Band::workspace_bytes`].
+//! In place, a block of threads holds a band in registers between reading and writing it, or, where a band is too long
+//! for that, in its part of a workspace of the caller's: [`Band::workspace_bytes`].
 
 use crate::host::swizzle::padded;
 
@@ -92,9 +92,20 @@ impl Band {
         device.grid_of_bands(self.count, self.threads)
     }
 
+    /// A launch of no more blocks than are resident on every chip: enough where each needs workspace of its own.
+    pub fn resident_grid(&self, device: Device) -> Grid {
+        let Grid { blocks, threads } = self.grid(device);
+        Grid { blocks: blocks.min(device.resident_blocks(threads)), threads }
+    }
+
+    /// Whether registers hold a band, so that no workspace is needed.
+    pub fn held(&self) -> bool {
+        self.bytes <= self.held_bytes
+    }
+
     /// Bytes of workspace for a launch of `grid`: a band for each of its blocks, or 0 where registers do.
     pub fn workspace_bytes(&self, grid: Grid) -> u64 {
-        if self.bytes <= self.held_bytes { 0 } else { u64::from(grid.blocks) * self.bytes }
+        if self.held() { 0 } else { u64::from(grid.blocks) * self.bytes }
     }
 }
 

@@ -69,10 +69,15 @@ impl Device {
     /// A grid for `items` of work, of which each thread takes one at a time: enough blocks for all, but no more than four
     /// times what is resident, as loops do the rest.
     pub fn grid(&self, items: u64, threads: u32) -> Grid {
-        let most = u64::from(self.multiprocessors.max(1) * 4 * (RESIDENT_THREADS / threads).max(1));
+        let most = u64::from(4 * self.resident_blocks(threads));
         let blocks = items.div_ceil(u64::from(threads)).clamp(1, most);
         // no more than `most`, which is a product of small numbers
         Grid { blocks: blocks as u32, threads }
+    }
+
+    /// Blocks of `threads` threads that are resident at a time, at least.
+    pub fn resident_blocks(&self, threads: u32) -> u32 {
+        self.multiprocessors.max(1) * (RESIDENT_THREADS / threads).max(1)
     }
 
     /// A grid of which each block takes one of `bands` at a time.

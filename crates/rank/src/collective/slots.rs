@@ -1,51 +1,25 @@
 //! Slots: equal parts of one allocation, leased to be sent from or received into.
 
-use std::{
-    slice,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{slice, sync::Arc};
+
+use longshore_kernels::cuda::driver::Device;
 
 use super::segment::Segment;
-use crate::{error::RankError, region::Region, staging::POISON};
+use crate::{device::Pinned, error::RankError, lender::Lender, region::Region, staging::POISON};
 
 /// A fixed number of slots of one size; memory becomes resident as slots are first used.
 #[derive(Debug)]
 pub struct SlotPool {
     memory: Memory,
     slot_bytes: usize,
-    slots: u32,
-    free: Mutex<Free>,
-    returned: Condvar,
-    peak_bytes: AtomicU64,
+    lender: Lender,
 }
 
 #[derive(Debug)]
 enum Memory {
     Private(Region),
+    Pinned(Pinned),
     Shared(Arc<Segment>),
-}
-
-#[derive(Debug, Default)]
-struct Free {
-    /// Returned slots, the last one on top: it is the likeliest to be in a cache.
-    returned: Vec<u32>,
-    /// Slots from here on were never used.
-    next: u32,
-    /// Nobody is to wait any more.
-    closed: bool,
-}
-
-impl Free {
-    fn take(&mut self, slots: u32) -> Option<u32> {
-        self.returned.pop().or_else(|| {
-            let index = self.next;
-            self.next += u32::from(index < slots);
-            (index < slots).then_some(index)
-        })
-    }
 }
 
 impl SlotPool {
@@ -58,6 +32,19 @@ impl SlotPool {
         Ok(Self::new(Memory::Private(region), slots, slot_bytes))
     }
 
+    /// Slots that devices copy from and to by themselves.
+    ///
+    /// # Errors
+    /// The memory cannot be had, or not be pinned.
+    pub fn pinned(
+        slots: u32,
+        slot_bytes: usize,
+        device: &Arc<Device>,
+    ) -> Result<Arc<Self>, RankError> {
+        let pinned = Pinned::new("staging", slots as usize * slot_bytes, device)?;
+        Ok(Self::new(Memory::Pinned(pinned), slots, slot_bytes))
+    }
+
     /// The slots of a segment that other processes see.
     pub fn shared(segment: Arc<Segment>) -> Arc<Self> {
         let (slots, slot_bytes) = (segment.slots(), segment.slot_bytes());
@@ -65,40 +52,25 @@ impl SlotPool {
     }
 
     fn new(memory: Memory, slots: u32, slot_bytes: usize) -> Arc<Self> {
-        let (free, returned) = (Mutex::default(), Condvar::new());
-        let peak_bytes = AtomicU64::new(0);
-        Arc::new(Self { memory, slot_bytes, slots, free, returned, peak_bytes })
+        Arc::new(Self { memory, slot_bytes, lender: Lender::new(slots) })
     }
 
     /// Takes a slot; `None` while all are in use.
     pub fn lease(self: &Arc<Self>) -> Option<Slot> {
-        let mut free = self.lock();
-        let index = free.take(self.slots)?;
-        Some(self.slot(index, free))
+        self.lender.take().map(|index| self.slot(index))
     }
 
     /// Takes a slot as soon as there is one; `None` once the pool is closed.
-    pub(super) fn lease_waiting(self: &Arc<Self>) -> Option<Slot> {
-        let mut free = self.lock();
-        while !free.closed {
-            if let Some(index) = free.take(self.slots) {
-                return Some(self.slot(index, free));
-            }
-            free = self.returned.wait(free).unwrap_or_else(PoisonError::into_inner);
-        }
-        None
+    pub(crate) fn lease_waiting(self: &Arc<Self>) -> Option<Slot> {
+        self.lender.take_waiting().map(|index| self.slot(index))
     }
 
     /// Ends the waiting for slots.
-    pub(super) fn close(&self) {
-        self.lock().closed = true;
-        self.returned.notify_all();
+    pub(crate) fn close(&self) {
+        self.lender.close();
     }
 
-    fn slot(self: &Arc<Self>, index: u32, free: MutexGuard<'_, Free>) -> Slot {
-        let resident = u64::from(free.next) * self.slot_bytes as u64;
-        self.peak_bytes.fetch_max(resident, Ordering::Relaxed);
-        drop(free);
+    fn slot(self: &Arc<Self>, index: u32) -> Slot {
         if let Memory::Private(region) = &self.memory {
             region.touch(index as usize * self.slot_bytes, self.slot_bytes);
         }
@@ -112,18 +84,12 @@ impl SlotPool {
 
     /// Bytes of all slots that were ever in use: they stay resident.
     pub fn peak_bytes(&self) -> u64 {
-        self.peak_bytes.load(Ordering::Relaxed)
+        u64::from(self.lender.peak()) * self.slot_bytes as u64
     }
 
     /// Slots that are leased now, in bytes.
     pub fn held_bytes(&self) -> u64 {
-        let free = self.lock();
-        (u64::from(free.next) - free.returned.len() as u64) * self.slot_bytes as u64
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Free> {
-        // the list is consistent after every statement that changes it
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+        u64::from(self.lender.lent()) * self.slot_bytes as u64
     }
 }
 
@@ -165,6 +131,7 @@ impl Slot {
         let offset = self.index as usize * self.pool.slot_bytes;
         match &self.pool.memory {
             Memory::Private(region) => region.at(offset, self.pool.slot_bytes).as_ptr(),
+            Memory::Pinned(pinned) => pinned.at(offset, self.pool.slot_bytes).as_ptr(),
             Memory::Shared(segment) => segment.slot(self.index).as_ptr(),
         }
     }
@@ -177,8 +144,7 @@ impl Drop for Slot {
             self.used = self.pool.slot_bytes;
             self.bytes_mut().fill(POISON);
         }
-        self.pool.lock().returned.push(self.index);
-        self.pool.returned.notify_one();
+        self.pool.lender.give_back(self.index);
     }
 }
 

@@ -286,7 +286,7 @@ impl Device {
         action: &'static str,
         call: impl FnOnce() -> CUresult,
     ) -> Result<(), CudaError> {
-        self.enter()?;
+        self.make_current()?;
         self.check(call(), action)
     }
 
@@ -294,8 +294,12 @@ impl Device {
         check(result, Some(self.ordinal), action)
     }
 
-    /// Makes the context current on this thread, which it usually is.
-    pub(super) fn enter(&self) -> Result<(), CudaError> {
+    /// Makes the context current on this thread, which it usually is. Everything here does so by itself; libraries beside it
+    /// (NCCL) want it done.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn make_current(&self) -> Result<(), CudaError> {
         let mut current = null();
         // SAFETY: `current` is ours.
         let got = unsafe { sys::cuCtxGetCurrent(&raw mut current) };
@@ -313,7 +317,7 @@ impl Drop for Device {
     fn drop(&mut self) {
         // Errors are ignored, here and in all destructors of this layer: nobody could be told, and what is left of a
         // context that has failed goes with the process.
-        if self.enter().is_ok() {
+        if self.make_current().is_ok() {
             for (_, module) in &locked(&self.kernels).modules {
                 // SAFETY: loaded by this device and not used any more: streams, which launch, hold the device.
                 let _ = unsafe { sys::cuModuleUnload(*module) };

@@ -95,7 +95,7 @@ pub(super) fn described(result: CUresult) -> (String, String) {
         // SAFETY: not null, it is a constant of the driver library, which is never unloaded.
         (!chars.is_null()).then(|| unsafe { CStr::from_ptr(chars) }.to_string_lossy().into_owned())
     };
-    let number = || format!("CUDA_ERROR {}", result as u32);
+    let number = || format!("error {}", result as u32);
     let no_text = || "the driver has no description of it".to_owned();
     (string(name).unwrap_or_else(number), string(text).unwrap_or_else(no_text))
 }
