@@ -14,7 +14,8 @@
 //!                      └ event    → Event            Stream::record, Stream::wait, is_done, synchronize
 //! ```
 //!
-//! Each call makes its device's context current on the calling thread, and leaves it so.
+//! Each call makes its device's context current on the calling thread, and leaves it so; destructors, which run on whatever
+//! thread is the last to hold something, do not.
 
 use std::{ffi::c_int, panic, ptr, sync::OnceLock};
 

@@ -81,12 +81,24 @@ impl Device {
         Ok(device)
     }
 
+    /// Opens the device that is called `uuid` everywhere ([`Device::uuid`]); `None` where this process may not use it.
+    /// Opens no other.
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub fn with_uuid(wanted: [u8; 16]) -> Result<Option<Arc<Device>>, CudaError> {
+        for ordinal in 0..probe()?.devices {
+            let check = |result, action| check(result, Some(ordinal), action);
+            if uuid(handle(ordinal, check)?, check)? == wanted {
+                return Device::open(ordinal).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
     fn retain(ordinal: u32) -> Result<Device, CudaError> {
         let check = |result, action| check(result, Some(ordinal), action);
-        let mut handle = 0;
-        // SAFETY: `handle` is ours. Ordinals are below the driver's count, which is a `c_int`.
-        let got = unsafe { sys::cuDeviceGet(&raw mut handle, ordinal as c_int) };
-        check(got, "finding the device")?;
+        let handle = handle(ordinal, check)?;
         let attribute = |attribute: Attribute| {
             let mut value = 0;
             // SAFETY: `value` is ours, `handle` a device.
@@ -294,35 +306,58 @@ impl Device {
         check(result, Some(self.ordinal), action)
     }
 
+    /// Makes the context current, gives something back, and makes the thread's own context current again: what was handed
+    /// out may be dropped on any thread of a server, which has a device of its own in mind.
+    ///
+    /// Errors are ignored, here and in all destructors of this layer: nobody could be told, and what is left of a context
+    /// that has failed goes with the process.
+    pub(super) fn release(&self, release: impl FnOnce() -> CUresult) {
+        let before = self.current();
+        if self.make_current().is_err() {
+            return;
+        }
+        let _ = release();
+        if let Ok(before) = before
+            && before != self.context
+        {
+            // SAFETY: it was current just now, so it is whoever made it current who sees to it that it is there; null
+            // means none.
+            let _ = unsafe { sys::cuCtxSetCurrent(before) };
+        }
+    }
+
     /// Makes the context current on this thread, which it usually is. Everything here does so by itself; libraries beside it
     /// (NCCL) want it done.
     ///
     /// # Errors
     /// What the driver says.
     pub fn make_current(&self) -> Result<(), CudaError> {
-        let mut current = null();
-        // SAFETY: `current` is ours.
-        let got = unsafe { sys::cuCtxGetCurrent(&raw mut current) };
-        self.check(got, "asking for the current context")?;
-        if current == self.context {
+        if self.current()? == self.context {
             return Ok(());
         }
         // SAFETY: the context is retained for as long as the device is.
         let set = unsafe { sys::cuCtxSetCurrent(self.context) };
         self.check(set, "making its context current")
     }
+
+    /// The context that is current on this thread, or null.
+    fn current(&self) -> Result<sys::CUcontext, CudaError> {
+        let mut current = null();
+        // SAFETY: `current` is ours.
+        let got = unsafe { sys::cuCtxGetCurrent(&raw mut current) };
+        self.check(got, "asking for the current context").map(|()| current)
+    }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // Errors are ignored, here and in all destructors of this layer: nobody could be told, and what is left of a
-        // context that has failed goes with the process.
-        if self.make_current().is_ok() {
+        self.release(|| {
             for (_, module) in &locked(&self.kernels).modules {
                 // SAFETY: loaded by this device and not used any more: streams, which launch, hold the device.
                 let _ = unsafe { sys::cuModuleUnload(*module) };
             }
-        }
+            CUresult::CUDA_SUCCESS
+        });
         // SAFETY: retained once by this device; what uses the context holds the device.
         let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.handle) };
     }
@@ -336,6 +371,17 @@ impl fmt::Debug for Device {
             .field("name", name)
             .finish_non_exhaustive()
     }
+}
+
+/// The driver's handle of a device. Ordinals are below its count, which is a `c_int`.
+fn handle(
+    ordinal: u32,
+    check: impl Fn(CUresult, &'static str) -> Result<(), CudaError>,
+) -> Result<sys::CUdevice, CudaError> {
+    let mut handle = 0;
+    // SAFETY: `handle` is ours.
+    let got = unsafe { sys::cuDeviceGet(&raw mut handle, ordinal as c_int) };
+    check(got, "finding the device").map(|()| handle)
 }
 
 /// What a device is called.
