@@ -27,8 +27,7 @@ API cuStreamDestroy_v2(CUstream handle) {
     if (!stream) return call.wrong(CUDA_ERROR_INVALID_HANDLE, "no stream is %p", static_cast<void*>(handle));
     state().streams.remove(handle);
     // what is queued still runs
-    stream->closing = true;
-    state().progress.notify_all();
+    close_stream(*stream);
     return call.context->lost;
 }
 

@@ -27,8 +27,9 @@
 //!
 //! That a program keeps the rules of the driver's interface. Rules that a device happens to forgive are enforced:
 //!
-//! - A stream is a thread; what is queued runs later, and with a [`Options::seed`] at random times. An event is complete once
-//!   its stream has come to it. Nothing orders streams but events, waits, and the null stream.
+//! - A stream is a thread; what is queued runs later: with a [`Options::seed`] at random times, with [`Options::late_us`] as
+//!   late as it may. An event is complete once its stream has come to it. Nothing orders streams but events, waits, and the
+//!   null stream.
 //! - Copies read and write pinned host memory when the stream gets to them. Pageable memory is read during the call; the
 //!   copy to the device still comes later, for the synchronous calls too. With a seed, the target holds garbage meanwhile.
 //! - Device memory starts as garbage and is out of reach for threads of the program, and of kernels of other devices without

@@ -2,7 +2,6 @@
 
 use std::{
     ffi::OsStr,
-    fmt::Write as _,
     fs::{self, File},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io::{self, Write as _},
@@ -13,26 +12,33 @@ use std::{
 
 const CRATE: &str = env!("CARGO_MANIFEST_DIR");
 
-/// How all units are compiled.
-const FLAGS: [&str; 11] = [
+/// How all of it is compiled.
+const FLAGS: [&str; 8] = [
     "-std=c++17",
-    "-O2",
-    "-g",
+    "-g1",
     "-fPIC",
     "-pthread",
     "-fvisibility=hidden",
     "-fno-gnu-unique",
     // its longjmp refuses to change stacks
     "-U_FORTIFY_SOURCE",
-    // one rounding per operation; bytes are read as words
-    "-ffp-contract=off",
+    // memory is read as words of all sizes
     "-fno-strict-aliasing",
+];
+
+/// How the driver is, which nobody waits for but its compiler.
+const DRIVER_FLAGS: [&str; 1] = ["-O1"];
+
+const KERNEL_FLAGS: [&str; 5] = [
+    "-O2",
+    // one rounding per operation
+    "-ffp-contract=off",
+    // an access that is not aligned traps
+    "-fsanitize=alignment",
+    "-fsanitize-undefined-trap-on-error",
     // directives that only device compilers know
     "-Wno-unknown-pragmas",
 ];
-
-/// How kernels are, too: an access that is not aligned traps.
-const KERNEL_FLAGS: [&str; 2] = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"];
 
 const LINK_FLAGS: [&str; 4] = ["-shared", "-pthread", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic"];
 
@@ -73,8 +79,6 @@ fn make_library(target_tmp: &Path) -> Option<PathBuf> {
 struct Sources {
     /// Of `cpp/` and `cu/`, in the order of their names.
     files: Vec<(PathBuf, Vec<u8>)>,
-    /// The unit that holds all kernels.
-    kernels: String,
 }
 
 impl Sources {
@@ -90,39 +94,43 @@ impl Sources {
                 files.push((path, text));
             }
         }
-        let kernels = kernel_unit(&files);
-        Ok(Sources { files, kernels })
+        Ok(Sources { files })
     }
 
     fn key(&self, compiler_version: &[u8]) -> u64 {
         let mut hasher = DefaultHasher::new();
-        (FLAGS, KERNEL_FLAGS, LINK_FLAGS, compiler_version).hash(&mut hasher);
-        (&self.files, &self.kernels).hash(&mut hasher);
+        (FLAGS, DRIVER_FLAGS, KERNEL_FLAGS, LINK_FLAGS, compiler_version).hash(&mut hasher);
+        (&self.files, self.kernel_unit(), self.driver_unit()).hash(&mut hasher);
         hasher.finish()
     }
 
-    fn named(&self, extension: &str) -> impl Iterator<Item = &Path> {
-        let wanted = move |path: &&Path| path.extension() == Some(OsStr::new(extension));
-        self.files.iter().map(|(path, _)| path.as_path()).filter(wanted)
+    fn with_extension(&self, extension: &str) -> impl Iterator<Item = (&Path, &[u8])> {
+        let files = self.files.iter().map(|(path, text)| (path.as_path(), text.as_slice()));
+        files.filter(move |(path, _)| path.extension() == Some(OsStr::new(extension)))
+    }
+
+    /// All `.cu` files, and the table of their kernels.
+    fn kernel_unit(&self) -> String {
+        let (mut unit, mut table) = ("#include \"device.hpp\"\n".to_owned(), String::new());
+        for (path, text) in self.with_extension("cu") {
+            unit += &include(path);
+            for name in kernel_names(&String::from_utf8_lossy(text)) {
+                table += &format!("    kernel_of<{name}>(\"{name}\"),\n");
+            }
+        }
+        unit + "const emulator::Kernel emulator::KERNELS[] = {\n"
+            + &table
+            + "};\nconst size_t emulator::KERNEL_COUNT = sizeof KERNELS / sizeof *KERNELS;\n"
+    }
+
+    /// All of the driver: its headers take longer to compile than it does.
+    fn driver_unit(&self) -> String {
+        self.with_extension("cpp").map(|(path, _)| include(path)).collect()
     }
 }
 
-/// All `.cu` files in one unit, and the table of their kernels.
-fn kernel_unit(files: &[(PathBuf, Vec<u8>)]) -> String {
-    let (mut unit, mut table) = ("#include \"device.hpp\"\n".to_owned(), String::new());
-    for (path, text) in files {
-        if path.extension() != Some(OsStr::new("cu")) {
-            continue;
-        }
-        // writing to a string does not fail
-        let _ = writeln!(unit, "#include \"{}\"", path.display());
-        for name in kernel_names(&String::from_utf8_lossy(text)) {
-            let _ = writeln!(table, "    kernel_of<{name}>(\"{name}\"),");
-        }
-    }
-    unit + "const emulator::Kernel emulator::KERNELS[] = {\n"
-        + &table
-        + "};\nconst size_t emulator::KERNEL_COUNT = sizeof KERNELS / sizeof *KERNELS;\n"
+fn include(path: &Path) -> String {
+    format!("#include \"{}\"\n", path.display())
 }
 
 /// The names that follow `extern "C" __global__ void`, behind launch bounds or not.
@@ -155,37 +163,28 @@ fn compile_once(compiler: &str, sources: &Sources, directory: &Path) -> io::Resu
 }
 
 fn compile(compiler: &str, sources: &Sources, directory: &Path) -> io::Result<()> {
-    let kernels = directory.join("kernels.cpp");
-    fs::write(&kernels, &sources.kernels)?;
-    let units = || std::iter::once((kernels.as_path(), true)).chain(driver_units(sources));
-    let mut running: Vec<Child> = Vec::new();
-    for (unit, is_kernels) in units() {
+    let units = [
+        ("kernels", sources.kernel_unit(), &KERNEL_FLAGS[..]),
+        ("driver", sources.driver_unit(), &DRIVER_FLAGS[..]),
+    ];
+    let mut running = Vec::new();
+    for (name, text, flags) in &units {
+        let unit = directory.join(name).with_extension("cpp");
+        fs::write(&unit, text)?;
         let mut command = Command::new(compiler);
-        command.args(FLAGS).args(if is_kernels { &KERNEL_FLAGS[..] } else { &[] });
-        command.arg("-I").arg(Path::new(CRATE).join("cpp")).arg("-c").arg(unit);
-        command.arg("-o").arg(object(directory, unit));
-        if running.len() >= std::thread::available_parallelism()?.get() {
-            finish(running.remove(0))?;
-        }
+        command.args(FLAGS).args(*flags).arg("-I").arg(Path::new(CRATE).join("cpp"));
+        command.arg("-c").arg(&unit).arg("-o").arg(unit.with_extension("o"));
         running.push(command.stderr(Stdio::piped()).spawn()?);
     }
     running.into_iter().try_for_each(finish)?;
     let mut command = Command::new(compiler);
-    command.args(LINK_FLAGS).args(units().map(|(unit, _)| object(directory, unit)));
-    for map in sources.named("map") {
+    command.args(LINK_FLAGS).arg("-o").arg(directory.join("libcuda.so.1"));
+    command.args(units.map(|(name, ..)| directory.join(name).with_extension("o")));
+    for (map, _) in sources.with_extension("map") {
         command.arg(format!("-Wl,--version-script={}", map.display()));
     }
-    command.arg("-o").arg(directory.join("libcuda.so.1"));
     finish(command.stderr(Stdio::piped()).spawn()?)?;
     std::os::unix::fs::symlink("libcuda.so.1", directory.join("libcuda.so"))
-}
-
-fn driver_units(sources: &Sources) -> impl Iterator<Item = (&Path, bool)> {
-    sources.named("cpp").map(|unit| (unit, false))
-}
-
-fn object(directory: &Path, unit: &Path) -> PathBuf {
-    directory.join(unit.file_stem().unwrap_or_default()).with_extension("o")
 }
 
 fn finish(compilation: Child) -> io::Result<()> {
@@ -212,7 +211,8 @@ mod tests {
     #[test]
     fn all_kernels_are_in_the_unit() {
         let sources = Sources::read().unwrap();
-        assert!(sources.kernels.contains("kernel_of<place>(\"place\")"), "{}", sources.kernels);
-        assert_eq!(sources.kernels.matches("#include").count(), sources.named("cu").count() + 1);
+        let unit = sources.kernel_unit();
+        assert!(unit.contains("kernel_of<place>(\"place\")"), "{unit}");
+        assert_eq!(unit.matches("#include").count(), sources.with_extension("cu").count() + 1);
     }
 }
