@@ -113,9 +113,8 @@ void destroy(Lock& lock, Context& context) {
     all.events.remove_if(here);
     all.modules.remove_if(here);
     all.functions.remove_if(here);
-    for (const auto& stream : context.streams) stream->closing = true;
+    for (const auto& stream : context.streams) close_stream(*stream);
     context.null_stream = nullptr;
-    all.progress.notify_all();
     all.memory.free_all(context);
     ++context.generation;
     context.visible = 0;

@@ -84,8 +84,10 @@ template <class Thing> class Handles {
 
 struct State {
     std::mutex mutex;
-    // an operation has ended, a stream has got work
+    // an operation has ended, a thread of the program begins to wait
     std::condition_variable progress;
+    // what threads of the program wait for
+    std::vector<const std::vector<Point>*> awaited;
     bool initialised = false;
     std::atomic<bool> forked{false};
     std::vector<std::unique_ptr<Context>> contexts;

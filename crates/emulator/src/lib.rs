@@ -5,8 +5,9 @@
 //!
 //! | module | from | to |
 //! |---|---|---|
-//! | [`library_dir`] | `cpp/*`, `cu/*` | a directory with `libcuda.so.1`, made once per build tree |
-//! | [`emulated`] | [`Options`] | a command whose process finds the library and is told the options |
+//! | [`library_dir`] | `cpp/*`, `cu/*`, `nccl/*` | `libcuda.so.1` and `libnccl.so.2` in a directory, made once per build tree |
+//! | [`emulated`] | [`Options`] | a command whose process finds the libraries and is told the options |
+//! | [`emulated_nccl`] | [`NcclOptions`] | the same, for what only NCCL is told |
 //! | [`log`] | the log of such processes | operations with their times, allocations |
 //! | [`Kernels`] | the library | single launches on host memory, for tests of the kernels themselves |
 //!
@@ -27,8 +28,9 @@
 //!
 //! That a program keeps the rules of the driver's interface. Rules that a device happens to forgive are enforced:
 //!
-//! - A stream is a thread; what is queued runs later, and with a [`Options::seed`] at random times. An event is complete once
-//!   its stream has come to it. Nothing orders streams but events, waits, and the null stream.
+//! - A stream is a thread; what is queued runs later: with a [`Options::seed`] at random times, with [`Options::late_us`] as
+//!   late as it may. An event is complete once its stream has come to it. Nothing orders streams but events, waits, and the
+//!   null stream.
 //! - Copies read and write pinned host memory when the stream gets to them. Pageable memory is read during the call; the
 //!   copy to the device still comes later, for the synchronous calls too. With a seed, the target holds garbage meanwhile.
 //! - Device memory starts as garbage and is out of reach for threads of the program, and of kernels of other devices without
@@ -47,12 +49,24 @@
 //! not count against another's, grids have one dimension, contexts that are lost stay lost. Not noticed: kernels that follow
 //! an address in a table into host memory (addresses among their parameters are checked), and uses of host memory that the
 //! processor cannot tell from the program's own.
+//!
+//! # NCCL
+//!
+//! `libnccl.so.2` (`nccl/`) joins processes of one host through sockets; what a group moves is moved by an operation
+//! of its stream. It is non-blocking where it is asked to be, and then always: joining waits for every rank, the
+//! first group with a rank for that rank's first, and only what is ready is on a stream. Two ranks on a device are
+//! refused unless their hosts differ. Operations with a rank that is gone never end, until the communicator is
+//! aborted. Sizes that do not fit together, memory that is no allocation, two threads in a communicator, and one that
+//! is used after its end, end the process, with a line on stderr. It is simpler than a real one in all else: it
+//! reduces nothing, splits no communicators, and a group has one stream.
 
 mod command;
 mod kernels;
 mod library;
 pub mod log;
+mod nccl;
 
 pub use command::{Options, emulated};
 pub use kernels::{Kernels, Ran, Turns};
 pub use library::library_dir;
+pub use nccl::{NcclOptions, emulated_nccl};
