@@ -171,7 +171,7 @@ fn calls_need_a_context_of_the_calling_thread() {
     });
 }
 
-// ---- what ends the process -------------------------------------------------------------------------------------------
+// ---- what ends the process ------------------------------------------------------------------------------------------
 
 /// Said aloud where it is not so.
 fn has_protection_keys() -> bool {

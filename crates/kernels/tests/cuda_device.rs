@@ -1,5 +1,5 @@
-//! The device layer and its kernels on a device, where there is one; without, each test says that it was ignored, and all of
-//! them run in processes of their own, on an emulated driver.
+//! The device layer and its kernels on a device, where there is one; without, each test says that it was ignored. On an
+//! emulated driver, in processes of their own, all of them run anywhere.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test says so by failing")]
 

@@ -67,7 +67,11 @@ macro_rules! driver {
                 };
                 Driver {
                     // SAFETY: the signatures are the driver's.
-                    $($name: unsafe { std::mem::transmute::<Handle, unsafe extern "C" fn($($kind),*) -> Status>(symbol(stringify!($name))) },)*
+                    $($name: unsafe {
+                        std::mem::transmute::<Handle, unsafe extern "C" fn($($kind),*) -> Status>(
+                            symbol(stringify!($name)),
+                        )
+                    },)*
                 }
             }
 
@@ -307,7 +311,7 @@ pub(crate) fn driver(test: &str, options: &Options) -> Option<Driver> {
     }
 }
 
-/// The driver, in a process that is to die; `None` in the one that has seen it do so, by `signal`, with `words` on stderr.
+/// The driver, in a process that is to die; `None` in the one that has seen it do so, by `signal` and with `words`.
 #[track_caller]
 pub(crate) fn doomed_driver(
     test: &str,
