@@ -89,6 +89,25 @@ API cuLaunchHostFunc(CUstream handle, CUhostFn function, void* data) {
     return CUDA_SUCCESS;
 }
 
+// For other emulated libraries: a function that works as the device does, and reaches the memory that it reaches.
+API emulate_operation(CUstream handle, const char* kind, uint64_t bytes, CUhostFn function, void* data) {
+    Call call = Call::queueing("emulate_operation", kind);
+    if (call.refused) return call.refused;
+    std::shared_ptr<Stream> stream = call.stream(handle);
+    if (!stream) return call.refused;
+    Operation operation;
+    operation.kind = kind;
+    operation.bytes = bytes;
+    operation.injected = call.injected;
+    operation.run = [=, visible = stream->context->visible](Random&) {
+        Access access(visible);
+        call_host_function(function, data);
+        return CUDA_SUCCESS;
+    };
+    enqueue(call.lock, stream, std::move(operation));
+    return CUDA_SUCCESS;
+}
+
 // ---- events ---------------------------------------------------------------------------------------------------------
 
 API cuEventCreate(CUevent* handle, unsigned flags) {

@@ -31,7 +31,7 @@ pub struct Options {
     /// Calls that fail, as `kind:n=error` each: the n-th call of that kind (from 1), all from there on (`n+`), of one
     /// device (`kind@device:n`). Kinds are `alloc`, `free`, `copy`, `memset`, `launch`, `host`, `register`,
     /// `unregister`, `hostalloc`, `hostfree`, `stream`, `event`, `record`, `wait`, `query`, `sync`, `module`,
-    /// `context`, `device`, `init`, `ipc`, `memory`, or a function's own name. Errors are named as in
+    /// `context`, `device`, `init`, `ipc`, `memory`, `nccl`, or a function's own name. Errors are named as in
     /// `CUDA_ERROR_ILLEGAL_ADDRESS`; one that loses the context comes when the stream gets to the operation, and stays.
     pub fail: Vec<String>,
 }
@@ -74,6 +74,7 @@ pub fn emulated(command: &mut Command, library_dir: &Path, options: &Options) {
         ("OPERATION_US_MIN", options.operation_us_min),
     ];
     command.env("LD_LIBRARY_PATH", search).env_remove("CUDA_VISIBLE_DEVICES");
+    command.env_remove("LONGSHORE_NCCL_LIB");
     command.envs(numbers.map(|(name, n)| (format!("EMULATED_CUDA_{name}"), n.to_string())));
     command.env("EMULATED_CUDA_FAIL", options.fail.join(","));
     command.env("EMULATED_CUDA_LOG", options.log.as_deref().unwrap_or(Path::new("")));

@@ -5,8 +5,9 @@
 //!
 //! | module | from | to |
 //! |---|---|---|
-//! | [`library_dir`] | `cpp/*`, `cu/*` | a directory with `libcuda.so.1`, made once per build tree |
-//! | [`emulated`] | [`Options`] | a command whose process finds the library and is told the options |
+//! | [`library_dir`] | `cpp/*`, `cu/*`, `nccl/*` | a directory of `libcuda.so.1` and `libnccl.so.2`, one per build tree |
+//! | [`emulated`] | [`Options`] | a command whose process finds the libraries and is told the options |
+//! | [`emulated_nccl`] | [`NcclOptions`] | the same, for what only NCCL is told |
 //! | [`log`] | the log of such processes | operations with their times, allocations |
 //! | [`Kernels`] | the library | single launches on host memory, for tests of the kernels themselves |
 //!
@@ -51,14 +52,26 @@
 //! Anything about real drivers, compilers and devices: that PTX compiles, what hardware does with races, caches and
 //! memory models, or how long anything takes. Stricter or simpler than real ones: only primary contexts, one process's
 //! memory does not count against another's, grids have one dimension, contexts that are lost stay lost. Not noticed:
-//! kernels that follow an address in a table into host memory (addresses among their parameters are checked), and
-//! host memory that goes back to an allocator while it is registered.
+//! kernels that follow an address in a table into host memory (addresses among their parameters are checked), and host
+//! memory that goes back to an allocator while it is registered.
+//!
+//! # NCCL
+//!
+//! `libnccl.so.2` (`nccl/`) joins processes of one host through sockets; what a group moves is moved by an operation of
+//! its stream. It is non-blocking where it is asked to be, and then always: joining waits for every rank, the first
+//! group with a rank for that rank's first, and only what is ready is on a stream. Two ranks on a device are refused
+//! unless their hosts differ. Operations with a rank that is gone never end, until the communicator is aborted. Sizes
+//! that do not fit together, memory that is no allocation, two threads in a communicator, and one that is used after
+//! its end, end the process, with a line on stderr. It is simpler than a real one in all else: it reduces nothing,
+//! splits no communicators, and a group has one stream.
 
 mod command;
 mod kernels;
 mod library;
 pub mod log;
+mod nccl;
 
 pub use command::{Options, emulated};
 pub use kernels::{Kernels, Ran, Turns};
 pub use library::library_dir;
+pub use nccl::{NcclOptions, emulated_nccl};

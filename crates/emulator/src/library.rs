@@ -1,4 +1,4 @@
-//! Makes the library: once per build tree, whichever of several test processes comes first.
+//! Makes the libraries: once per build tree, whichever of several test processes comes first.
 
 use std::{
     ffi::OsStr,
@@ -40,10 +40,11 @@ const KERNEL_FLAGS: [&str; 5] = [
     "-Wno-unknown-pragmas",
 ];
 
-const LINK_FLAGS: [&str; 4] = ["-shared", "-pthread", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic"];
+const LINK_FLAGS: [&str; 3] = ["-shared", "-pthread", "-Wl,-Bsymbolic"];
 
-/// The directory that holds `libcuda.so.1` and `libcuda.so`, compiled unless `target_tmp` has it from before; `None`,
-/// said on stderr past the capture of tests, where there is no C++ compiler (`$CXX`, or `g++`) or no Linux.
+/// The directory that holds `libcuda.so.1`, `libcuda.so` and `libnccl.so.2`, compiled unless `target_tmp` has it from
+/// before; `None`, said on stderr past the capture of tests, where there is no C++ compiler (`$CXX`, or `g++`) or no
+/// Linux.
 ///
 /// `target_tmp` is a directory of the build tree: `env!("CARGO_TARGET_TMPDIR")` in tests. Of several calls in a process
 /// the first one decides.
@@ -82,17 +83,21 @@ fn make_library(target_tmp: &Path) -> Option<PathBuf> {
     }
 }
 
-/// What the library is made of.
+/// What the libraries are made of.
 struct Sources {
-    /// Of `cpp/` and `cu/`, in the order of their names.
+    /// Of [`DRIVER`], [`NCCL`] and [`KERNELS`], in the order of their names.
     files: Vec<(PathBuf, Vec<u8>)>,
 }
+
+const DRIVER: &str = "cpp";
+const NCCL: &str = "nccl";
+const KERNELS: &str = "../kernels/cu";
 
 impl Sources {
     fn read() -> io::Result<Sources> {
         let mut files = Vec::new();
-        for folder in [Path::new(CRATE).join("cpp"), Path::new(CRATE).join("../kernels/cu")] {
-            let mut paths = fs::read_dir(folder)?
+        for folder in [DRIVER, NCCL, KERNELS] {
+            let mut paths = fs::read_dir(Path::new(CRATE).join(folder))?
                 .map(|file| Ok(file?.path()))
                 .collect::<io::Result<Vec<_>>>()?;
             paths.sort();
@@ -107,19 +112,23 @@ impl Sources {
     fn key(&self, compiler_version: &[u8]) -> u64 {
         let mut hasher = DefaultHasher::new();
         (FLAGS, DRIVER_FLAGS, KERNEL_FLAGS, LINK_FLAGS, compiler_version).hash(&mut hasher);
-        (&self.files, self.kernel_unit(), self.driver_unit()).hash(&mut hasher);
+        (&self.files, self.kernel_unit(), self.driver_unit(), self.nccl_unit()).hash(&mut hasher);
         hasher.finish()
     }
 
-    fn with_extension(&self, extension: &str) -> impl Iterator<Item = (&Path, &[u8])> {
+    /// Those of a folder.
+    fn of(&self, folder: &str, extension: &str) -> impl Iterator<Item = (&Path, &[u8])> {
+        let folder = Path::new(CRATE).join(folder);
         let files = self.files.iter().map(|(path, text)| (path.as_path(), text.as_slice()));
-        files.filter(move |(path, _)| path.extension() == Some(OsStr::new(extension)))
+        files.filter(move |(path, _)| {
+            path.parent() == Some(&folder) && path.extension() == Some(OsStr::new(extension))
+        })
     }
 
     /// All `.cu` files, and the table of their kernels.
     fn kernel_unit(&self) -> String {
         let (mut unit, mut table) = ("#include \"device.hpp\"\n".to_owned(), String::new());
-        for (path, text) in self.with_extension("cu") {
+        for (path, text) in self.of(KERNELS, "cu") {
             unit += &include(path);
             for name in kernel_names(&String::from_utf8_lossy(text)) {
                 table += &format!("    kernel_of<{name}>(\"{name}\"),\n");
@@ -132,7 +141,13 @@ impl Sources {
 
     /// All of the driver: its headers take longer to compile than it does.
     fn driver_unit(&self) -> String {
-        self.with_extension("cpp").map(|(path, _)| include(path)).collect()
+        self.of(DRIVER, "cpp").map(|(path, _)| include(path)).collect()
+    }
+
+    /// All of NCCL, with what the driver reads its settings by.
+    fn nccl_unit(&self) -> String {
+        let settings = include(&Path::new(CRATE).join(DRIVER).join("settings.cpp"));
+        settings + &self.of(NCCL, "cpp").map(|(path, _)| include(path)).collect::<String>()
     }
 }
 
@@ -173,24 +188,30 @@ fn compile(compiler: &str, sources: &Sources, directory: &Path) -> io::Result<()
     let units = [
         ("kernels", sources.kernel_unit(), &KERNEL_FLAGS[..]),
         ("driver", sources.driver_unit(), &DRIVER_FLAGS[..]),
+        ("nccl", sources.nccl_unit(), &DRIVER_FLAGS[..]),
     ];
     let mut running = Vec::new();
     for (name, text, flags) in &units {
         let unit = directory.join(name).with_extension("cpp");
         fs::write(&unit, text)?;
         let mut command = Command::new(compiler);
-        command.args(FLAGS).args(*flags).arg("-I").arg(Path::new(CRATE).join("cpp"));
+        command.args(FLAGS).args(*flags).arg("-I").arg(Path::new(CRATE).join(DRIVER));
         command.arg("-c").arg(&unit).arg("-o").arg(unit.with_extension("o"));
         running.push(command.stderr(Stdio::piped()).spawn()?);
     }
     running.into_iter().try_for_each(finish)?;
-    let mut command = Command::new(compiler);
-    command.args(LINK_FLAGS).arg("-o").arg(directory.join("libcuda.so.1"));
-    command.args(units.map(|(name, ..)| directory.join(name).with_extension("o")));
-    for (map, _) in sources.with_extension("map") {
-        command.arg(format!("-Wl,--version-script={}", map.display()));
+    let libraries = [
+        ("libcuda.so.1", &["kernels", "driver"][..], sources.of(DRIVER, "map")),
+        ("libnccl.so.2", &["nccl"][..], sources.of(NCCL, "map")),
+    ];
+    for (library, units, map) in libraries {
+        let mut command = Command::new(compiler);
+        command.args(LINK_FLAGS).arg(format!("-Wl,-soname,{library}"));
+        command.args(units.iter().map(|unit| directory.join(unit).with_extension("o")));
+        command.args(map.map(|(map, _)| format!("-Wl,--version-script={}", map.display())));
+        command.arg("-o").arg(directory.join(library));
+        finish(command.stderr(Stdio::piped()).spawn()?)?;
     }
-    finish(command.stderr(Stdio::piped()).spawn()?)?;
     std::os::unix::fs::symlink("libcuda.so.1", directory.join("libcuda.so"))
 }
 
@@ -220,6 +241,6 @@ mod tests {
         let sources = Sources::read().unwrap();
         let unit = sources.kernel_unit();
         assert!(unit.contains("kernel_of<place>(\"place\")"), "{unit}");
-        assert_eq!(unit.matches("#include").count(), sources.with_extension("cu").count() + 1);
+        assert_eq!(unit.matches("#include").count(), sources.of(KERNELS, "cu").count() + 1);
     }
 }

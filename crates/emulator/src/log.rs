@@ -28,9 +28,9 @@ pub struct Operation {
     pub device: u32,
     /// The stream, by the order in which those of a process and device were made.
     pub stream: u32,
-    /// `htod`, `dtoh`, `dtod`, `memset`, `kernel`, `record`, `wait` or `host`.
+    /// `htod`, `dtoh`, `dtod`, `memset`, `kernel`, `record`, `wait`, `host`, or `nccl` for a group of NCCL's.
     pub kind: String,
-    /// Bytes copied or set.
+    /// Bytes copied, set, or counted by the operations of a group.
     pub bytes: u64,
     /// The kernel, or `-`.
     pub name: String,

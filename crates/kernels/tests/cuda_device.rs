@@ -9,11 +9,12 @@ use std::{
     env,
     io::Write as _,
     process::Command,
-    ptr::NonNull,
+    ptr::{self, NonNull},
     sync::{Arc, Once},
     thread,
 };
 
+use cudarc::driver::sys;
 use longshore_emulator::{Options, emulated, library_dir};
 use longshore_kernels::{
     cuda::{
@@ -96,6 +97,30 @@ fn a_device_is_opened_once_and_says_what_it_is() {
     assert!(memory.free <= memory.total && memory.total > 0);
     let found = probe().unwrap().devices;
     assert_eq!(Device::open(found).err(), Some(CudaError::NoDevice { ordinal: found, found }));
+    assert!(Arc::ptr_eq(&first, &Device::with_uuid(first.uuid()).unwrap().unwrap()));
+    assert!(Device::with_uuid([0xee; 16]).unwrap().is_none());
+}
+
+/// What is dropped last is dropped on a thread that has another context current, or none.
+#[test]
+fn destructors_leave_the_current_context_as_it_was() {
+    fn current() -> sys::CUcontext {
+        let mut current = ptr::null_mut();
+        // SAFETY: `current` is ours, and there is a driver.
+        unsafe { sys::cuCtxGetCurrent(&raw mut current).result().unwrap() };
+        current
+    }
+    let Some(device) = device() else { return };
+    let (memory, stream) = (device.allocate("a test", 1000).unwrap(), device.stream().unwrap());
+    let event = device.event().unwrap();
+    assert!(!current().is_null());
+    thread::spawn(move || {
+        assert!(current().is_null());
+        drop((memory, stream, event));
+        assert!(current().is_null());
+    })
+    .join()
+    .unwrap();
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::{
     fmt,
     ptr::NonNull,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -24,10 +24,10 @@ const OLDEST_CHIP: (c_int, c_int) = (7, 5);
 
 /// A device by its primary context: the one that everything else in a process uses too, unless it makes its own.
 ///
-/// There is one of it per process and ordinal at a time; the last handle to go gives the context back.
+/// There is one of it per process and ordinal. It is kept until the process ends: a context that is given back is destroyed
+/// under the threads that have it current, as the last of its users goes.
 pub struct Device {
     ordinal: u32,
-    handle: sys::CUdevice,
     context: sys::CUcontext,
     name: String,
     uuid: [u8; 16],
@@ -65,7 +65,9 @@ impl Device {
     /// [`CudaError::Unavailable`] without CUDA or on a chip that is too old, [`CudaError::NoDevice`], or what the
     /// driver says.
     pub fn open(ordinal: u32) -> Result<Arc<Device>, CudaError> {
-        static OPEN: Mutex<BTreeMap<u32, Arc<Mutex<Weak<Device>>>>> = Mutex::new(BTreeMap::new());
+        /// A device, once it is open.
+        type Place = Arc<Mutex<Option<Arc<Device>>>>;
+        static OPEN: Mutex<BTreeMap<u32, Place>> = Mutex::new(BTreeMap::new());
         let found = probe()?.devices;
         if ordinal >= found {
             return Err(CudaError::NoDevice { ordinal, found });
@@ -73,20 +75,30 @@ impl Device {
         let place = Arc::clone(locked(&OPEN).entry(ordinal).or_default());
         // making a context takes a while: that of another device can be made meanwhile
         let mut open = locked(&place);
-        if let Some(device) = open.upgrade() {
-            return Ok(device);
+        if let Some(device) = &*open {
+            return Ok(Arc::clone(device));
         }
-        let device = Arc::new(Device::retain(ordinal)?);
-        *open = Arc::downgrade(&device);
-        Ok(device)
+        Ok(Arc::clone(open.insert(Arc::new(Device::retain(ordinal)?))))
+    }
+
+    /// Opens the device that is called `uuid` everywhere ([`Device::uuid`]); `None` where this process may not use it.
+    /// Opens no other.
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub fn with_uuid(wanted: [u8; 16]) -> Result<Option<Arc<Device>>, CudaError> {
+        for ordinal in 0..probe()?.devices {
+            let check = |result, action| check(result, Some(ordinal), action);
+            if uuid(handle(ordinal, check)?, check)? == wanted {
+                return Device::open(ordinal).map(Some);
+            }
+        }
+        Ok(None)
     }
 
     fn retain(ordinal: u32) -> Result<Device, CudaError> {
         let check = |result, action| check(result, Some(ordinal), action);
-        let mut handle = 0;
-        // SAFETY: `handle` is ours. Ordinals are below the driver's count, which is a `c_int`.
-        let got = unsafe { sys::cuDeviceGet(&raw mut handle, ordinal as c_int) };
-        check(got, "finding the device")?;
+        let handle = handle(ordinal, check)?;
         let attribute = |attribute: Attribute| {
             let mut value = 0;
             // SAFETY: `value` is ours, `handle` a device.
@@ -114,7 +126,6 @@ impl Device {
         check(got, "making a context")?;
         Ok(Device {
             ordinal,
-            handle,
             context,
             name,
             uuid,
@@ -294,37 +305,46 @@ impl Device {
         check(result, Some(self.ordinal), action)
     }
 
+    /// Makes the context current, gives something back, and makes the thread's own context current again: what was handed
+    /// out may be dropped on any thread of a server, which has a device of its own in mind.
+    ///
+    /// Errors are ignored, here and in all destructors of this layer: nobody could be told, and what is left of a context
+    /// that has failed goes with the process.
+    pub(super) fn release(&self, release: impl FnOnce() -> CUresult) {
+        let before = self.current();
+        if self.make_current().is_err() {
+            return;
+        }
+        let _ = release();
+        if let Ok(before) = before
+            && before != self.context
+        {
+            // SAFETY: it was current just now, so it is whoever made it current who sees to it that it is there; null
+            // means none.
+            let _ = unsafe { sys::cuCtxSetCurrent(before) };
+        }
+    }
+
     /// Makes the context current on this thread, which it usually is. Everything here does so by itself; libraries beside it
     /// (NCCL) want it done.
     ///
     /// # Errors
     /// What the driver says.
     pub fn make_current(&self) -> Result<(), CudaError> {
-        let mut current = null();
-        // SAFETY: `current` is ours.
-        let got = unsafe { sys::cuCtxGetCurrent(&raw mut current) };
-        self.check(got, "asking for the current context")?;
-        if current == self.context {
+        if self.current()? == self.context {
             return Ok(());
         }
         // SAFETY: the context is retained for as long as the device is.
         let set = unsafe { sys::cuCtxSetCurrent(self.context) };
         self.check(set, "making its context current")
     }
-}
 
-impl Drop for Device {
-    fn drop(&mut self) {
-        // Errors are ignored, here and in all destructors of this layer: nobody could be told, and what is left of a
-        // context that has failed goes with the process.
-        if self.make_current().is_ok() {
-            for (_, module) in &locked(&self.kernels).modules {
-                // SAFETY: loaded by this device and not used any more: streams, which launch, hold the device.
-                let _ = unsafe { sys::cuModuleUnload(*module) };
-            }
-        }
-        // SAFETY: retained once by this device; what uses the context holds the device.
-        let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.handle) };
+    /// The context that is current on this thread, or null.
+    fn current(&self) -> Result<sys::CUcontext, CudaError> {
+        let mut current = null();
+        // SAFETY: `current` is ours.
+        let got = unsafe { sys::cuCtxGetCurrent(&raw mut current) };
+        self.check(got, "asking for the current context").map(|()| current)
     }
 }
 
@@ -336,6 +356,17 @@ impl fmt::Debug for Device {
             .field("name", name)
             .finish_non_exhaustive()
     }
+}
+
+/// The driver's handle of a device. Ordinals are below its count, which is a `c_int`.
+fn handle(
+    ordinal: u32,
+    check: impl Fn(CUresult, &'static str) -> Result<(), CudaError>,
+) -> Result<sys::CUdevice, CudaError> {
+    let mut handle = 0;
+    // SAFETY: `handle` is ours.
+    let got = unsafe { sys::cuDeviceGet(&raw mut handle, ordinal as c_int) };
+    check(got, "finding the device").map(|()| handle)
 }
 
 /// What a device is called.

@@ -76,8 +76,7 @@ impl DeviceMemory {
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         if self.bytes > 0 {
-            // Ignored: see `Device`.
-            let _ = self.device.call("freeing memory", || {
+            self.device.release(|| {
                 // SAFETY: allocated by this object, which goes; the driver waits for the device first.
                 unsafe { sys::cuMemFree_v2(self.address) }
             });
@@ -142,8 +141,7 @@ impl IpcMemory {
 
 impl Drop for IpcMemory {
     fn drop(&mut self) {
-        // Ignored: see `Device`.
-        let _ = self.device.call("closing memory of another process", || {
+        self.device.release(|| {
             // SAFETY: opened by this object, which goes.
             unsafe { sys::cuIpcCloseMemHandle(self.address) }
         });
@@ -211,8 +209,7 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         if self.bytes > 0 {
-            // Ignored: see `Device`.
-            let _ = self.device.call("unpinning host memory", || {
+            self.device.release(|| {
                 // SAFETY: registered by this object, which goes, and still mapped, said the caller of `register`.
                 unsafe { sys::cuMemHostUnregister(self.start.as_ptr().cast()) }
             });

@@ -213,8 +213,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // Ignored: see `Device`.
-        let _ = self.device.call("destroying a stream", || {
+        self.device.release(|| {
             // SAFETY: made by this object, which goes.
             unsafe { sys::cuStreamDestroy_v2(self.raw) }
         });
@@ -283,8 +282,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // Ignored: see `Device`.
-        let _ = self.device.call("destroying an event", || {
+        self.device.release(|| {
             // SAFETY: made by this object, which goes; the driver keeps what waits for it.
             unsafe { sys::cuEventDestroy_v2(self.raw) }
         });
