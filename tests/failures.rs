@@ -37,7 +37,7 @@ fn a_file_that_shrinks_during_the_load_is_named_within_a_second() {
         let plan = checkpoint(&scratch);
         let prepared = prepare(&plan, &RunOptions { io, ..RunOptions::default() }).unwrap();
         let file = &plan.checkpoint().files[1];
-        let path = plan.dir.join(&file.name);
+        let path = plan.origin.metadata().join(&file.name);
         OpenOptions::new().write(true).open(path).unwrap().set_len(file.bytes / 2).unwrap();
         let started = Instant::now();
         let error = runtime().block_on(run(prepared, progress_of(&plan))).unwrap_err();
@@ -55,7 +55,7 @@ fn a_file_that_changed_since_planning_is_refused_before_the_first_read() {
     let scratch = Scratch::new().unwrap();
     let plan = checkpoint(&scratch);
     let file = &plan.checkpoint().files[0];
-    let path = plan.dir.join(&file.name);
+    let path = plan.origin.metadata().join(&file.name);
     OpenOptions::new().write(true).open(path).unwrap().set_len(file.bytes + 1).unwrap();
     let error = load_with(&plan, &RunOptions::default()).err().unwrap();
     assert!(matches!(error, LoadError::FileChanged { .. }), "{error:?}");
@@ -79,7 +79,7 @@ fn no_worker_outlives_a_failed_load() {
         let options = RunOptions { concurrency: Some(4), ..RunOptions::default() };
         let prepared = prepare(&plan, &options).unwrap();
         let file = &plan.checkpoint().files[1];
-        let path = plan.dir.join(&file.name);
+        let path = plan.origin.metadata().join(&file.name);
         OpenOptions::new().write(true).open(path).unwrap().set_len(file.bytes / 2).unwrap();
         runtime.block_on(run(prepared, progress_of(&plan))).unwrap_err();
     }

@@ -175,14 +175,15 @@ impl Load {
         self
     }
 
-    /// The checkpoint's directory, where a server finds `config.json` and the tokenizer's files.
+    /// The directory where a server finds `config.json` and the tokenizer's files: the checkpoint's, or that of what was copied
+    /// of it where its weights are elsewhere.
     ///
     /// `synth:FAMILY-SCHEME` is written to the cache directory (`$XDG_CACHE_HOME` or `~/.cache`) unless it is there.
     ///
     /// # Errors
     /// The source is none.
     pub fn directory(&self) -> Result<PathBuf, LoadError> {
-        source::resolve(&self.source)
+        Ok(source::resolve(&self.source)?.metadata().to_owned())
     }
 
     /// What the load would do: who reads, passes on and holds how much. Reads headers only.
@@ -222,7 +223,7 @@ impl Load {
     }
 
     fn planned(&self, ranks: u32) -> Result<Plan, LoadError> {
-        let discovered = discover(&self.directory()?)?;
+        let discovered = discover(source::resolve(&self.source)?)?;
         let memory_limit = self.memory_limit.unwrap_or(self.plan.memory_limit);
         Plan::new(discovered, &PlanOptions { tp: ranks, memory_limit, ..self.plan })
     }

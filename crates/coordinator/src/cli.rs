@@ -145,8 +145,8 @@ fn make_plan(
     source: &str,
     phases: &mut Phases,
 ) -> Result<Plan, LoadError> {
-    let dir = phases.measure("source", || source::resolve(source))?;
-    let discovered = phases.measure("headers", || discover(&dir))?;
+    let origin = phases.measure("source", || source::resolve(source))?;
+    let discovered = phases.measure("headers", || discover(origin))?;
     let options = arguments.plan_options(tp)?;
     phases.measure("plan", || Plan::new(discovered, &options))
 }
@@ -168,7 +168,7 @@ fn run_plan(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
 }
 
 fn run_inspect(arguments: &InspectArgs, json: bool) -> Result<(), LoadError> {
-    let discovered = discover(&source::resolve(&arguments.source)?)?;
+    let discovered = discover(source::resolve(&arguments.source)?)?;
     let options = PlanOptions { model: arguments.model_options(), ..PlanOptions::default() };
     let plan = Plan::new(discovered, &options)?;
     let mut inspection = Inspection::new(&plan, &arguments.source);
@@ -251,7 +251,7 @@ fn plan_steps(arguments: &LoadArgs) -> Result<Vec<Step<'_>>, LoadError> {
         let plan = make_plan(plan, arguments.tp, source, &mut phases)?;
         if let Some(first) = steps.first() {
             let same = first.plan.placement().same_parameters(plan.placement());
-            same.map_err(|e| LoadError::Plan { path: plan.dir.clone(), source: e })?;
+            same.map_err(|e| LoadError::Plan { path: plan.origin.shown().into(), source: e })?;
         }
         steps.push(Step { source, plan, phases });
     }

@@ -3,14 +3,14 @@
 use std::{
     fs::File,
     io::{self, Read},
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
+use longshore_models::byte_range::ByteRange;
 use longshore_models::{
     checkpoint::{Checkpoint, CheckpointFile},
     config::{CONFIG_FILE, Config, HF_QUANT_CONFIG_FILE},
@@ -18,15 +18,18 @@ use longshore_models::{
     header::{HEADER_BYTES_MAX, HeaderEntry, header_bytes, parse_header},
     index::{INDEX_FILE, Index, SINGLE_FILE},
 };
-use longshore_rank::storage::FileIdentity;
+use longshore_rank::{
+    error::RankError,
+    storage::{FileIdentity, IoChoice},
+};
 
-use crate::error::LoadError;
+use crate::{error::LoadError, origin::Origin};
 
 /// Everything about a checkpoint but its weights.
 #[derive(Debug, Clone)]
 pub struct Discovered {
-    /// The directory.
-    pub dir: PathBuf,
+    /// Where its files are.
+    pub origin: Origin,
     /// `config.json`.
     pub config: Config,
     /// `hf_quant_config.json`, if it is there.
@@ -47,22 +50,23 @@ impl Discovered {
 /// Headers read at a time: enough to hide a network file system's latency.
 const HEADERS_IN_FLIGHT: usize = 8;
 
-/// Reads and validates the checkpoint in `dir`.
+/// Reads and validates the checkpoint in a directory, or wherever else it is.
 ///
 /// # Errors
 /// A file is missing, unreadable or damaged.
-pub fn discover(dir: &Path) -> Result<Discovered, LoadError> {
-    let (config, hf_quant_config) = read_configs(dir)?;
-    let damaged = |source| LoadError::Checkpoint { path: dir.into(), source };
-    let index = read_index(dir)?;
+pub fn discover(origin: impl Into<Origin>) -> Result<Discovered, LoadError> {
+    let origin = origin.into();
+    let (config, hf_quant_config) = read_configs(origin.metadata())?;
+    let damaged = |source| LoadError::Checkpoint { path: origin.shown().into(), source };
+    let index = read_index(origin.metadata())?;
     let names = match &index {
-        Some(index) => existing_files(dir, index).map_err(damaged)?,
-        None => unindexed_files(dir)?,
+        Some(index) => existing_files(&origin, index)?,
+        None => unindexed_files(&origin)?,
     };
     // both in the order of the files' names
-    let (headers, identities) = read_headers(dir, &names)?.into_iter().unzip();
+    let (headers, identities) = read_headers(&origin, &names)?.into_iter().unzip();
     let checkpoint = Checkpoint::new(headers, index.as_ref()).map_err(damaged)?;
-    Ok(Discovered { dir: dir.into(), config, hf_quant_config, checkpoint, identities })
+    Ok(Discovered { origin, config, hf_quant_config, checkpoint, identities })
 }
 
 /// Reads `config.json` and, if it is there, `hf_quant_config.json`.
@@ -119,35 +123,31 @@ fn read_index(dir: &Path) -> Result<Option<Index>, LoadError> {
     }
 }
 
-fn existing_files(dir: &Path, index: &Index) -> Result<Vec<String>, CheckpointError> {
+fn existing_files(origin: &Origin, index: &Index) -> Result<Vec<String>, LoadError> {
     let files = index.files();
-    if let Some(missing) = files.iter().find(|f| !dir.join(f).is_file()) {
-        return Err(CheckpointError::IndexMissingFile {
-            index: INDEX_FILE.into(),
-            tensor: index.first_tensor_of(missing).into(),
-            found: (*missing).into(),
-        });
+    for missing in &files {
+        if !origin.has(missing)? {
+            let source = CheckpointError::IndexMissingFile {
+                index: INDEX_FILE.into(),
+                tensor: index.first_tensor_of(missing).into(),
+                found: (*missing).into(),
+            };
+            return Err(LoadError::Checkpoint { path: origin.shown().into(), source });
+        }
     }
     Ok(files.into_iter().map(str::to_owned).collect())
 }
 
 /// Without an index: `model.safetensors`, else every `*.safetensors` file.
-fn unindexed_files(dir: &Path) -> Result<Vec<String>, LoadError> {
-    if dir.join(SINGLE_FILE).is_file() {
+fn unindexed_files(origin: &Origin) -> Result<Vec<String>, LoadError> {
+    if origin.has(SINGLE_FILE)? {
         return Ok(vec![SINGLE_FILE.to_owned()]);
     }
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(|e| io_error(dir, "listing", e))? {
-        let entry = entry.map_err(|e| io_error(dir, "listing", e))?;
-        if let Ok(name) = entry.file_name().into_string()
-            && name.ends_with(".safetensors")
-        {
-            names.push(name);
-        }
-    }
+    let mut names = origin.names()?;
+    names.retain(|name| name.ends_with(".safetensors"));
     if names.is_empty() {
         let source = CheckpointError::NoFiles;
-        return Err(LoadError::Checkpoint { path: dir.into(), source });
+        return Err(LoadError::Checkpoint { path: origin.shown().into(), source });
     }
     names.sort();
     Ok(names)
@@ -156,14 +156,14 @@ fn unindexed_files(dir: &Path) -> Result<Vec<String>, LoadError> {
 type Header = ((CheckpointFile, Vec<HeaderEntry>), FileIdentity);
 
 /// Reads all headers, several at a time; the error returned is that of the first file by name.
-fn read_headers(dir: &Path, names: &[String]) -> Result<Vec<Header>, LoadError> {
+fn read_headers(origin: &Origin, names: &[String]) -> Result<Vec<Header>, LoadError> {
     let next = AtomicUsize::new(0);
     let results = Mutex::new(Vec::with_capacity(names.len()));
     std::thread::scope(|scope| {
         for _ in 0..HEADERS_IN_FLIGHT.min(names.len()) {
             scope.spawn(|| {
                 while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let header = read_header(dir, name);
+                    let header = read_header(origin, name);
                     results.lock().unwrap_or_else(PoisonError::into_inner).push((name, header));
                 }
             });
@@ -174,23 +174,31 @@ fn read_headers(dir: &Path, names: &[String]) -> Result<Vec<Header>, LoadError> 
     results.into_iter().map(|(_, header)| header).collect()
 }
 
-fn read_header(dir: &Path, name: &str) -> Result<Header, LoadError> {
-    let path = dir.join(name);
-    let failed = |e| io_error(&path, "reading the header", e);
-    let damaged = |source| LoadError::Checkpoint { path: dir.into(), source };
-    let file = File::open(&path).map_err(failed)?;
-    let identity = FileIdentity::of(&file).map_err(failed)?;
-    let bytes = identity.bytes;
-    let mut prefix = [0; 8];
-    let prefix = match file.read_exact_at(&mut prefix, 0) {
-        Ok(()) => &prefix[..],
-        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => &[],
-        Err(e) => return Err(failed(e)),
+/// What is read at once of a file that each request takes a while to get at: more than most headers have.
+const REMOTE_HEADER_BYTES: u64 = 512 << 10;
+
+fn read_header(origin: &Origin, name: &str) -> Result<Header, LoadError> {
+    const ACTION: &str = "reading the header";
+    let source = origin.open(name, IoChoice::Buffered, ACTION)?;
+    let path = origin.shown().join(name);
+    let failed = |source: RankError| match source {
+        RankError::Read { source, .. } => io_error(&path, ACTION, source),
+        other => io_error(&path, ACTION, io::Error::other(other)),
     };
+    let damaged = |source| LoadError::Checkpoint { path: origin.shown().into(), source };
+    let identity = source.identity.clone();
+    let bytes = identity.bytes;
+    let at_once = if source.is_remote() { REMOTE_HEADER_BYTES } else { 8 };
+    let mut start = vec![0; bytes.min(at_once) as usize];
+    source.read_full(ByteRange::new(0, start.len() as u64), &mut start).map_err(failed)?;
+    let prefix = if bytes < 8 { &[] } else { &start[..8] };
     let json_bytes = header_bytes(name, prefix, bytes).map_err(damaged)?;
-    let mut json = vec![0; json_bytes as usize];
-    file.read_exact_at(&mut json, 8).map_err(failed)?;
     let header_bytes = 8 + json_bytes;
+    let there = start.len().min(header_bytes as usize);
+    let mut json = vec![0; json_bytes as usize];
+    json[..there - 8].copy_from_slice(&start[8..there]);
+    let rest = ByteRange::new(there as u64, header_bytes);
+    source.read_full(rest, &mut json[there - 8..]).map_err(failed)?;
     let entries = parse_header(name, &json, bytes - header_bytes).map_err(damaged)?;
     Ok(((CheckpointFile { name: name.to_owned(), bytes, header_bytes }, entries), identity))
 }

@@ -89,7 +89,7 @@ impl Group {
 
     /// The checkpoint that the group holds; changes only when a reload has succeeded on every rank.
     pub fn source(&self) -> &Path {
-        &self.plan.dir
+        self.plan.origin.shown()
     }
 
     /// Counts the attempts at filling this group.
@@ -112,7 +112,7 @@ impl Group {
         progress: Vec<Arc<Progress>>,
     ) -> Result<(), LoadError> {
         let same = self.plan.placement().same_parameters(plan.placement());
-        same.map_err(|source| LoadError::Plan { path: plan.dir.clone(), source })?;
+        same.map_err(|source| LoadError::Plan { path: plan.origin.shown().into(), source })?;
         let prepared = prepare_into(plan, &self.options, 0)?;
         match self.write(&prepared, progress).await {
             Ok(()) => {
@@ -186,7 +186,8 @@ impl Group {
     /// Loads the old checkpoint again, if it is still the same; says how that went.
     async fn restore(&mut self, cause: LoadError) -> LoadError {
         let old = self.plan.clone();
-        warn!("reload failed, loading {} again: {}", old.dir.display(), cause.line());
+        let kept = old.origin.shown().to_owned();
+        warn!("reload failed, loading {} again: {}", kept.display(), cause.line());
         // refuses files that are not those which were planned for, and so not those which were loaded
         let outcome = match prepare_into(&old, &self.options, 0) {
             Ok(prepared) => self.write(&prepared, progress_of(&old)).await,
@@ -199,8 +200,8 @@ impl Group {
                 *why = text;
             }
         } else {
-            info!("the weights of {} are back", old.dir.display());
+            info!("the weights of {} are back", kept.display());
         }
-        LoadError::Reload { kept: old.dir, not_restored, source: Box::new(cause) }
+        LoadError::Reload { kept, not_restored, source: Box::new(cause) }
     }
 }

@@ -47,6 +47,7 @@ pub mod inspect;
 pub mod launch;
 pub mod link;
 pub mod load;
+pub mod origin;
 pub mod out;
 pub mod place;
 pub mod plan;

@@ -2,7 +2,6 @@
 
 use std::{
     io,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -26,6 +25,7 @@ use crate::{
     device::{self, DeviceChoice},
     error::LoadError,
     group::Group,
+    origin::Origin,
     place::Place,
     plan::Plan,
     processes::{STUCK_AFTER, Transport},
@@ -181,7 +181,7 @@ fn prepare_ranks(
     exchange: impl FnOnce(&mut usize, &mut u64) -> Result<Option<ExchangeStaging>, LoadError>,
 ) -> Result<Prepared, LoadError> {
     let started = Instant::now();
-    let sources = open_sources(&plan.dir, plan.checkpoint(), &plan.identities, options.io)?;
+    let sources = open_sources(&plan.origin, plan.checkpoint(), &plan.identities, options.io)?;
     let mut concurrency = concurrency(plan, options, &sources, here.ranks);
     let on_device = here.homes.iter().any(|home| matches!(home, Home::Device(_)));
     // on the way to a device, bytes stay in a slab for longer than their read takes
@@ -332,7 +332,10 @@ pub(crate) async fn attempt(
 pub(crate) fn check_unchanged(prepared: &Prepared) -> Result<(), LoadError> {
     match prepared.sources.iter().find(|source| source.has_changed()) {
         None => Ok(()),
-        Some(source) => Err(LoadError::FileModified { path: prepared.plan.dir.join(&source.name) }),
+        Some(source) => {
+            let path = prepared.plan.origin.shown().join(&source.name);
+            Err(LoadError::FileModified { path })
+        }
     }
 }
 
@@ -345,7 +348,7 @@ fn discarded_scalars(plan: &Plan, sources: &[CheckpointSource]) -> Result<Vec<St
         let mut stored = vec![0; tensor.file_range.len() as usize];
         let source = &sources[tensor.file as usize];
         source.read_full(tensor.file_range, &mut stored).map_err(|e| {
-            let (path, action) = (plan.dir.join(&source.name), "reading a scalar");
+            let (path, action) = (plan.origin.shown().join(&source.name), "reading a scalar");
             LoadError::Io { path, action, source: io::Error::other(e) }
         })?;
         let mut single = [0; 4];
@@ -383,9 +386,9 @@ pub async fn load(
     run(prepare(plan, options)?, progress).await
 }
 
-/// Opens the files of `checkpoint` in `dir`, which are those whose headers were read.
+/// Opens the files of `checkpoint`, which are those whose headers were read.
 pub(crate) fn open_sources(
-    dir: &Path,
+    origin: &Origin,
     checkpoint: &Checkpoint,
     identities: &[FileIdentity],
     io: IoChoice,
@@ -393,12 +396,10 @@ pub(crate) fn open_sources(
     let files = &checkpoint.files;
     let mut sources = Vec::with_capacity(files.len());
     for (file, planned) in files.iter().zip(identities) {
-        let source = CheckpointSource::open(dir, &file.name, io).map_err(|source| {
-            LoadError::Io { path: dir.join(&file.name), action: "opening", source }
-        })?;
+        let source = origin.open(&file.name, io, "opening")?;
         if source.identity != *planned {
             return Err(LoadError::FileChanged {
-                path: dir.join(&file.name),
+                path: origin.shown().join(&file.name),
                 planned: planned.bytes,
                 found: source.identity.bytes,
             });
@@ -423,6 +424,10 @@ pub(crate) fn open_sources(
     Ok(sources)
 }
 
+/// Requests to an object store, all ranks together: what one connection gives (some 100 MB/s) times this is more than most
+/// networks carry. How many of them are under way is adapted below that.
+const REMOTE_IN_FLIGHT: usize = 64;
+
 /// Direct reads that keep a fast disk busy, all ranks together.
 const DIRECT_IN_FLIGHT: usize = 16;
 
@@ -444,6 +449,9 @@ fn direct_in_flight(ranks: usize) -> usize {
 
 /// Reads in flight per rank that the storage wants.
 pub(crate) fn suggested_in_flight(sources: &[CheckpointSource], ranks: usize) -> usize {
+    if sources.iter().any(CheckpointSource::is_remote) {
+        return (REMOTE_IN_FLIGHT / ranks).max(4);
+    }
     if sources.iter().any(|s| s.mode.direct) {
         return direct_in_flight(ranks);
     }

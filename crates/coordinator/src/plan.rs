@@ -2,7 +2,7 @@
 
 mod hash;
 
-use std::{path::PathBuf, sync::Arc};
+use std::sync::Arc;
 
 use longshore_models::{
     arch::Model, checkpoint::Checkpoint, error::PlanError, options::ModelOptions,
@@ -19,6 +19,7 @@ use crate::{
     assignment::{Assignment, Policy, assign},
     discover::Discovered,
     error::LoadError,
+    origin::Origin,
     processes::message::PLAN_HASH_BYTES,
 };
 
@@ -47,7 +48,7 @@ pub struct PlanOptions {
     pub exchange: Exchange,
     /// Staging memory that a rank may hold, in bytes.
     pub memory_limit: u64,
-    /// The longest read, in bytes; `None`: [`READ_BYTES`], or less where the memory limit wants it.
+    /// The longest read, in bytes; `None`: [`READ_BYTES`] or [`REMOTE_READ_BYTES`], or less where the memory limit wants it.
     pub read_bytes: Option<u64>,
 }
 
@@ -68,6 +69,11 @@ impl Default for PlanOptions {
 /// The longest read by default. 2 MiB keep one virtual disk busy with 16 in flight (2.40 GB/s; 8 MiB × 4: 2.24), and a
 /// slab of it stays in a core's cache between the read and the copy.
 pub const READ_BYTES: u64 = 2 << 20;
+
+/// The same, where each request takes a while to be answered: 8 MiB keep what a request costs below a tenth of what it brings
+/// (some 30 ms at 100 MB/s, what one connection to an object store gives). Source: the part sizes of today's clients, 8 MiB
+/// in AWS's CRT and Run:ai's streamer.
+pub const REMOTE_READ_BYTES: u64 = 8 << 20;
 
 /// Staging memory of a rank by default.
 pub const MEMORY_LIMIT: u64 = 512 << 20;
@@ -94,8 +100,8 @@ pub struct RankForecast {
 /// A checked plan; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// The checkpoint's directory.
-    pub dir: PathBuf,
+    /// Where the checkpoint's files are.
+    pub origin: Origin,
     /// What its files were when they were planned for; a load reads no others.
     pub identities: Arc<Vec<FileIdentity>>,
     /// The model.
@@ -123,15 +129,16 @@ impl Plan {
     /// Whatever makes a complete and correct load impossible; see [`Placement::new`].
     pub fn new(discovered: Discovered, options: &PlanOptions) -> Result<Self, LoadError> {
         let header_bytes = discovered.header_bytes();
-        let Discovered { dir, config, hf_quant_config, checkpoint, identities } = discovered;
-        let refused = |source| LoadError::Plan { path: dir.clone(), source };
+        let Discovered { origin, config, hf_quant_config, checkpoint, identities } = discovered;
+        let refused = |source| LoadError::Plan { path: origin.shown().into(), source };
         let parallel = Parallel::new(options.tp, options.ep).map_err(refused)?;
         let model = Model::new(config, hf_quant_config.as_ref(), options.model).map_err(refused)?;
         let placement = Placement::new(&model, &checkpoint, parallel).map_err(refused)?;
-        let read_bytes = read_bytes(options)?;
+        let remote = origin.is_remote();
+        let read_bytes = read_bytes(options, remote)?;
         let needed_bytes = placement.needed_bytes(&checkpoint);
         let (exchange, exchange_reason) =
-            choose_exchange(options.exchange, &placement, &checkpoint, read_bytes, needed_bytes);
+            choose_exchange(options.exchange, remote, &placement, &checkpoint, read_bytes);
         let Assignment { reads, rounds } =
             assign(&placement, &checkpoint, &policy(exchange, read_bytes));
         let load = LoadPlan {
@@ -144,7 +151,7 @@ impl Plan {
         check_reads(&load, needed_bytes).map_err(refused)?;
         Ok(Self {
             forecast: forecast(&load),
-            dir,
+            origin,
             identities: Arc::new(identities),
             model,
             load: Arc::new(load),
@@ -177,13 +184,13 @@ impl Plan {
     }
 }
 
-fn read_bytes(options: &PlanOptions) -> Result<u64, LoadError> {
+fn read_bytes(options: &PlanOptions, remote: bool) -> Result<u64, LoadError> {
     if options.memory_limit < MEMORY_LIMIT_MIN {
         let reason =
             format!("{} bytes; at least {MEMORY_LIMIT_MIN} are needed", options.memory_limit);
         return Err(LoadError::Option { option: "--memory-limit", reason });
     }
-    let wanted = options.read_bytes.unwrap_or(READ_BYTES);
+    let wanted = options.read_bytes.unwrap_or(if remote { REMOTE_READ_BYTES } else { READ_BYTES });
     // room for a handful of slabs where the limit allows it, for one in any case
     let fits = (options.memory_limit / 4).max(MEMORY_LIMIT_MIN / 2);
     let fits = (1 << fits.ilog2()).min(options.memory_limit - slab_bytes(0));
@@ -197,10 +204,10 @@ fn policy(exchange: bool, read_bytes: u64) -> Policy {
 /// Storage costs at least as much per byte as handing it on within a host, so `auto` compares bytes read alone.
 fn choose_exchange(
     choice: Exchange,
+    remote: bool,
     placement: &Placement,
     checkpoint: &Checkpoint,
     read_bytes: u64,
-    needed_bytes: u64,
 ) -> (bool, String) {
     match choice {
         Exchange::On => (true, "asked for".into()),
@@ -208,7 +215,9 @@ fn choose_exchange(
         Exchange::Auto if placement.parallel.tp() == 1 => {
             (true, "one rank: nothing to pass on".into())
         }
+        Exchange::Auto if remote => (true, "each byte is fetched once".into()),
         Exchange::Auto => {
+            let needed_bytes = placement.needed_bytes(checkpoint);
             let alone = assign(placement, checkpoint, &policy(false, read_bytes));
             let bytes: u64 = alone.reads.iter().flatten().map(|r| r.range.len()).sum();
             let reason = format!("{needed_bytes} bytes to read with exchange, {bytes} without");

@@ -243,6 +243,7 @@ impl Report {
         this.warnings.extend_from_slice(done.warnings);
         this.storage_bytes_read = done.reports.iter().map(|r| r.storage_bytes_read).sum();
         this.padding_bytes_read = done.reports.iter().map(|r| r.padding_bytes_read).sum();
+        this.retried_bytes = done.reports.iter().map(|r| r.retried_bytes).sum();
         this.exchanged_bytes = done.reports.iter().map(|r| r.received_bytes).sum();
         this
     }

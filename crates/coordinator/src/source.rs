@@ -4,20 +4,21 @@ use std::path::PathBuf;
 
 use crate::{
     error::LoadError,
+    origin::Origin,
     synth::{Scale, Synth},
 };
 
-/// Turns what the user gave into a checkpoint directory.
+/// Finds out where the checkpoint is that the user named.
 ///
 /// `synth:FAMILY-SCHEME` is written to the cache directory (`$XDG_CACHE_HOME` or `~/.cache`, `/longshore/synth`) unless
 /// it is there already.
 ///
 /// # Errors
 /// Not a directory, or a kind of source that is not supported.
-pub fn resolve(given: &str) -> Result<PathBuf, LoadError> {
+pub fn resolve(given: &str) -> Result<Origin, LoadError> {
     let refuse = |reason: &str| LoadError::Source { given: given.into(), reason: reason.into() };
     if let Some(model) = given.strip_prefix("synth:") {
-        return synthetic(given, model);
+        return synthetic(given, model).map(Origin::from);
     }
     if let Some((scheme, _)) = given.split_once("://") {
         return Err(match scheme.to_ascii_lowercase().as_str() {
@@ -27,7 +28,7 @@ pub fn resolve(given: &str) -> Result<PathBuf, LoadError> {
     }
     let path = PathBuf::from(given);
     if path.is_dir() {
-        return Ok(path);
+        return Ok(path.into());
     }
     Err(match path.exists() {
         true => refuse("not a directory; give the directory that holds config.json"),

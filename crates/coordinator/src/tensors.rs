@@ -23,7 +23,7 @@
 //! # }
 //! ```
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 pub use longshore_rank::tensor_stream::{StreamProgress, Tensor};
 use longshore_rank::{
@@ -36,6 +36,7 @@ use crate::{
     discover::{Discovered, discover},
     error::LoadError,
     load::{open_sources, suggested_in_flight},
+    origin::Origin,
     plan::MEMORY_LIMIT,
     source::resolve,
 };
@@ -110,7 +111,7 @@ impl<'a> TensorsOptions<'a> {
 /// Reading begins with [`Tensors::open`] and goes on while tensors are looked at, as far as the memory limit reaches.
 #[derive(Debug)]
 pub struct Tensors {
-    dir: PathBuf,
+    origin: Origin,
     stream: TensorStream,
 }
 
@@ -120,7 +121,7 @@ impl Tensors {
     /// # Errors
     /// No checkpoint, or a damaged one; and as [`Tensors::of`].
     pub fn open(source: &str, options: &TensorsOptions<'_>) -> Result<Self, LoadError> {
-        Self::of(discover(&resolve(source)?)?, options)
+        Self::of(discover(resolve(source)?)?, options)
     }
 
     /// Begins to read a checkpoint whose headers are known.
@@ -129,8 +130,8 @@ impl Tensors {
     /// A file cannot be opened or has changed since its header was read, or a wanted tensor cannot fit into the memory
     /// limit; no weight has been read then.
     pub fn of(discovered: Discovered, options: &TensorsOptions<'_>) -> Result<Self, LoadError> {
-        let Discovered { dir, checkpoint, identities, .. } = discovered;
-        let sources = open_sources(&dir, &checkpoint, &identities, options.io)?;
+        let Discovered { origin, checkpoint, identities, .. } = discovered;
+        let sources = open_sources(&origin, &checkpoint, &identities, options.io)?;
         let suggested = suggested_in_flight(&sources, 1);
         let memory_limit = options
             .memory_limit
@@ -141,8 +142,8 @@ impl Tensors {
             patience: options.patience,
         };
         match TensorStream::open(Arc::new(checkpoint), sources, &options.wanted, &stream_options) {
-            Ok(stream) => Ok(Self { dir, stream }),
-            Err(source) => Err(LoadError::Tensors { path: dir, source }),
+            Ok(stream) => Ok(Self { origin, stream }),
+            Err(source) => Err(LoadError::Tensors { path: origin.shown().into(), source }),
         }
     }
 
@@ -160,9 +161,9 @@ impl Tensors {
     pub fn next(&mut self) -> Result<Option<Tensor>, LoadError> {
         self.stream.next().map_err(|e| match e {
             RankError::FileModified { file } => {
-                LoadError::FileModified { path: self.dir.join(file) }
+                LoadError::FileModified { path: self.origin.shown().join(file) }
             }
-            source => LoadError::Tensors { path: self.dir.clone(), source },
+            source => LoadError::Tensors { path: self.origin.shown().into(), source },
         })
     }
 

@@ -314,6 +314,7 @@ impl RankState {
         RankReport {
             storage_bytes_read: p.read_bytes.load(Relaxed),
             padding_bytes_read: p.padding_bytes.load(Relaxed),
+            retried_bytes: p.retried_bytes.load(Relaxed),
             reads: p.reads.load(Relaxed),
             received_bytes: p.received_bytes.load(Relaxed),
             sent_bytes: p.sent_bytes.load(Relaxed),

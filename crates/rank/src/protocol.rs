@@ -262,6 +262,8 @@ pub struct RankReport {
     pub storage_bytes_read: u64,
     /// Bytes read beyond them because direct I/O works in blocks.
     pub padding_bytes_read: u64,
+    /// Bytes that it asked of storage once more, because a request failed or was slow.
+    pub retried_bytes: u64,
     /// Reads issued to storage; the steps in which one goes through the page cache are one read.
     pub reads: u64,
     /// Bytes that other ranks read and this one received.
@@ -322,6 +324,8 @@ pub struct Progress {
     pub read_bytes: AtomicU64,
     /// Bytes read for alignment only.
     pub padding_bytes: AtomicU64,
+    /// Bytes asked of storage once more, because a request failed or was slow.
+    pub retried_bytes: AtomicU64,
     /// Reads issued to storage; the steps in which one goes through the page cache are one read.
     pub reads: AtomicU64,
     /// Bytes received from other ranks.

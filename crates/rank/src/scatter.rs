@@ -29,7 +29,7 @@ use crate::{
     error::RankError,
     protocol::{LoadPlan, Peer, Read},
     staging::Staging,
-    storage::CheckpointSource,
+    storage::{CheckpointSource, Staged},
 };
 
 /// Tensors whose runs are shorter than this on average are cheaper through a slab than as iovecs of their own.
@@ -113,6 +113,8 @@ pub struct Outcome {
     pub reads: u64,
     /// Bytes read for alignment only.
     pub padding_bytes: u64,
+    /// Bytes that were asked of storage once more.
+    pub retried_bytes: u64,
 }
 
 impl Scatter {
@@ -230,7 +232,7 @@ impl Scatter {
         for part in self.parts.iter().filter(|part| !part.in_place) {
             place_all(&self.spans[part.spans.clone()], slab, ranks)?;
         }
-        Ok(Outcome { reads, padding_bytes: 0 })
+        Ok(Outcome { reads, padding_bytes: 0, retried_bytes: 0 })
     }
 
     /// The runs without their repetitions.
@@ -281,7 +283,8 @@ impl Scatter {
         if let Some(slot) = slot {
             self.fill_slot(bytes, slot, ranks);
         }
-        Ok(Outcome { reads: staged.reads, padding_bytes: staged.padding_bytes })
+        let Staged { padding_bytes, reads, retried_bytes, .. } = staged;
+        Ok(Outcome { reads, padding_bytes, retried_bytes })
     }
 
     /// Copies what other processes want to the same offsets of a slot, once for all of them.

@@ -1,8 +1,10 @@
-//! Checkpoint files on local storage: opened once, read at positions, buffered or direct.
+//! Checkpoint files: opened once, read at positions; on local storage buffered or direct, elsewhere by whoever can
+//! ([`RemoteFile`]).
 
 mod probe;
 
 use std::{
+    fmt,
     fs::{File, OpenOptions},
     io,
     os::{
@@ -10,6 +12,7 @@ use std::{
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::Path,
+    sync::Arc,
     time::SystemTime,
 };
 
@@ -41,14 +44,23 @@ pub struct IoMode {
 }
 
 /// What tells one state of a file from another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileIdentity {
     /// Its length.
     pub bytes: u64,
-    /// When it was last written.
-    modified: Option<SystemTime>,
-    /// Its number within its device, and the device.
-    inode: (u64, u64),
+    state: State,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    Local {
+        /// When it was last written.
+        modified: Option<SystemTime>,
+        /// Its number within its device, and the device.
+        inode: (u64, u64),
+    },
+    /// What the storage says that it is.
+    Remote(String),
 }
 
 impl FileIdentity {
@@ -58,12 +70,35 @@ impl FileIdentity {
     /// The file system does not answer.
     pub fn of(file: &File) -> io::Result<Self> {
         let data = file.metadata()?;
-        Ok(Self {
-            bytes: data.len(),
-            modified: data.modified().ok(),
-            inode: (data.ino(), data.dev()),
-        })
+        let (modified, inode) = (data.modified().ok(), (data.ino(), data.dev()));
+        Ok(Self { bytes: data.len(), state: State::Local { modified, inode } })
     }
+
+    /// A file of `bytes` bytes that its storage knows as `version`: another version is another file.
+    pub fn remote(bytes: u64, version: impl Into<String>) -> Self {
+        Self { bytes, state: State::Remote(version.into()) }
+    }
+}
+
+/// A file that is not on local storage.
+pub trait RemoteFile: fmt::Debug + Send + Sync {
+    /// Which file it is, and in which state: all reads are of that state.
+    fn identity(&self) -> FileIdentity;
+
+    /// Fills `target` with `range`; several threads may do so at once.
+    ///
+    /// # Errors
+    /// Not all of it can be had within this storage's limits of time, or the file is not the same any more.
+    fn read(&self, range: ByteRange, target: &mut [u8]) -> Result<RemoteRead, RankError>;
+}
+
+/// What a read of a [`RemoteFile`] took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RemoteRead {
+    /// Requests.
+    pub requests: u64,
+    /// Bytes that were asked for once more, because a request failed or was slow.
+    pub retried_bytes: u64,
 }
 
 /// An open checkpoint file.
@@ -75,8 +110,13 @@ pub struct CheckpointSource {
     pub identity: FileIdentity,
     /// How it is read.
     pub mode: IoMode,
-    buffered: File,
-    direct: Option<File>,
+    handle: Handle,
+}
+
+#[derive(Debug)]
+enum Handle {
+    Local { buffered: File, direct: Option<File> },
+    Remote(Arc<dyn RemoteFile>),
 }
 
 /// A file counts as cached from this share on; below it, direct reads win (measured: a direct read of a cold file is
@@ -124,7 +164,20 @@ impl CheckpointSource {
                 }
             }
         }
-        Ok(Self { name: name.to_owned(), identity, mode, buffered, direct })
+        let handle = Handle::Local { buffered, direct };
+        Ok(Self { name: name.to_owned(), identity, mode, handle })
+    }
+
+    /// A file that is elsewhere. It is read into slabs, as files past the page cache are.
+    pub fn remote(name: &str, file: Arc<dyn RemoteFile>) -> Self {
+        let mode = IoMode { direct: true, reason: "not on local storage", resident: None };
+        let (name, identity) = (name.to_owned(), file.identity());
+        Self { name, identity, mode, handle: Handle::Remote(file) }
+    }
+
+    /// Whether the file is not on local storage.
+    pub fn is_remote(&self) -> bool {
+        matches!(self.handle, Handle::Remote(_))
     }
 
     /// What the opened file is now.
@@ -132,7 +185,11 @@ impl CheckpointSource {
     /// # Errors
     /// The file system does not answer.
     pub fn identity_now(&self) -> io::Result<FileIdentity> {
-        FileIdentity::of(&self.buffered)
+        match &self.handle {
+            Handle::Local { buffered, .. } => FileIdentity::of(buffered),
+            // every single read has made sure of it
+            Handle::Remote(_) => Ok(self.identity.clone()),
+        }
     }
 
     /// Whether the file has been written since it was opened; `true` as well where the file system does not answer.
@@ -148,9 +205,18 @@ impl CheckpointSource {
     /// # Errors
     /// The read fails, or the file has become shorter.
     pub fn read_staged(&self, range: ByteRange, slab: &mut [u8]) -> Result<Staged, RankError> {
-        let Some(direct) = &self.direct else {
-            let reads = self.read_full(range, &mut slab[..range.len() as usize])?;
-            return Ok(Staged { begin: 0, padding_bytes: 0, reads });
+        let direct = match &self.handle {
+            Handle::Local { direct: Some(direct), .. } => direct,
+            Handle::Local { buffered, direct: None } => {
+                let target = &mut slab[..range.len() as usize];
+                let reads = self.read_buffered(buffered, range, target)?;
+                return Ok(Staged { begin: 0, padding_bytes: 0, reads, retried_bytes: 0 });
+            }
+            Handle::Remote(file) => {
+                let read = file.read(range, &mut slab[..range.len() as usize])?;
+                let RemoteRead { requests: reads, retried_bytes } = read;
+                return Ok(Staged { begin: 0, padding_bytes: 0, reads, retried_bytes });
+            }
         };
         let start = range.start - range.start % DIRECT_ALIGNMENT;
         let end = range.end.next_multiple_of(DIRECT_ALIGNMENT);
@@ -167,18 +233,31 @@ impl CheckpointSource {
                 return Err(self.truncated(start + got as u64));
             }
         }
-        Ok(Staged { begin, padding_bytes: (got.max(wanted) - range.len() as usize) as u64, reads })
+        let padding_bytes = (got.max(wanted) - range.len() as usize) as u64;
+        Ok(Staged { begin, padding_bytes, reads, retried_bytes: 0 })
     }
 
-    /// Fills `target` with `range`, through the page cache; returns the number of reads.
+    /// Fills `target` with `range`, through the page cache where there is one; returns the number of reads.
     ///
     /// # Errors
     /// The read fails, or the file has become shorter.
     pub fn read_full(&self, range: ByteRange, target: &mut [u8]) -> Result<u64, RankError> {
+        match &self.handle {
+            Handle::Local { buffered, .. } => self.read_buffered(buffered, range, target),
+            Handle::Remote(file) => file.read(range, target).map(|read| read.requests),
+        }
+    }
+
+    fn read_buffered(
+        &self,
+        buffered: &File,
+        range: ByteRange,
+        target: &mut [u8],
+    ) -> Result<u64, RankError> {
         let (mut got, mut reads) = (0, 0);
         while got < target.len() {
             let at = range.start + got as u64;
-            let n = pread(&self.buffered, &mut target[got..], at)
+            let n = pread(buffered, &mut target[got..], at)
                 .map_err(|source| self.read_error(range, source))?;
             reads += 1;
             if n == 0 {
@@ -195,19 +274,22 @@ impl CheckpointSource {
     /// Every target must be valid for writes of its length, and nothing else may access it meanwhile.
     ///
     /// # Errors
-    /// The read fails, or the file has become shorter.
+    /// The read fails, or the file has become shorter, or is not on local storage.
     pub unsafe fn read_scattered(
         &self,
         range: ByteRange,
         targets: &mut [libc::iovec],
     ) -> Result<u64, RankError> {
+        let Handle::Local { buffered, .. } = &self.handle else {
+            return Err(self.read_error(range, io::ErrorKind::Unsupported.into()));
+        };
         let (mut at, mut reads, mut first) = (range.start, 0, 0);
         while first < targets.len() {
             let batch = &targets[first..targets.len().min(first + IOV_MAX)];
             // SAFETY: the iovecs point to memory that the caller vouches for; `batch` is at most IOV_MAX long.
             let n = unsafe {
                 libc::preadv(
-                    self.buffered.as_raw_fd(),
+                    buffered.as_raw_fd(),
                     batch.as_ptr(),
                     batch.len() as libc::c_int,
                     at as libc::off_t,
@@ -251,6 +333,8 @@ pub struct Staged {
     pub padding_bytes: u64,
     /// Reads that were issued.
     pub reads: u64,
+    /// Bytes that were asked for once more.
+    pub retried_bytes: u64,
 }
 
 /// Skips `bytes` bytes of the targets: how many are full, and the next one shortened.

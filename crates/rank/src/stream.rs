@@ -319,6 +319,7 @@ impl Job {
             let outcome = scatter.execute(plan, self.rank, &step, source, &self.ranks, slab)?;
             progress.read_bytes.fetch_add(range.len(), Ordering::Relaxed);
             progress.padding_bytes.fetch_add(outcome.padding_bytes, Ordering::Relaxed);
+            progress.retried_bytes.fetch_add(outcome.retried_bytes, Ordering::Relaxed);
             progress.reads.fetch_add(outcome.reads.saturating_sub(1), Ordering::Relaxed);
             progress.steps.fetch_add(1, Ordering::Relaxed);
             count_exchange(scatter.spans(), self.rank, &self.ranks);
@@ -355,6 +356,7 @@ impl Job {
         progress.reads.fetch_add(staged.reads, Ordering::Relaxed);
         progress.read_bytes.fetch_add(read.range.len(), Ordering::Relaxed);
         progress.padding_bytes.fetch_add(staged.padding_bytes, Ordering::Relaxed);
+        progress.retried_bytes.fetch_add(staged.retried_bytes, Ordering::Relaxed);
         scatter.find_spans(plan, self.rank, read);
         if let (Some(exchange), Some(round), Some(mut slot)) = (&self.exchange, read.round, slot) {
             let bytes = &slab.bytes()[staged.begin..][..read.range.len() as usize];

@@ -31,7 +31,7 @@ pub struct MapEntry {
 /// `ep` does not divide the experts.
 pub(super) fn entries(plan: &Plan, ep: u32) -> Result<Vec<MapEntry>, LoadError> {
     let mapper = Mapper::new(&plan.model, ep)
-        .map_err(|source| LoadError::Plan { path: plan.dir.clone(), source })?;
+        .map_err(|source| LoadError::Plan { path: plan.origin.shown().into(), source })?;
     let tensors = plan.checkpoint().tensors.iter();
     Ok(tensors.map(|tensor| MapEntry::new(&mapper, &tensor.name)).collect())
 }
