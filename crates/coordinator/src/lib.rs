@@ -37,6 +37,7 @@
 
 mod api;
 pub mod assignment;
+pub mod cache;
 pub mod cli;
 mod device;
 pub mod digest;

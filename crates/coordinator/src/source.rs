@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::{
+    cache,
     error::LoadError,
     origin::Origin,
     synth::{Scale, Synth},
@@ -10,8 +11,7 @@ use crate::{
 
 /// Finds out where the checkpoint is that the user named.
 ///
-/// `synth:FAMILY-SCHEME` is written to the cache directory (`$XDG_CACHE_HOME` or `~/.cache`, `/longshore/synth`) unless
-/// it is there already.
+/// `synth:FAMILY-SCHEME` is written to the cache directory ([`cache::directory`], `/synth`) unless it is there already.
 ///
 /// # Errors
 /// Not a directory, or a kind of source that is not supported.
@@ -43,9 +43,8 @@ fn synthetic(given: &str, model: &str) -> Result<PathBuf, LoadError> {
     })?;
     let synth = Synth::new(family, scheme).scale(Scale::Tiny);
     let fingerprint = synth.fingerprint()?;
-    let dir = cache_dir().ok_or_else(|| refuse("neither XDG_CACHE_HOME nor HOME is set".into()))?;
     // the fingerprint keeps a checkpoint of an older generator from being taken for this one's
-    let target = dir.join(format!("longshore/synth/{model}-{fingerprint}"));
+    let target = cache::directory()?.join(format!("synth/{model}-{fingerprint}"));
     if target.is_dir() {
         return Ok(target);
     }
@@ -61,9 +60,4 @@ fn synthetic(given: &str, model: &str) -> Result<PathBuf, LoadError> {
         }
         Err(source) => Err(LoadError::Io { path: target, action: "renaming", source }),
     }
-}
-
-fn cache_dir() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))
 }
