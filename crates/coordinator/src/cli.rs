@@ -10,7 +10,7 @@ use std::{
     ffi::OsString,
     io::{self, IsTerminal, Write},
     process::ExitCode,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use clap::Parser;
@@ -18,7 +18,7 @@ use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
-    digest,
+    cache, digest,
     discover::discover,
     error::LoadError,
     group::Group,
@@ -26,12 +26,13 @@ use crate::{
     load::{RunOptions, load, progress_of},
     out,
     plan::{Plan, PlanOptions},
-    report::{Done, RanksAs, Report},
+    report::{Done, RanksAs, Report, bytes_text},
     source,
 };
 
 use self::arguments::{
-    Cli, Command, InspectArgs, LoadArgs, PlanArgs, RanksArg, RunArgs, SynthArgs,
+    CacheAction, CacheArgs, Cli, Command, InspectArgs, LoadArgs, PlanArgs, RanksArg, RunArgs,
+    SynthArgs,
 };
 
 /// Runs the command line of this process and says how to exit.
@@ -60,6 +61,7 @@ pub fn main() -> ExitCode {
         Command::Plan(arguments) => run_plan(arguments, cli.json),
         Command::Inspect(arguments) => run_inspect(arguments, cli.json),
         Command::Synth(arguments) => run_synth(arguments, cli.json),
+        Command::Cache(arguments) => run_cache(arguments, cli.json),
         Command::Launch(arguments) => return launch::run(arguments),
         // taken care of above, since they say where their log goes
         Command::Rank(_) => Ok(()),
@@ -188,6 +190,26 @@ fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
             written.checkpoint_bytes,
             written.files
         )
+    })
+}
+
+fn run_cache(arguments: &CacheArgs, json: bool) -> Result<(), LoadError> {
+    let dir = cache::directory()?;
+    let (found, done) = match arguments.action.unwrap_or(CacheAction::List) {
+        CacheAction::List => (cache::list(&dir)?, ""),
+        CacheAction::Prune { unused_for } => {
+            let unused = Duration::from_secs(u64::from(unused_for) * 86_400);
+            (cache::prune(&dir, unused)?, " removed")
+        }
+    };
+    print(&found, json, || {
+        let mut text: String = found
+            .iter()
+            .map(|c| format!("{:>10}  {}  {}\n", bytes_text(c.bytes), c.uri, c.directory.display()))
+            .collect();
+        let bytes = bytes_text(found.iter().map(|c| c.bytes).sum());
+        text += &format!("{} in {}: {bytes}{done}", found.len(), dir.display());
+        text
     })
 }
 

@@ -45,6 +45,8 @@ pub(super) enum Command {
     /// Be one rank of a group of processes; finds its place in the environment of torchrun, srun or longshore launch. Takes the
     /// options of load.
     Rank(RankArgs),
+    /// List what the cache directory holds of models whose weights are elsewhere, or remove it.
+    Cache(CacheArgs),
     /// Start a command as every rank of this host, and again when one fails; takes torchrun's flags.
     Launch(LaunchArgs),
 }
@@ -168,6 +170,25 @@ pub(super) struct InspectArgs {
     /// Inspect for the prediction layer as the draft model.
     #[arg(long)]
     draft: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CacheArgs {
+    /// What to do [default: list].
+    #[command(subcommand)]
+    pub(super) action: Option<CacheAction>,
+}
+
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub(super) enum CacheAction {
+    /// List what is there, the last used first.
+    List,
+    /// Remove what was not used for a while.
+    Prune {
+        /// For so many days.
+        #[arg(long, value_name = "DAYS", default_value_t = 30)]
+        unused_for: u32,
+    },
 }
 
 #[derive(Debug, Args)]
