@@ -19,6 +19,10 @@ pub enum LoadError {
         /// Why it is not a checkpoint.
         reason: String,
     },
+    /// Object storage, or the hub, refuses or does not answer.
+    #[cfg(feature = "remote")]
+    #[error(transparent)]
+    Store(#[from] longshore_store::StoreError),
     /// A file could not be read or written.
     #[error("{}: {action} failed", .path.display())]
     Io {
@@ -242,6 +246,10 @@ impl LoadError {
             LoadError::Rank { source, .. } if source.is_refusal() => 2,
             LoadError::Tensors { source: RankError::TensorOverLimit { .. }, .. } => 2,
             LoadError::Join(ConnectError::Nobody(_)) => 1,
+            #[cfg(feature = "remote")]
+            LoadError::Store(e) if e.is_refusal() => 2,
+            #[cfg(feature = "remote")]
+            LoadError::Store(_) => 1,
             LoadError::Reload { source, .. } => source.exit_code(),
             LoadError::Rank { .. }
             | LoadError::RankLost { .. }

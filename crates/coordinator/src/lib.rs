@@ -53,6 +53,8 @@ pub mod out;
 pub mod place;
 pub mod plan;
 pub mod processes;
+#[cfg(feature = "remote")]
+mod remote;
 pub mod report;
 pub mod secret;
 pub mod source;

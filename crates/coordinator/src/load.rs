@@ -356,7 +356,7 @@ fn discarded_scalars(plan: &Plan, sources: &[CheckpointSource]) -> Result<Vec<St
             // the parameter is F32, so what no conversion is known for is F32 already
             single.copy_from_slice(&stored);
         }
-        Ok(f32::from_le_bytes(single))
+        Ok::<f32, LoadError>(f32::from_le_bytes(single))
     };
     let (mut count, mut first) = (0, None);
     for &(kept, discarded) in &plan.placement().discarded {

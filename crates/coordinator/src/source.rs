@@ -9,31 +9,47 @@ use crate::{
     synth::{Scale, Synth},
 };
 
-/// Finds out where the checkpoint is that the user named.
+/// Finds out where the checkpoint is that the user named: a directory, `synth:FAMILY-SCHEME`, object storage, or a model of the
+/// Hugging Face hub. Told apart here and nowhere else.
 ///
 /// `synth:FAMILY-SCHEME` is written to the cache directory ([`cache::directory`], `/synth`) unless it is there already.
 ///
 /// # Errors
-/// Not a directory, or a kind of source that is not supported.
+/// None of these, or it cannot be reached.
 pub fn resolve(given: &str) -> Result<Origin, LoadError> {
     let refuse = |reason: &str| LoadError::Source { given: given.into(), reason: reason.into() };
     if let Some(model) = given.strip_prefix("synth:") {
         return synthetic(given, model).map(Origin::from);
     }
-    if let Some((scheme, _)) = given.split_once("://") {
-        return Err(match scheme.to_ascii_lowercase().as_str() {
-            "s3" | "gs" | "az" => refuse("object storage is not supported yet"),
-            _ => refuse("unknown scheme; a directory or synth:FAMILY-SCHEME is expected"),
-        });
-    }
     let path = PathBuf::from(given);
     if path.is_dir() {
         return Ok(path.into());
     }
-    Err(match path.exists() {
-        true => refuse("not a directory; give the directory that holds config.json"),
-        false => refuse("no such directory (Hugging Face ids are not supported yet)"),
-    })
+    if path.exists() {
+        return Err(refuse("not a directory; give the directory that holds config.json"));
+    }
+    match elsewhere(given)? {
+        Some(origin) => Ok(origin),
+        None => Err(refuse(
+            "no such directory; expected one, s3://, gs://, az://, org/name of the Hugging Face hub, or synth:FAMILY-SCHEME",
+        )),
+    }
+}
+
+#[cfg(feature = "remote")]
+fn elsewhere(given: &str) -> Result<Option<Origin>, LoadError> {
+    longshore_store::Location::parse(given)?.map(|at| crate::remote::open(&at)).transpose()
+}
+
+#[cfg(not(feature = "remote"))]
+fn elsewhere(given: &str) -> Result<Option<Origin>, LoadError> {
+    match given.contains("://") {
+        false => Ok(None),
+        true => Err(LoadError::Source {
+            given: given.into(),
+            reason: "this program was built without object storage (feature remote)".into(),
+        }),
+    }
 }
 
 fn synthetic(given: &str, model: &str) -> Result<PathBuf, LoadError> {

@@ -73,6 +73,14 @@ pub enum RankError {
         /// Why it ended.
         why: String,
     },
+    /// A file that is not on local storage could not be read.
+    #[error("{source}")]
+    Remote {
+        /// Whether the user can mend it.
+        refused: bool,
+        /// Why; it names the object and the range.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// Memory could not be had.
     #[error("{what}: {bytes} bytes of memory could not be allocated")]
     Memory {
@@ -142,7 +150,12 @@ pub enum RankError {
 impl RankError {
     /// Whether the user can mend it (exit code 2), rather than a load that failed.
     pub fn is_refusal(&self) -> bool {
-        matches!(self, RankError::Values { .. } | RankError::Reported { refused: true, .. })
+        matches!(
+            self,
+            RankError::Values { .. }
+                | RankError::Reported { refused: true, .. }
+                | RankError::Remote { refused: true, .. }
+        )
     }
 
     /// The other rank that this one could not reach any more: the cause may lie there.

@@ -54,6 +54,8 @@ pub struct ReadReport {
     pub retries: u64,
     /// Requests beside a slow one.
     pub hedges: u64,
+    /// Bytes that retries and hedges asked for.
+    pub asked_again_bytes: u64,
     /// From the call to its return.
     pub elapsed: Duration,
 }
@@ -135,6 +137,7 @@ impl Reader {
             report.requests += part.requests;
             report.retries += part.retries;
             report.hedges += part.hedges;
+            report.asked_again_bytes += part.asked_again_bytes;
         }
         report.elapsed = start.elapsed();
         Ok(report)
@@ -271,6 +274,7 @@ impl Reader {
                 Err(_) => return Err(gave_up(part.report.requests)),
             }
             part.report.retries += 1;
+            part.report.asked_again_bytes += missing.end - missing.start;
             count(&self.counters.retries, 1);
             count(&self.counters.retried_bytes, missing.end - missing.start);
         }

@@ -219,6 +219,7 @@ impl Reader {
         count(&self.counters.hedges, 1);
         count(&self.counters.hedged_bytes, missing.end - missing.start);
         part.report.hedges += 1;
+        part.report.asked_again_bytes += missing.end - missing.start;
         part.report.requests += 1;
         Runner::asking(self.source.open(part.object, missing), part.filled, Instant::now())
     }
