@@ -174,8 +174,11 @@ fn read_headers(origin: &Origin, names: &[String]) -> Result<Vec<Header>, LoadEr
     results.into_iter().map(|(_, header)| header).collect()
 }
 
-/// What is read at once of a file that each request takes a while to get at: more than most headers have.
-const REMOTE_HEADER_BYTES: u64 = 512 << 10;
+/// What is read at once of a file that each request takes a while to get at: more than most headers have, but no more than a
+/// 128th of the file, as what is not header will be read once more.
+fn remote_header_bytes(bytes: u64) -> u64 {
+    (bytes / 128).clamp(8, 512 << 10)
+}
 
 fn read_header(origin: &Origin, name: &str) -> Result<Header, LoadError> {
     const ACTION: &str = "reading the header";
@@ -188,7 +191,7 @@ fn read_header(origin: &Origin, name: &str) -> Result<Header, LoadError> {
     let damaged = |source| LoadError::Checkpoint { path: origin.shown().into(), source };
     let identity = source.identity.clone();
     let bytes = identity.bytes;
-    let at_once = if source.is_remote() { REMOTE_HEADER_BYTES } else { 8 };
+    let at_once = if source.is_remote() { remote_header_bytes(bytes) } else { 8 };
     let mut start = vec![0; bytes.min(at_once) as usize];
     source.read_full(ByteRange::new(0, start.len() as u64), &mut start).map_err(failed)?;
     let prefix = if bytes < 8 { &[] } else { &start[..8] };

@@ -1,0 +1,181 @@
+//! Checkpoints that are not on this host, through a real server over loopback: the same bytes as from a directory, each once.
+
+#![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
+
+use std::{collections::BTreeMap, path::Path, process::Command};
+
+use longshore_harness::{
+    cases, compare,
+    generator::{Checkpoint, Family, Scheme},
+    scratch::Scratch,
+};
+use longshore_storage_server::{Action, Dialect, Operation, Options, Rule, Server};
+use serde_json::Value;
+
+/// The program in an environment that leads to the server and to a cache of the test's own, and to nothing else.
+fn longshore(server: &Server, dialect: Dialect, scratch: &Scratch) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_longshore"));
+    command.env_clear().envs(server.environment(dialect));
+    command.env("LONGSHORE_CACHE_DIR", scratch.join("cache")).env("HOME", scratch.join("home"));
+    command
+}
+
+/// What a bucket is called in the dialect.
+fn uri(dialect: Dialect, bucket: &str) -> String {
+    match dialect {
+        Dialect::S3 => format!("s3://{bucket}/some/model/"),
+        Dialect::Gcs => format!("gs://{bucket}/some/model"),
+        Dialect::Azure => format!("AZ://{bucket}/some/model"),
+        _ => format!("{bucket}/model"),
+    }
+}
+
+/// Serves the files of `dir`.
+fn serve(server: &Server, dialect: Dialect, bucket: &str, dir: &Path) {
+    if dialect == Dialect::Hub {
+        return server.serve(&format!("{bucket}/model"), dir);
+    }
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let entry = entry.unwrap();
+        let name = format!("some/model/{}", entry.file_name().to_str().unwrap());
+        server.put(bucket, &name, std::fs::read(entry.path()).unwrap());
+    }
+}
+
+fn json(command: &mut Command) -> Value {
+    let ran = command.output().unwrap();
+    let complaint = String::from_utf8_lossy(&ran.stderr);
+    assert!(ran.status.success(), "{command:?}: {complaint}");
+    serde_json::from_slice(&ran.stdout).unwrap()
+}
+
+/// The one line of a command that must fail, and its exit code.
+fn failure(command: &mut Command) -> (String, i32) {
+    let ran = command.output().unwrap();
+    let line = String::from_utf8(ran.stderr).unwrap().trim_end().to_owned();
+    assert!(!ran.status.success(), "{command:?}");
+    assert_eq!(line.lines().count(), 1, "{command:?}: {line}");
+    (line, ran.status.code().expect("it exits"))
+}
+
+/// Every byte of a weight file is fetched once for all ranks, headers apart.
+fn every_public_case(dialect: Dialect) {
+    let server = Server::start(Options::default());
+    for (number, case) in cases::cases().iter().enumerate() {
+        let scratch = Scratch::new().unwrap();
+        let (dir, out) = (scratch.join("checkpoint"), scratch.join("out"));
+        case.checkpoint.write(&dir).unwrap();
+        let bucket = format!("bucket{number}");
+        serve(&server, dialect, &bucket, &dir);
+        server.clear_log();
+        let told = json(
+            longshore(&server, dialect, &scratch)
+                .args(["load", "--json", "--log-level", "error", &uri(dialect, &bucket)])
+                .args(case.options.arguments())
+                .arg("--out")
+                .arg(&out),
+        );
+        compare::with_case(&out, case).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+        assert_eq!(told["storage_bytes_read"], told["needed_bytes"], "{}", case.name);
+        assert_eq!(told["retried_bytes"], 0, "{}", case.name);
+    }
+}
+
+#[test]
+fn every_public_case_is_byte_exact_from_s3() {
+    every_public_case(Dialect::S3);
+}
+
+/// Four processes that start together: what is not weights is fetched once, and of the weights each byte once beside the headers.
+#[test]
+fn processes_that_start_together_fetch_metadata_once() {
+    let server = Server::start(Options::default());
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    serve(&server, Dialect::S3, "models", &dir);
+    let told = json(
+        longshore(&server, Dialect::S3, &scratch)
+            .args(["load", "--json", "--log-level", "error", "--tp", "4", "--ranks", "processes"])
+            .arg(uri(Dialect::S3, "models")),
+    );
+    assert_eq!(told["storage_bytes_read"], told["needed_bytes"]);
+    let mut gets: BTreeMap<String, u32> = BTreeMap::new();
+    for request in server.requests() {
+        if request.operation == Operation::Get && !request.object.ends_with(".safetensors") {
+            *gets.entry(request.object).or_default() += 1;
+        }
+    }
+    assert!(gets.contains_key("some/model/config.json"), "{gets:?}");
+    assert!(gets.values().all(|&count| count == 1), "{gets:?}");
+}
+
+/// A second load finds the metadata in the cache; one whose configuration was replaced does not.
+#[test]
+fn metadata_is_fetched_again_only_when_it_has_changed() {
+    let server = Server::start(Options::default());
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    serve(&server, Dialect::S3, "models", &dir);
+    let fetched = |uri: &str| {
+        server.clear_log();
+        json(
+            longshore(&server, Dialect::S3, &scratch)
+                .args(["plan", "--json", "--log-level", "error", "--tp", "2"])
+                .arg(uri),
+        );
+        let requests = server.requests();
+        let config = |r: &&longshore_storage_server::Request| {
+            r.operation == Operation::Get && r.object.ends_with("/config.json")
+        };
+        requests.iter().filter(config).count()
+    };
+    assert_eq!(fetched("s3://models/some/model/"), 1);
+    // one model, one entry, however it is spelled
+    assert_eq!(fetched("S3://models/some/model"), 0);
+    server.replace("models", "some/model/config.json");
+    assert_eq!(fetched("s3://models/some/model"), 1);
+    let listed = json(longshore(&server, Dialect::S3, &scratch).args(["cache", "--json"]));
+    assert_eq!(listed.as_array().unwrap().len(), 2, "{listed}");
+}
+
+/// An object that is replaced in the middle of a load ends it, and is named; no mix is handed out.
+#[test]
+fn an_object_that_is_replaced_is_an_error() {
+    let server = Server::start(Options::default());
+    let scratch = Scratch::new().unwrap();
+    let (dir, out) = (scratch.join("checkpoint"), scratch.join("out"));
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    serve(&server, Dialect::S3, "models", &dir);
+    let replaced = Rule::new(Action::ChangeEtag).object("*.safetensors").operation(Operation::Get);
+    server.fault(replaced.skip(8).times(1));
+    let mut command = longshore(&server, Dialect::S3, &scratch);
+    command.args(["load", "--log-level", "error", "--tp", "2", "--read-size", "64KiB", "--out"]);
+    let (line, code) = failure(command.arg(&out).arg(uri(Dialect::S3, "models")));
+    assert!(line.contains("replaced") && line.contains(".safetensors"), "{line}");
+    assert_eq!(code, 1, "{line}");
+    assert!(!out.join("manifest.json").exists());
+}
+
+/// What the user can mend is refused with exit code 2 and says what to do.
+#[test]
+fn what_the_user_can_mend_is_refused() {
+    let server = Server::start(Options { private: true, ..Options::default() });
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    serve(&server, Dialect::S3, "models", &dir);
+    for (uri, want) in [
+        ("s3://models/other", "config.json"),
+        ("s3://no-such-bucket/model", "no-such-bucket"),
+        ("ftp://models/some", "ftp"),
+        ("s3:///some", "bucket"),
+    ] {
+        let mut command = longshore(&server, Dialect::S3, &scratch);
+        let (line, code) =
+            failure(command.args(["load", "--log-level", "error", "--tp", "1", uri]));
+        assert!(line.contains(want), "{line}");
+        assert_eq!(code, 2, "{line}");
+    }
+}
