@@ -55,6 +55,11 @@ pub(crate) fn refuse_unusable(choice: DeviceChoice) -> Result<(), LoadError> {
     }
 }
 
+/// Whether `ranks` ranks of this host share devices.
+pub(crate) fn are_shared(choice: DeviceChoice, ranks: u32) -> bool {
+    choice == DeviceChoice::Cuda && driver::probe().is_ok_and(|driver| driver.devices < ranks)
+}
+
 fn refusal(e: &CudaError) -> LoadError {
     LoadError::Option { option: "--device cuda", reason: e.to_string() }
 }

@@ -7,9 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use longshore_kernels::host::cast::cast;
+use longshore_kernels::{cuda::driver::Device, host::cast::cast};
 use longshore_models::{Dtype, checkpoint::Checkpoint};
 use longshore_rank::{
+    collective::nccl,
     device::Form,
     params::{Home, ParamMemory, ReadyParams},
     protocol::{Generation, Progress, RankReport, Work},
@@ -70,6 +71,7 @@ pub struct Prepared {
     /// Where the parameters of each rank of this process live.
     pub(crate) homes: Vec<Home>,
     device_slabs: u32,
+    nccl_form: Option<nccl::Form>,
     /// What the ranks exchange through, where they are processes.
     pub(crate) exchange_staging: Option<ExchangeStaging>,
     pub(crate) opening_seconds: f64,
@@ -85,6 +87,24 @@ impl Prepared {
             device_slabs: self.device_slabs,
         })
     }
+
+    /// What this process's rank would bring to an exchange over NCCL, and where.
+    pub(crate) fn nccl(&self) -> Option<(nccl::Form, Arc<Device>)> {
+        match (self.nccl_form, self.homes.first()) {
+            (Some(form), Some(Home::Device(device))) => Some((form, Arc::clone(device))),
+            _ => None,
+        }
+    }
+}
+
+/// Operations over NCCL that may be under way at a time: one that is packed, one on the wire, two that are placed.
+const NCCL_DEPTH: u32 = 4;
+
+/// What an exchange over NCCL sets aside, as deep as `room` bytes of device memory allow.
+fn nccl_form(staging: ExchangeStaging, world_size: u32, room: u64) -> Option<nccl::Form> {
+    let ExchangeStaging { slots, slot_bytes, .. } = staging;
+    let form = |depth| nccl::Form { world_size, slots, slot_bytes, depth };
+    (1..=NCCL_DEPTH).rev().map(form).find(|form| form.device_bytes() <= room)
 }
 
 /// The memory that a rank process passes bytes through.
@@ -129,7 +149,9 @@ pub(crate) fn prepare_process(
 ) -> Result<Prepared, LoadError> {
     let here = place.local_world_size.unwrap_or(1);
     let distant = match transport {
-        Transport::Auto => place.world_size.saturating_sub(here),
+        Transport::Auto | Transport::Host | Transport::Nccl => {
+            place.world_size.saturating_sub(here)
+        }
         Transport::Tcp => place.world_size - 1,
     };
     let local = place.local_rank;
@@ -175,7 +197,13 @@ fn prepare_ranks(
     check_host_memory(here.ranks, host_parameters, staging_bytes)?;
     let form = Form { slabs: slabs as u32, slab_bytes: slab };
     let Here { first, homes, held, .. } = here;
-    device::check_memory(&homes, first, plan.placement(), form.device_bytes(), held)?;
+    let slabs_on_device = form.device_bytes();
+    let nccl_form = exchange_staging.filter(|_| on_device && plan.rounds > 0).and_then(|staging| {
+        let room = plan.memory_limit.saturating_sub(slabs_on_device);
+        nccl_form(staging, plan.load.reads.len() as u32, room)
+    });
+    let on_device = slabs_on_device + nccl_form.map_or(0, |form| form.device_bytes());
+    device::check_memory(&homes, first, plan.placement(), on_device, held)?;
     Ok(Prepared {
         warnings: discarded_scalars(plan, &sources)?,
         plan: plan.clone(),
@@ -184,6 +212,7 @@ fn prepare_ranks(
         concurrency,
         homes,
         device_slabs: form.slabs,
+        nccl_form,
         exchange_staging,
         opening_seconds: started.elapsed().as_secs_f64(),
     })

@@ -302,6 +302,7 @@ fn host_join(
             slot_bytes: staging.slot_bytes,
         },
         receive_slots: staging.receive_slots,
+        nccl: prepared.nccl(),
         announced: Mutex::default(),
     })
 }

@@ -1,17 +1,21 @@
-//! The device layer and its kernels on a device, where there is one; without, each test says that it was ignored.
+//! The device layer and its kernels on a device, where there is one; without, each test says that it was ignored, and all of
+//! them run in processes of their own, on an emulated driver.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test says so by failing")]
 
 mod twins;
 
 use std::{
+    env,
     io::Write as _,
+    process::Command,
     ptr::{self, NonNull},
     sync::{Arc, Once},
     thread,
 };
 
 use cudarc::driver::sys;
+use longshore_emulator::{Options, emulated, library_dir};
 use longshore_kernels::{
     cuda::{
         driver::{CudaError, Device, DeviceMemory, Stream, probe},
@@ -46,6 +50,21 @@ fn device() -> Option<Arc<Device>> {
             SAID.call_once(|| writeln!(aloud, "ignored: no CUDA device: {error}").unwrap());
             None
         }
+    }
+}
+
+/// At once, with random delays, and as late as can be.
+#[test]
+fn all_of_it_works_on_an_emulated_driver() {
+    const SELF: &str = "all_of_it_works_on_an_emulated_driver";
+    let Some(library) = library_dir(env!("CARGO_TARGET_TMPDIR")) else { return };
+    for (seed, late_us) in [(0, 0), (1, 0), (2, 0), (0, 50_000)] {
+        let mut tests = Command::new(env::current_exe().unwrap());
+        emulated(&mut tests, library, &Options { seed, late_us, ..Options::default() });
+        let output = tests.args(["--skip", SELF, "--nocapture"]).output().unwrap();
+        let said = [output.stdout, output.stderr].map(|s| String::from_utf8_lossy(&s).into_owned());
+        let worked = output.status.success() && !said[1].contains("ignored");
+        assert!(worked, "seed {seed}, late {late_us}: {}{}", said[0], said[1]);
     }
 }
 

@@ -11,9 +11,11 @@
 //! What is sent from and received into belongs to the collective, so that it can be memory that others see, or memory
 //! of a device. A slot is filled again only when everybody has dropped what arrived from it.
 //!
-//! [`host::HostCollective`] joins processes of one host by shared memory and hosts by TCP.
+//! [`host::HostCollective`] joins processes of one host by shared memory and hosts by TCP, [`nccl::NcclCollective`] devices
+//! by NCCL.
 
 pub mod host;
+pub mod nccl;
 pub mod segment;
 pub mod slots;
 mod tcp;
@@ -251,13 +253,18 @@ pub enum Incoming {
 pub struct DeviceBytes {
     /// The address of the first.
     pub address: u64,
+    /// How many there are.
+    pub bytes: u64,
     /// What keeps the memory.
     pub keep: Box<dyn Send + Sync>,
 }
 
 impl fmt::Debug for DeviceBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DeviceBytes").field("address", &self.address).finish_non_exhaustive()
+        f.debug_struct("DeviceBytes")
+            .field("address", &self.address)
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
     }
 }
 

@@ -11,7 +11,7 @@
 //! A worker goes on as soon as it has handed its bytes over, so that reads, copies and kernels overlap. The device thread
 //! waits for what was handed over, in order; only then is a slab used again, and only then do bytes count as landed.
 
-mod slabs;
+pub(crate) mod slabs;
 mod uploads;
 
 use std::{ptr::NonNull, sync::Arc};

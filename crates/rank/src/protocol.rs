@@ -102,6 +102,19 @@ pub struct Endpoint {
     pub segment: SegmentHandle,
     /// Where it takes connections from ranks on other hosts.
     pub address: SocketAddr,
+    /// What it brings to an exchange over NCCL, if it can take part in one.
+    pub nccl: Option<NcclOffer>,
+}
+
+/// A rank that could exchange over NCCL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NcclOffer {
+    /// The UUID of its device.
+    pub device: [u8; 16],
+    /// Its library, as that counts its versions: all ranks need the same.
+    pub version: u32,
+    /// Rank 0's name for the communicator.
+    pub id: Option<Vec<u8>>,
 }
 
 /// Where a rank's parameters are.

@@ -395,13 +395,23 @@ pub fn tensors_in(
 
 /// Adds what the spans of one read moved between ranks to the counters of both sides, as far as they are here.
 pub(crate) fn count_exchange(spans: &[Span], reader: u32, ranks: &Ranks) {
+    count_sent(spans, reader, ranks);
+    count_received(spans, reader, ranks);
+}
+
+/// Adds what `reader` handed to other ranks to its counter, if it is here.
+pub(crate) fn count_sent(spans: &[Span], reader: u32, ranks: &Ranks) {
+    if let Some(peer) = ranks.here(reader) {
+        let bytes = spans.iter().filter(|s| s.rank != reader).map(Span::source_bytes).sum();
+        peer.progress.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Adds what other ranks than `reader` got of its read to their counters, as far as they are here.
+pub(crate) fn count_received(spans: &[Span], reader: u32, ranks: &Ranks) {
     for span in spans.iter().filter(|s| s.rank != reader) {
-        let bytes = span.source_bytes();
-        if let Some(reader) = ranks.here(reader) {
-            reader.progress.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
-        }
         if let Some(target) = ranks.here(span.rank) {
-            target.progress.received_bytes.fetch_add(bytes, Ordering::Relaxed);
+            target.progress.received_bytes.fetch_add(span.source_bytes(), Ordering::Relaxed);
         }
     }
 }

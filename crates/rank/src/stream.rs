@@ -23,7 +23,7 @@ use crate::{
     params::ParamMemory,
     post_process,
     protocol::{Generation, Peer, Progress, RankMessage, Read, Work, WorkerEvent},
-    scatter::{Ranks, Scatter, Slab, count_exchange, place_all, steps},
+    scatter::{Ranks, Scatter, Slab, count_exchange, count_received, count_sent, place_all, steps},
     staging::{DIRECT_ALIGNMENT, Staging},
 };
 
@@ -210,7 +210,7 @@ impl Job {
             let done = catch_unwind(AssertUnwindSafe(|| match uploads.next_done()? {
                 None => Ok(true),
                 Some(Done::Placed { reader, spans }) => {
-                    count_exchange(&spans, reader, &self.ranks);
+                    count_received(&spans, reader, &self.ranks);
                     self.land(&spans).map(|()| false)
                 }
                 Some(Done::Finished(number)) => {
@@ -363,6 +363,8 @@ impl Job {
         }
         let (begin, job) = (staged.begin as u64, Arc::clone(self));
         let staged = Arc::new(Staged::new(slab).on_end(move || job.read_ended()));
+        // before anyone else can believe this rank to be ready
+        count_sent(scatter.spans(), self.rank, &self.ranks);
         let mut spans = scatter.spans().to_vec();
         spans.sort_by_key(|span| span.rank);
         for spans in spans.chunk_by(|a, b| a.rank == b.rank) {

@@ -143,7 +143,8 @@ pub(super) struct RunArgs {
     /// How long rank processes may take to join.
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = parse_seconds)]
     join_timeout: Duration,
-    /// How bytes pass between rank processes: shared memory where they are on one host and TCP elsewhere, or TCP.
+    /// How bytes pass between rank processes: NCCL where each has a device of its own, else as host; host: shared memory where
+    /// they are on one host and TCP elsewhere; TCP; NCCL.
     #[arg(long, value_enum, default_value_t = TransportArg::Auto)]
     transport: TransportArg,
 }
@@ -207,7 +208,9 @@ enum ExchangeArg {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum TransportArg {
     Auto,
+    Host,
     Tcp,
+    Nccl,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -298,7 +301,9 @@ impl RunArgs {
         GroupOptions {
             transport: match self.transport {
                 TransportArg::Auto => Transport::Auto,
+                TransportArg::Host => Transport::Host,
                 TransportArg::Tcp => Transport::Tcp,
+                TransportArg::Nccl => Transport::Nccl,
             },
             stuck_after: self.progress_timeout,
             join_limit: self.join_timeout,

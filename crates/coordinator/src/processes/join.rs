@@ -1,20 +1,24 @@
-//! Joins one rank process with the others: shared memory on one host, TCP between hosts.
+//! Joins one rank process with the others: shared memory on one host, TCP between hosts, or NCCL between devices.
 
 use std::{
+    collections::HashSet,
     io,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
+use longshore_kernels::cuda::driver::Device;
+use longshore_nccl::{Nccl, UniqueId, Version};
 use longshore_rank::{
     collective::{
         Collective, CollectiveError, Kind, Operation,
         host::{HostCollective, Route},
+        nccl::{self, NcclCollective},
         segment::{Form, Segment},
     },
     error::RankError,
-    protocol::{Endpoint, Generation, Join},
+    protocol::{Endpoint, Generation, Join, NcclOffer},
 };
 use tokio::{sync::mpsc, time::timeout_at};
 
@@ -33,11 +37,15 @@ use crate::{
 /// How bytes pass between rank processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Transport {
-    /// Shared memory where ranks are on one host, TCP elsewhere.
+    /// NCCL where every rank has a device of its own, else as [`Transport::Host`].
     #[default]
     Auto,
+    /// Shared memory where ranks are on one host, TCP elsewhere.
+    Host,
     /// TCP everywhere.
     Tcp,
+    /// NCCL between devices, which ranks may share. Where they do, each process needs an `NCCL_HOSTID` of its own.
+    Nccl,
 }
 
 /// How long ranks that have announced themselves may take to reach each other.
@@ -53,6 +61,8 @@ pub(crate) struct HostJoin {
     pub(crate) form: Form,
     /// Slots to receive into, for each connection.
     pub(crate) receive_slots: u32,
+    /// What an exchange over NCCL would set aside, and where; `None`: there is no device, no room, or nothing to exchange.
+    pub(crate) nccl: Option<(nccl::Form, Arc<Device>)>,
     pub(crate) announced: Mutex<Option<Announced>>,
 }
 
@@ -75,10 +85,13 @@ impl Join for HostJoin {
             .map_err(failed("listening for other ranks"))?;
         let address = listener.local_addr().map_err(failed("listening for other ranks"))?;
         let host = match self.transport {
-            Transport::Auto => host_identity().map_err(failed("asking which host this is"))?,
+            Transport::Auto | Transport::Host | Transport::Nccl => {
+                host_identity().map_err(failed("asking which host this is"))?
+            }
             Transport::Tcp => format!("rank {} alone", self.place.rank),
         };
-        let endpoint = Endpoint { host, segment: segment.handle(), address };
+        let nccl = self.nccl_offer()?;
+        let endpoint = Endpoint { host, segment: segment.handle(), address, nccl };
         let announced = Announced { generation, segment, listener };
         *self.announced.lock().unwrap_or_else(PoisonError::into_inner) = Some(announced);
         Ok(endpoint)
@@ -100,6 +113,9 @@ impl Join for HostJoin {
             let (ranks, expected) = (roster.len(), self.place.world_size);
             let what = format!("{ranks} ranks are to be joined, the group has {expected}");
             return Err(CollectiveError::Operation { what }.into());
+        }
+        if let Some(agreed) = self.over_nccl(roster)? {
+            return self.join_over_nccl(&agreed);
         }
         let own = &roster[self.place.rank as usize];
         let mut routes: Vec<Option<Route>> = Vec::with_capacity(roster.len());
@@ -132,7 +148,62 @@ impl Join for HostJoin {
     }
 }
 
+/// An exchange over NCCL that all ranks can take part in; what each of them makes of the same roster.
+#[derive(Debug, PartialEq, Eq)]
+struct Agreed {
+    id: UniqueId,
+    /// Ranks share devices.
+    shared: bool,
+}
+
 impl HostJoin {
+    /// What this rank brings to an exchange over NCCL; nothing where that is not to be.
+    fn nccl_offer(&self) -> Result<Option<NcclOffer>, RankError> {
+        let wanted = matches!(self.transport, Transport::Auto | Transport::Nccl);
+        let Some((_, device)) = self.nccl.as_ref().filter(|_| wanted) else { return Ok(None) };
+        let offer = Nccl::load().and_then(|nccl| {
+            let id = match self.place.rank {
+                0 => Some(nccl.unique_id()?.0.to_vec()),
+                _ => None,
+            };
+            Ok(NcclOffer { device: device.uuid(), version: nccl.version().0, id })
+        });
+        match offer {
+            Ok(offer) => Ok(Some(offer)),
+            Err(e) if self.transport == Transport::Nccl => {
+                Err(CollectiveError::System { action: "using NCCL", what: e.to_string() }.into())
+            }
+            Err(e) => {
+                tracing::warn!("ranks exchange through host memory: {e}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether all ranks exchange over NCCL.
+    fn over_nccl(&self, roster: &[Endpoint]) -> Result<Option<Agreed>, CollectiveError> {
+        match agree(roster) {
+            Ok(agreed) if self.transport == Transport::Auto && agreed.shared => Ok(None),
+            Ok(agreed) => Ok(Some(agreed)),
+            Err(what) if self.transport == Transport::Nccl => {
+                Err(CollectiveError::System { action: "using NCCL", what })
+            }
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn join_over_nccl(&self, agreed: &Agreed) -> Result<Arc<dyn Collective>, RankError> {
+        let Some((form, device)) = &self.nccl else {
+            let what = "ranks agreed on NCCL without this one".to_owned();
+            return Err(CollectiveError::Operation { what }.into());
+        };
+        let Agreed { id, shared } = *agreed;
+        let rank = self.place.rank;
+        let collective = NcclCollective::connect(rank, *form, device, id, shared, JOIN_LIMIT)?;
+        pass_barrier(&collective)?;
+        Ok(Arc::new(collective))
+    }
+
     /// Connections to all ranks that have no route: the higher rank of two connects.
     fn connect_all(
         &self,
@@ -224,6 +295,26 @@ impl HostJoin {
     }
 }
 
+/// Whether ranks with these ends can exchange over NCCL, or why not.
+fn agree(roster: &[Endpoint]) -> Result<Agreed, String> {
+    let offers: Vec<&NcclOffer> = roster.iter().filter_map(|end| end.nccl.as_ref()).collect();
+    let first = match offers.first() {
+        Some(first) if roster.len() == offers.len() => first,
+        _ => {
+            let missing = roster.iter().position(|end| end.nccl.is_none()).unwrap_or(0);
+            return Err(format!("rank {missing} cannot take part"));
+        }
+    };
+    if let Some(other) = offers.iter().position(|offer| offer.version != first.version) {
+        let (a, b) = (Version(first.version), Version(offers[other].version));
+        return Err(format!("rank 0 has version {a}, rank {other} has {b}"));
+    }
+    let id: Option<[u8; 128]> = first.id.as_deref().and_then(|id| id.try_into().ok());
+    let id = UniqueId(id.ok_or("rank 0 has no name for the communicator")?);
+    let devices: HashSet<[u8; 16]> = offers.iter().map(|offer| offer.device).collect();
+    Ok(Agreed { id, shared: devices.len() < offers.len() })
+}
+
 /// Opens the memory of a rank of this host. A kernel that has been hardened may forbid it.
 fn open_segment(rank: u32, endpoint: &Endpoint) -> Result<Arc<Segment>, CollectiveError> {
     Segment::open(&endpoint.segment).map_err(|e| CollectiveError::Connection {
@@ -233,7 +324,7 @@ fn open_segment(rank: u32, endpoint: &Endpoint) -> Result<Arc<Segment>, Collecti
 }
 
 /// Waits until every rank has joined: from here on all paths are known to work.
-fn pass_barrier(collective: &HostCollective) -> Result<(), CollectiveError> {
+fn pass_barrier(collective: &dyn Collective) -> Result<(), CollectiveError> {
     let deadline = Instant::now() + JOIN_LIMIT;
     collective.start(Operation { kind: Kind::Barrier, data: None })?;
     let mut passed = 1;

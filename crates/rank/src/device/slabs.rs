@@ -4,22 +4,24 @@ use std::{slice, sync::Arc};
 
 use longshore_kernels::cuda::{
     driver::{CudaError, Device, DeviceMemory, Event, Stream},
-    place::PlaceSpan,
+    launch,
+    place::{PlaceSpan, Runs, SpanTable},
 };
+use longshore_models::Dtype;
 
 use crate::{device::Pinned, error::RankError, lender::Lender};
 
 /// Spans of one launch: more of them take several.
-pub(super) const TABLE_SPANS: usize = 1024;
+const TABLE_SPANS: usize = 1024;
 
 /// The widest access of the placement kernel.
-pub(super) const ACCESS_BYTES: u64 = 16;
+pub(crate) const ACCESS_BYTES: u64 = 16;
 
 const TABLE_BYTES: usize = TABLE_SPANS * size_of::<PlaceSpan>();
 
 /// A fixed number of slabs of one size.
 #[derive(Debug)]
-pub(super) struct Slabs {
+pub(crate) struct Slabs {
     lender: Lender,
     slab_bytes: u64,
     memory: DeviceMemory,
@@ -31,14 +33,29 @@ pub(super) struct Slabs {
 
 /// What tells how far the use of a slab has come.
 #[derive(Debug)]
-pub(super) struct Events {
-    pub(super) copied: Event,
-    pub(super) placed: Event,
+pub(crate) struct Events {
+    pub(crate) copied: Event,
+    pub(crate) placed: Event,
+}
+
+/// Why runs were not placed.
+#[derive(Debug)]
+pub(crate) enum NotPlaced {
+    /// No kernel knows this conversion.
+    Unknown(Option<(Dtype, Dtype)>),
+    /// The device says why.
+    Device(CudaError),
+}
+
+impl From<CudaError> for NotPlaced {
+    fn from(e: CudaError) -> Self {
+        NotPlaced::Device(e)
+    }
 }
 
 /// The right to use one slab; dropping it gives the slab back, so it is kept until its last launch has ended.
 #[derive(Debug)]
-pub(super) struct Slab {
+pub(crate) struct Slab {
     slabs: Arc<Slabs>,
     number: u32,
 }
@@ -49,12 +66,12 @@ fn slab_bytes(read_bytes: u64) -> u64 {
 }
 
 /// Bytes of device memory that a slab takes, its table included.
-pub(super) fn device_bytes(read_bytes: u64) -> u64 {
+pub(crate) fn device_bytes(read_bytes: u64) -> u64 {
     slab_bytes(read_bytes) + TABLE_BYTES as u64
 }
 
 impl Slabs {
-    pub(super) fn new(
+    pub(crate) fn new(
         device: &Arc<Device>,
         count: u32,
         read_bytes: u64,
@@ -73,37 +90,93 @@ impl Slabs {
     }
 
     /// Takes a slab as soon as there is one; `None` once this is closed.
-    pub(super) fn take(self: &Arc<Self>) -> Option<Slab> {
+    pub(crate) fn take(self: &Arc<Self>) -> Option<Slab> {
         let number = self.lender.take_waiting()?;
         Some(Slab { slabs: Arc::clone(self), number })
     }
 
+    /// Takes a slab; `None` while all are in use.
+    pub(crate) fn try_take(self: &Arc<Self>) -> Option<Slab> {
+        let number = self.lender.take()?;
+        Some(Slab { slabs: Arc::clone(self), number })
+    }
+
+    /// How many are in use.
+    pub(crate) fn in_use(&self) -> u32 {
+        self.lender.lent()
+    }
+
     /// Ends the waiting for slabs.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         self.lender.close();
     }
 }
 
 impl Slab {
     /// Its address on the device.
-    pub(super) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.slabs.memory.address() + u64::from(self.number) * self.slabs.slab_bytes
     }
 
     /// Its size in bytes.
-    pub(super) fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.slabs.slab_bytes
     }
 
-    pub(super) fn events(&self) -> &Events {
+    /// Which one it is.
+    pub(crate) fn number(&self) -> u32 {
+        self.number
+    }
+
+    pub(crate) fn events(&self) -> &Events {
         &self.slabs.events[self.number as usize]
+    }
+
+    /// Enqueues kernels that place `runs`, whose offsets count from `source`, an address of the device's.
+    ///
+    /// # Safety
+    /// What an earlier call enqueued has ended; until this has, the slab is kept, source and targets are memory of the
+    /// device, and nobody else writes to them or reads the targets.
+    ///
+    /// # Errors
+    /// A conversion that no kernel knows, or what the device says; some of the runs may have been enqueued then.
+    pub(crate) unsafe fn place(
+        &mut self,
+        runs: impl IntoIterator<Item = Runs>,
+        source: u64,
+        stream: &Stream,
+    ) -> Result<(), NotPlaced> {
+        // kernels count from a multiple of 16
+        let shift = source % ACCESS_BYTES;
+        let (mut runs, mut table) = (runs.into_iter().peekable(), SpanTable::default());
+        while runs.peek().is_some() {
+            if !table.spans().is_empty() {
+                // the table is in use until then; reads of so many spans are rare
+                stream.synchronize()?;
+                table.clear();
+            }
+            while table.spans().len() < TABLE_SPANS
+                && let Some(runs) = runs.next()
+            {
+                if !table.push(Runs { source_offset: shift + runs.source_offset, ..runs }) {
+                    return Err(NotPlaced::Unknown(runs.cast));
+                }
+            }
+            // SAFETY: the table is free: the caller says so of the first time, and later the stream was waited for. The rest
+            // is passed on from the caller.
+            unsafe {
+                let address = self.fill_table(table.spans(), stream)?;
+                launch::place(stream, source - shift, address, &table)?;
+            }
+        }
+        Ok(())
     }
 
     /// Enqueues the copy of `spans`, at most [`TABLE_SPANS`], to its table on the device, and returns the table's address.
     ///
     /// # Safety
     /// What was enqueued by an earlier call has ended; the slab is kept until this has.
-    pub(super) unsafe fn fill_table(
+    unsafe fn fill_table(
         &mut self,
         spans: &[PlaceSpan],
         stream: &Stream,

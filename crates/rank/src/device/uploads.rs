@@ -8,12 +8,11 @@ use std::{
 
 use longshore_kernels::cuda::{
     driver::{CudaError, Device, Event, Stream},
-    launch,
-    place::{Runs, SpanTable},
+    place::Runs,
 };
 use longshore_models::placement::Span;
 
-use super::slabs::{self, ACCESS_BYTES, Slab, Slabs, TABLE_SPANS};
+use super::slabs::{self, ACCESS_BYTES, NotPlaced, Slab, Slabs};
 use crate::{
     collective::{Incoming, slots::Slot},
     error::RankError,
@@ -207,48 +206,32 @@ impl Uploads {
 
     /// Enqueues the kernels that place `spans` from what lies at `source`.
     fn launch(&self, spans: &[Span], source: u64, slab: &mut Slab) -> Result<(), RankError> {
-        // kernels count from a multiple of 16
-        let (base, shift) = (source & !(ACCESS_BYTES - 1), source & (ACCESS_BYTES - 1));
-        let mut table = SpanTable::default();
-        let mut launched = false;
-        for spans in spans.chunks(TABLE_SPANS) {
-            table.clear();
-            for span in spans {
-                let runs = Runs {
-                    source_offset: shift + span.source_offset,
-                    target: self.memory.span_address(span),
-                    rows: span.rows,
-                    width: span.width,
-                    source_stride: span.source_stride,
-                    target_stride: span.target_stride,
-                    cast: span.cast,
+        let runs = spans.iter().map(|span| Runs {
+            source_offset: span.source_offset,
+            target: self.memory.span_address(span),
+            rows: span.rows,
+            width: span.width,
+            source_stride: span.source_stride,
+            target_stride: span.target_stride,
+            cast: span.cast,
+        });
+        // SAFETY: the slab was just taken, so whatever used it has ended; `place` keeps it until the kernels have. The spans
+        // lie within their parameters (`span_address` checks it) and within the source, and by RNK-1 nobody else writes
+        // there.
+        unsafe { slab.place(runs, source, &self.places) }.map_err(|e| match e {
+            NotPlaced::Device(e) => RankError::from(e),
+            NotPlaced::Unknown(cast) => {
+                let span = spans.iter().find(|s| s.cast == cast);
+                let param = span.map_or(String::new(), |s| {
+                    self.memory.placement().params[s.param as usize].name.clone()
+                });
+                let what = match cast {
+                    Some((from, to)) => format!("no conversion from {from} to {to}"),
+                    None => "no such placement".to_owned(),
                 };
-                if !table.push(runs) {
-                    let param = &self.memory.placement().params[span.param as usize];
-                    let what = match span.cast {
-                        Some((from, to)) => format!("no conversion from {from} to {to}"),
-                        None => "no such placement".to_owned(),
-                    };
-                    return Err(RankError::Transform { param: param.name.clone(), what });
-                }
+                RankError::Transform { param, what }
             }
-            if table.unit_count() == 0 {
-                continue;
-            }
-            if launched {
-                // the table is in use until then; reads of so many spans are rare
-                self.places.synchronize()?;
-            }
-            launched = true;
-            // SAFETY: whatever used the table before has ended: the slab was just taken, or the stream was waited for.
-            // `place` keeps the slab until the kernel has ended. The spans lie within their parameters (`span_address`
-            // checked it) and within the source, and by RNK-1 nobody else writes there.
-            unsafe {
-                let address = slab.fill_table(table.spans(), &self.places)?;
-                launch::place(&self.places, base, address, &table)?;
-            }
-        }
-        Ok(())
+        })
     }
 
     /// Enqueues a finish.

@@ -22,7 +22,7 @@ impl DeviceMemory {
     ) -> Result<DeviceMemory, CudaError> {
         let mut address = 0;
         if bytes > 0 {
-            device.enter()?;
+            device.make_current()?;
             // SAFETY: `address` is ours.
             let result = unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes as usize) };
             if result == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {

@@ -294,7 +294,7 @@ fn is_done(
     action: &'static str,
     query: impl FnOnce() -> CUresult,
 ) -> Result<bool, CudaError> {
-    device.enter()?;
+    device.make_current()?;
     match query() {
         CUresult::CUDA_ERROR_NOT_READY => Ok(false),
         result => device.check(result, action).map(|()| true),

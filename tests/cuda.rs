@@ -1,0 +1,349 @@
+//! Parameters on devices: the same bytes as in the host's memory, through the real driver where there is a device, else through
+//! the emulated one, whose streams run late and in random order.
+
+#![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
+
+use std::{
+    fs,
+    os::unix::fs::FileExt,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use longshore::{
+    DeviceChoice,
+    digest::group_digest,
+    load::{RunOptions, load, progress_of},
+    plan::Exchange,
+};
+use longshore_emulator::{Options, log};
+use longshore_harness::{
+    cases, compare,
+    generator::{Checkpoint, Family, Preset, Scheme},
+    oracle,
+    scratch::Scratch,
+};
+use longshore_models::checkpoint::Tensor;
+
+mod common;
+#[path = "common/cuda.rs"]
+mod cuda;
+
+use common::{plan, runtime};
+use cuda::{Cuda, json, program, refusal};
+
+/// A driver whose streams run late, differently for each `seed`.
+fn late(seed: u64) -> Options {
+    Options { seed, delay_us_max: 300, devices: 8, ..Options::default() }
+}
+
+fn written(scratch: &Scratch, checkpoint: &Checkpoint) -> std::path::PathBuf {
+    let dir = scratch.join("checkpoint");
+    checkpoint.write(&dir).unwrap();
+    dir
+}
+
+fn load_case(cuda: Cuda, case: &cases::Case, seed: u64, extra: &[&str]) {
+    let scratch = Scratch::new().unwrap();
+    let (checkpoint, out) = (written(&scratch, &case.checkpoint), scratch.join("out"));
+    let run = cuda
+        .longshore(&late(seed))
+        .args(["load", "--log-level", "error", "--device", "cuda"])
+        .arg(&checkpoint)
+        .args(case.options.arguments())
+        .arg("--out")
+        .arg(&out)
+        .args(extra)
+        .output()
+        .unwrap();
+    let complaint = String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success(), "{} {extra:?}: {complaint}", case.name);
+    assert_eq!(complaint, "", "{} {extra:?}", case.name);
+    compare::with_case(&out, case).unwrap_or_else(|e| panic!("{} {extra:?}: {e}", case.name));
+}
+
+#[test]
+fn every_public_case_is_byte_exact_on_a_device() {
+    let Some(cuda) = Cuda::find() else { return };
+    let mut seen = 0;
+    for (case, seed) in cases::cases().iter().zip(1..) {
+        load_case(cuda, case, seed, &["--exchange", "on", "--io", "buffered"]);
+        load_case(cuda, case, seed + 100, &["--exchange", "off", "--io", "direct"]);
+        // reads of 64 KiB, two slabs of staging
+        load_case(cuda, case, seed + 200, &["--memory-limit", "160KiB", "--io", "direct"]);
+        seen += 1;
+    }
+    assert_eq!(seen, 20);
+}
+
+#[test]
+fn every_public_case_is_byte_exact_on_the_devices_of_processes() {
+    let Some(cuda) = Cuda::find() else { return };
+    for (case, seed) in cases::cases().iter().zip(1..).filter(|(case, _)| case.options.tp > 1) {
+        let transport = ["host", "tcp"][seed as usize % 2];
+        load_case(cuda, case, seed, &["--ranks", "processes", "--transport", transport]);
+    }
+}
+
+/// Every family and scheme, also with experts in groups: digest and counters of the host's load, staging within its limit and
+/// back at zero, device memory within parameters, limit and workspace.
+#[test]
+fn devices_hold_and_count_what_the_host_does() {
+    const LIMIT: u64 = 1 << 20;
+    let Some(cuda) = Cuda::find() else { return };
+    let mut seed = 0;
+    for &family in Family::ALL {
+        for &scheme in family.schemes() {
+            let scratch = Scratch::new().unwrap();
+            let dir = written(&scratch, &Checkpoint::new(family, scheme).preset(Preset::Odd));
+            for options in [&["--tp", "2"][..], &["--tp", "4", "--ep", "2"]] {
+                seed += 1;
+                let load = |device: &str| {
+                    let mut command = cuda.longshore(&late(seed));
+                    command.args(["load", "--json", "--log-level", "error", "--device", device]);
+                    command.args(["--memory-limit", "1MiB"]).args(options).arg(&dir);
+                    command
+                };
+                let what = format!("{family:?} {scheme:?} {options:?}");
+                if !load("cpu").output().unwrap().status.success() {
+                    // odd sizes that cannot be cut are refused on both
+                    assert_eq!(refusal(&mut load("cpu")), refusal(&mut load("cuda")), "{what}");
+                    continue;
+                }
+                let (host, device) = (json(&mut load("cpu")), json(&mut load("cuda")));
+                assert_eq!((&host["device"], &device["device"]), (&"cpu".into(), &"cuda".into()));
+                assert_eq!(host["digest"], device["digest"], "{what}");
+                for (host, device) in host["ranks"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .zip(device["ranks"].as_array().unwrap())
+                {
+                    for same in ["storage_bytes_read", "received_bytes", "sent_bytes"] {
+                        assert_eq!(host[same], device[same], "{what}: {same}");
+                    }
+                    let number = |name: &str| device[name].as_u64().unwrap();
+                    assert!(number("peak_staging_bytes") <= LIMIT, "{what}");
+                    assert_eq!(number("final_staging_bytes"), 0, "{what}");
+                    if cuda.is_emulated() {
+                        // a device for each rank; tables, and the gaps between parameters
+                        let most = number("parameter_bytes") + LIMIT + WORKSPACE;
+                        let most = most + 512 * number("parameters");
+                        assert!(number("peak_device_bytes") <= most, "{what}: {device}");
+                    }
+                }
+            }
+        }
+    }
+    assert!(seed >= 30, "only {seed} loads");
+}
+
+/// What the largest finish of these small models works in, and the tables of permutations.
+const WORKSPACE: u64 = 256 << 10;
+
+#[test]
+fn a_reload_on_devices_gives_what_a_fresh_load_gives_at_the_same_addresses() {
+    let Some(cuda) = Cuda::find() else { return };
+    let name = "a_reload_on_devices_gives_what_a_fresh_load_gives_at_the_same_addresses";
+    if !cuda.is_inside(name, &late(5)) {
+        return;
+    }
+    let run = RunOptions { device: DeviceChoice::Cuda, ..RunOptions::default() };
+    for (family, scheme, layout) in [
+        (Family::Llama, Scheme::Bf16, None),
+        (Family::DeepseekV3, Scheme::Nvfp4, Some("trtllm")),
+        (Family::GlmMoeDsa, Scheme::Mxfp4, Some("aiter")),
+        (Family::KimiK25, Scheme::Nvfp4, Some("trtllm")),
+    ] {
+        let scratch = Scratch::new().unwrap();
+        let mut options = oracle::Options::tp(2);
+        options.kernel_layout = layout.map(str::to_owned);
+        let plans = [1, 2].map(|seed| {
+            let dir = scratch.join(&format!("checkpoint-{seed}"));
+            Checkpoint::new(family, scheme).seed(seed).write(&dir).unwrap();
+            plan(&dir, &options, Exchange::On).unwrap()
+        });
+        let start = |plan, run: &RunOptions| {
+            runtime()
+                .block_on(load(plan, run, progress_of(plan)))
+                .unwrap_or_else(|e| panic!("{family:?} {scheme:?}: {}", e.line()))
+        };
+        let fresh = plans.each_ref().map(|plan| {
+            group_digest(start(plan, &RunOptions::default()).ranks().unwrap()).unwrap()
+        });
+        let mut group = start(&plans[0], &run);
+        let addresses = |group: &longshore::group::Group| -> Vec<u64> {
+            let ranks = group.ranks().unwrap();
+            ranks.iter().flat_map(|rank| rank.iter().map(|p| p.data.address())).collect()
+        };
+        let first = addresses(&group);
+        for next in [1, 0, 1] {
+            let done = runtime().block_on(group.reload(&plans[next], progress_of(&plans[next])));
+            done.unwrap_or_else(|e| panic!("{family:?} {scheme:?}: {}", e.line()));
+            let digest = group_digest(group.ranks().unwrap()).unwrap();
+            assert_eq!(digest, fresh[next], "{family:?} {scheme:?}");
+            assert_eq!(addresses(&group), first, "{family:?} {scheme:?}");
+        }
+    }
+}
+
+fn llama(scratch: &Scratch) -> std::path::PathBuf {
+    written(scratch, &Checkpoint::new(Family::Llama, Scheme::Bf16))
+}
+
+fn to_device(cuda: Cuda, options: &Options, dir: &Path, extra: &[&str]) -> Command {
+    let mut command = cuda.longshore(options);
+    command.args(["load", "--log-level", "error", "--tp", "2", "--device", "cuda"]).arg(dir);
+    command.args(extra);
+    command
+}
+
+/// Without a driver: one clear line, before anything is read. (A default picks the host's memory.)
+#[test]
+fn devices_that_are_not_there_are_refused_in_one_line() {
+    if longshore_kernels::cuda::driver::probe().is_ok() {
+        eprintln!("ignored: there is a driver");
+        return;
+    }
+    let scratch = Scratch::new().unwrap();
+    let dir = llama(&scratch);
+    for extra in [&[][..], &["--ranks", "processes"]] {
+        let mut command = Command::new(program());
+        command.args(["load", "--log-level", "error", "--tp", "2", "--device", "cuda"]);
+        let (line, code) = refusal(command.arg(&dir).args(extra));
+        let want = "longshore: --device cuda: CUDA cannot be used: no driver library (libcuda.so.1) is installed";
+        assert_eq!((line.as_str(), code), (want, 2), "{extra:?}");
+    }
+    let mut command = Command::new(program());
+    let told =
+        json(command.args(["load", "--json", "--log-level", "error", "--tp", "2"]).arg(&dir));
+    assert_eq!(told["device"], "cpu");
+}
+
+#[test]
+fn what_a_driver_cannot_do_is_refused_in_one_line() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    let scratch = Scratch::new().unwrap();
+    let dir = llama(&scratch);
+    for (options, want) in [
+        (Options { devices: 0, ..Options::default() }, "finds no device"),
+        (Options { driver_version: 12020, ..Options::default() }, "12.8"),
+        (Options { memory_bytes: 1 << 20, ..Options::default() }, "are free on device"),
+    ] {
+        for extra in [&[][..], &["--ranks", "processes"]] {
+            let (line, code) = refusal(&mut to_device(cuda, &options, &dir, extra));
+            assert!(line.contains(want), "{line}");
+            assert_eq!(code, 2, "{line}");
+        }
+    }
+}
+
+/// Whatever the driver fails at, the load ends soon with one line that says so, and hands nothing out.
+#[test]
+fn a_device_that_fails_ends_the_load_in_one_line() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    let scratch = Scratch::new().unwrap();
+    let nvfp4 = Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4);
+    let (dir, out) = (written(&scratch, &nvfp4), scratch.join("out"));
+    let mut failed = 0;
+    for kind in
+        ["alloc", "register", "copy", "memset", "launch", "event", "record", "stream", "module"]
+    {
+        for n in [1, 2, 5, 17] {
+            for error in ["CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_OUT_OF_MEMORY"] {
+                let fail = vec![format!("{kind}:{n}={error}")];
+                let options = Options { fail, ..late(n) };
+                let begun = Instant::now();
+                let out_argument = out.to_str().unwrap();
+                let extra = ["--out", out_argument, "--memory-limit", "1MiB", "--no-digest"];
+                let ran = to_device(cuda, &options, &dir, &extra).output().unwrap();
+                let line = String::from_utf8_lossy(&ran.stderr).into_owned();
+                let what = format!("{kind}:{n}={error}: {line}");
+                assert!(begun.elapsed() < Duration::from_secs(20), "{what}");
+                if ran.status.success() {
+                    // fewer calls than that
+                    fs::remove_dir_all(&out).unwrap();
+                    continue;
+                }
+                failed += 1;
+                assert!(ran.status.code().is_some(), "{what}");
+                assert!(!line.contains("panicked"), "{what}");
+                assert!(line.contains("longshore: "), "{what}");
+                assert!(!out.join("manifest.json").exists(), "{what}");
+            }
+        }
+    }
+    assert!(failed > 30, "only {failed} failures");
+}
+
+/// A device that does not get on is found by the deadline, like any other hang.
+#[test]
+fn a_device_that_hangs_is_found() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    let scratch = Scratch::new().unwrap();
+    let dir = llama(&scratch);
+    let options = Options { operation_us_min: 20_000_000, ..Options::default() };
+    let begun = Instant::now();
+    let (line, code) =
+        refusal(&mut to_device(cuda, &options, &dir, &["--progress-timeout", "0.5"]));
+    assert!(line.contains("has not got on for"), "{line}");
+    assert_eq!(code, 1);
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+}
+
+/// Scales that contradict each other are refused in the words of the host.
+#[test]
+fn values_are_refused_as_on_the_host() {
+    let Some(cuda) = Cuda::find() else { return };
+    let scratch = Scratch::new().unwrap();
+    let kv = Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4).set("quant_style", "v31");
+    let dir = written(&scratch, &kv);
+    let whole = plan(&dir, &oracle::Options::tp(2), Exchange::On).unwrap();
+    let scale = |t: &&Tensor| t.name.ends_with("k_proj.k_scale");
+    let tensor = whole.checkpoint().tensors.iter().find(scale).unwrap();
+    let path = dir.join(whole.checkpoint().file_name(tensor));
+    let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(&(-1.0f32).to_le_bytes(), tensor.file_range.start).unwrap();
+    let load = |device: &str| {
+        let mut command = cuda.longshore(&late(3));
+        command.args(["load", "--log-level", "error", "--tp", "1", "--device", device]).arg(&dir);
+        refusal(&mut command)
+    };
+    let host = load("cpu");
+    assert!(host.0.contains("needs a positive k_scale, found -1"), "{}", host.0);
+    assert_eq!(host.1, 2);
+    assert_eq!(load("cuda"), host);
+}
+
+/// Copies go on while kernels run, and reads while both do: no stage waits for another to end.
+#[test]
+fn reads_copies_and_kernels_overlap() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    let scratch = Scratch::new().unwrap();
+    let (dir, record) = (llama(&scratch), scratch.join("log"));
+    let options =
+        Options { operation_us_min: 30_000, log: Some(record.clone()), ..Options::default() };
+    let extra = ["--read-size", "64KiB", "--memory-limit", "2MiB", "--no-digest"];
+    let told = json(to_device(cuda, &options, &dir, &extra).arg("--json"));
+    let lines = log::read(&record).unwrap();
+    // what is reported is what the driver saw
+    assert_eq!(told["ranks"][0]["peak_device_bytes"], log::peak_bytes(&lines, 0));
+    let of = |kind: &'static str| {
+        log::operations(&lines).filter(move |op| op.device == 0 && op.kind == kind)
+    };
+    let placed = |op: &&log::Operation| op.name == "place";
+    let at_once = |a: &log::Operation, b: &log::Operation| {
+        a.stream != b.stream && a.ran_ns.start < b.ran_ns.end && b.ran_ns.start < a.ran_ns.end
+    };
+    let copied_meanwhile = of("htod")
+        .filter(|op| op.bytes > 4096)
+        .filter(|copy| of("kernel").filter(placed).any(|kernel| at_once(copy, kernel)));
+    let copies = of("htod").filter(|op| op.bytes > 4096).count();
+    // most of them do; a machine that is busy with other tests may delay some
+    assert!(copied_meanwhile.count() > 2, "{copies} copies");
+    // what is read later is handed over before what was read first is placed
+    let first_placed = of("kernel").find(placed).unwrap().ran_ns.end;
+    let handed_over = of("htod").filter(|op| op.bytes > 4096 && op.queued_ns < first_placed);
+    assert!(handed_over.count() > 1, "{copies} copies");
+}
