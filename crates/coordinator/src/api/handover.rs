@@ -9,23 +9,25 @@
 //!
 //! # Rules
 //!
-//! The borrow checker enforces them for what is borrowed from [`Params`]. Addresses, tensors and opened parameters are not:
-//! whoever uses those, in `unsafe` code or in another language, sees to it that they are kept.
+//! The borrow checker enforces them for what is borrowed from [`Params`]. Addresses, tensors and opened parameters are
+//! not: whoever uses those, in `unsafe` code or in another language, sees to it that they are kept.
 //!
 //! * **Complete.** Parameters are handed out when every byte of every rank has landed and what is derived from them is
-//!   computed. All work of the load on devices has ended by then: any stream may read at once, without waiting for anything.
+//!   computed. All work of the load on devices has ended by then: any stream may read at once, without waiting for
+//!   anything.
 //! * **Read-only.** Nobody writes to them but a reload. Two names may share storage ([`Params::aliases`]).
-//! * **Where they are.** Addresses, shapes and types stay as they are for the life of the parameters, through reloads too, so
-//!   what has them built in (a CUDA graph) stays valid. All parameters of a rank lie in one allocation, each on a multiple
-//!   of 256 bytes.
-//! * **Reloads** write new weights where the old ones are ([`Loaded::reload`]). From the call until it has returned nobody
-//!   reads: kernels that do have ended, and none is launched. Whoever reads meanwhile reads a mix, and in this process has a
-//!   data race. It may read again when [`Loaded::ranks`] hands out parameters, not when that says that the group is not ready.
-//! * **The end.** The memory of a rank's parameters is freed when their owner and the last DLPack tensor that was made of any
-//!   of them are gone. Kernels that read have ended by then: the driver waits for what runs as it frees, but that is no promise
-//!   of its own.
-//! * **Threads.** What is done here to a device may leave its primary context current on the calling thread; what is dropped,
-//!   on whatever thread, does not.
+//! * **Where they are.** Addresses, shapes and types stay as they are for the life of the parameters, through reloads
+//!   too, so what has them built in (a CUDA graph) stays valid. All parameters of a rank lie in one allocation, each on
+//!   a multiple of 256 bytes.
+//! * **Reloads** write new weights where the old ones are ([`Loaded::reload`]). From the call until it has returned
+//!   nobody reads: kernels that do have ended, and none is launched. Whoever reads meanwhile reads a mix, and in this
+//!   process has a data race. It may read again when [`Loaded::ranks`] hands out parameters, not when that says that
+//!   the group is not ready.
+//! * **The end.** The memory of a rank's parameters is freed when their owner and the last DLPack tensor that was made
+//!   of any of them are gone. Kernels that read have ended by then: the driver waits for what runs as it frees, but
+//!   that is no promise of its own.
+//! * **Threads.** What is done here to a device may leave its primary context current on the calling thread; what is
+//!   dropped, on whatever thread, does not.
 //!
 //! # DLPack
 //!
@@ -51,12 +53,14 @@
 //! # Ok::<(), longshore::LoadError>(())
 //! ```
 //!
-//! In Python the pointer becomes a capsule, `PyCapsule_New(pointer, "dltensor_versioned", destructor)`, that `from_dlpack`
-//! of NumPy, PyTorch, JAX and others takes; the destructor calls the deleter of a capsule that still has that name. Source:
-//! DLPack, "Python Specification for DLPack". No stream has to be waited for, see above.
+//! In Python the pointer becomes a capsule, `PyCapsule_New(pointer, "dltensor_versioned", destructor)`, which
+//! `from_dlpack` takes from an object's `__dlpack__`; the destructor calls the deleter of a capsule that still has that
+//! name. Source: DLPack, "Python Specification for DLPack". PyTorch 2.15 takes all types of parameters so; NumPy 2.4
+//! takes neither BF16 nor FP8; JAX 0.10 takes [the unversioned form](DlpackTensor::into_raw_unversioned) alone (tried
+//! on the host with these versions). No stream has to be waited for, see above.
 //!
-//! A tensor keeps its rank's memory, not the right to read: after a reload it shows the new weights. A consumer that keeps
-//! tensors keeps to the rules above. [`DlpackTensor::as_unsigned`] is for those that do not know BF16 or FP8.
+//! A tensor keeps its rank's memory, not the right to read: after a reload it shows the new weights. A consumer that
+//! keeps tensors keeps to the rules above. [`DlpackTensor::as_unsigned`] is for those that do not know BF16 or FP8.
 //!
 //! # Another process
 //!
@@ -75,11 +79,11 @@
 //!
 //! CUDA shares the allocation, nothing is copied. Beside the rules above:
 //!
-//! * The process that loads keeps its parameters until every other has dropped its [`IpcParams`] and the tensors made of them:
-//!   what happens to memory that is freed earlier is undefined. Source: CUDA driver API, `cuIpcOpenMemHandle`.
+//! * The process that loads keeps its parameters until every other has dropped its [`IpcParams`] and the tensors made
+//!   of them: what happens to memory that is freed earlier is undefined. Source: CUDA driver API, `cuIpcOpenMemHandle`.
 //! * A reload over there changes what is read here: the processes agree on when.
-//! * Both run the same version of longshore, on the same machine; the server has the device among those that it may use, by
-//!   whatever number. A process cannot open what it exported itself: CUDA refuses that.
+//! * Both run the same version of longshore, on the same machine; the server has the device among those that it may
+//!   use, by whatever number. A process cannot open what it exported itself: CUDA refuses that.
 //!
 //! [`Loaded`]: crate::Loaded
 //! [`Loaded::ranks`]: crate::Loaded::ranks

@@ -1,7 +1,7 @@
 //! Parameters as DLPack tensors: what Python frameworks and others take over without a copy.
 //!
-//! A tensor keeps the allocation that its parameter lies in, and with it all others of the rank, but not the right to read:
-//! a reload writes new weights under it. Source of everything about DLPack: see [`abi`].
+//! A tensor keeps the allocation that its parameter lies in, and with it all others of the rank, but not the right to
+//! read: a reload writes new weights under it. Source of everything about DLPack: see [`abi`].
 
 pub mod abi;
 
@@ -18,8 +18,8 @@ use super::{Allocation, ParamView};
 /// A parameter that is about to be handed to a consumer of DLPack.
 ///
 /// Dropping it gives the parameter's memory back; so does, once it is handed over, the deleter of what was made of it.
-/// There is no way to read through it from here: what a consumer has to keep to is written where parameters are handed over
-/// (`longshore::handover`).
+/// There is no way to read through it from here: what a consumer has to keep to is written where parameters are handed
+/// over (`longshore::handover`).
 #[derive(Debug, Clone)]
 pub struct DlpackTensor {
     owner: Arc<dyn Any + Send + Sync>,
@@ -30,7 +30,8 @@ pub struct DlpackTensor {
 }
 
 impl ParamView<'_> {
-    /// The parameter as a DLPack tensor, row-major, without a copy. It may outlive the parameters, whose memory it keeps.
+    /// The parameter as a DLPack tensor, row-major, without a copy. It may outlive the parameters, whose memory it
+    /// keeps.
     pub fn dlpack(&self) -> DlpackTensor {
         DlpackTensor {
             owner: Arc::<Allocation>::clone(self.allocation),
@@ -61,17 +62,19 @@ impl DlpackTensor {
         Self { owner, address, device: DLDevice::cuda(device.ordinal()), dtype, shape }
     }
 
-    /// The same bytes as unsigned integers of the same size, for consumers that do not know the element type and view it
-    /// as theirs: NumPy knows neither BF16 nor FP8, and no consumer before DLPack 1.1 knows FP8.
+    /// The same bytes as unsigned integers of the same size, for consumers that do not know the element type and view
+    /// it as theirs: NumPy knows neither BF16 nor FP8, and no consumer before DLPack 1.1 knows FP8.
     #[must_use]
     pub fn as_unsigned(mut self) -> Self {
         self.dtype.code = UNSIGNED;
         self
     }
 
-    /// The tensor for a consumer of DLPack 1.x; in Python, the contents of a capsule that is called `dltensor_versioned`.
+    /// The tensor for a consumer of DLPack 1.x; in Python, the contents of a capsule that is called
+    /// `dltensor_versioned`.
     ///
-    /// It is marked as read-only: NumPy refuses to write to it, PyTorch pays no heed and writes.
+    /// It is marked as read-only: arrays of NumPy 2.4 that are made of it refuse to be written to, tensors of PyTorch
+    /// 2.15 do not (tried).
     ///
     /// Whoever takes it calls its deleter, once, on whatever thread.
     pub fn into_raw(self) -> ptr::NonNull<DLManagedTensorVersioned> {

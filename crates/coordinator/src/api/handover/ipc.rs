@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{LoadError, Params};
 
-/// One rank's parameters on a device, as another process on this machine finds them: to be sent there by whatever means, and
-/// opened with [`IpcParams::open`].
+/// One rank's parameters on a device, as another process on this machine finds them: to be sent there by whatever
+/// means, and opened with [`IpcParams::open`].
 ///
 /// Good as long as the parameters live: see the rules of [`handover`](crate::handover).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -176,8 +176,8 @@ impl IpcParams {
     /// Opens what another process on this machine has exported.
     ///
     /// # Errors
-    /// [`LoadError::Ipc`]: what it says does not fit together, this process may not use the device, is the exporting one
-    /// itself, or the driver refuses.
+    /// [`LoadError::Ipc`]: what it says does not fit together, this process may not use the device or is the exporting
+    /// one itself, or the driver refuses.
     pub fn open(export: &IpcExport) -> Result<IpcParams, LoadError> {
         let rank = export.rank;
         Self::opened(export).map_err(|source| LoadError::Ipc { rank, source })
@@ -228,8 +228,8 @@ impl IpcParams {
 }
 
 impl IpcParam<'_> {
-    /// The parameter as a DLPack tensor, row-major, without a copy. It keeps the memory open, not alive: that is the other
-    /// process's to do.
+    /// The parameter as a DLPack tensor, row-major, without a copy. It keeps the memory open, not alive: that is the
+    /// other process's to do.
     pub fn dlpack(&self) -> DlpackTensor {
         let memory = Arc::<IpcMemory>::clone(self.memory);
         DlpackTensor::on_device(memory, self.memory.device(), self.address, self.dtype, self.shape)

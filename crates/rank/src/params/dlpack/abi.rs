@@ -1,7 +1,7 @@
 //! What producers and consumers of DLPack have agreed on: its structures, as far as parameters need them.
 //!
-//! Source: `include/dlpack/dlpack.h` of <https://github.com/dmlc/dlpack>, version 1.1; names of structures and fields are
-//! the header's.
+//! Source: `include/dlpack/dlpack.h` of <https://github.com/dmlc/dlpack>, version 1.1; names of structures and fields
+//! are the header's.
 
 use std::ffi::c_void;
 
