@@ -17,7 +17,7 @@ use longshore::{
     load::{RunOptions, load, progress_of},
     plan::Exchange,
 };
-use longshore_emulator::{Options, log};
+use longshore_emulator::{NcclOptions, Options, emulated_nccl, log};
 use longshore_harness::{
     cases, compare,
     generator::{Checkpoint, Family, Preset, Scheme},
@@ -33,9 +33,13 @@ mod cuda;
 use common::{plan, runtime};
 use cuda::{Cuda, json, program, refusal};
 
-/// A driver whose streams run late, differently for each `seed`.
+/// A driver whose streams run late: at random times, or only when somebody waits for them.
 fn late(seed: u64) -> Options {
-    Options { seed, delay_us_max: 300, devices: 8, ..Options::default() }
+    let devices = 8;
+    match seed % 3 {
+        0 => Options { late_us: 20_000, devices, ..Options::default() },
+        _ => Options { seed, delay_us_max: 300, devices, ..Options::default() },
+    }
 }
 
 fn written(scratch: &Scratch, checkpoint: &Checkpoint) -> std::path::PathBuf {
@@ -45,10 +49,14 @@ fn written(scratch: &Scratch, checkpoint: &Checkpoint) -> std::path::PathBuf {
 }
 
 fn load_case(cuda: Cuda, case: &cases::Case, seed: u64, extra: &[&str]) {
+    load_case_on(cuda, case, &late(seed), extra);
+}
+
+fn load_case_on(cuda: Cuda, case: &cases::Case, options: &Options, extra: &[&str]) {
     let scratch = Scratch::new().unwrap();
     let (checkpoint, out) = (written(&scratch, &case.checkpoint), scratch.join("out"));
     let run = cuda
-        .longshore(&late(seed))
+        .longshore(options)
         .args(["load", "--log-level", "error", "--device", "cuda"])
         .arg(&checkpoint)
         .args(case.options.arguments())
@@ -83,6 +91,42 @@ fn every_public_case_is_byte_exact_on_the_devices_of_processes() {
     for (case, seed) in cases::cases().iter().zip(1..).filter(|(case, _)| case.options.tp > 1) {
         let transport = ["host", "tcp"][seed as usize % 2];
         load_case(cuda, case, seed, &["--ranks", "processes", "--transport", transport]);
+    }
+}
+
+/// Over NCCL: a device for each rank, and all ranks on one.
+#[test]
+fn every_public_case_is_byte_exact_over_nccl() {
+    let Some(cuda) = Cuda::find() else { return };
+    if let Err(e) = cuda.nccl() {
+        eprintln!("ignored: {e}");
+        return;
+    }
+    for (case, seed) in cases::cases().iter().zip(1..).filter(|(case, _)| case.options.tp > 1) {
+        let devices = [1, 8][seed as usize % 2];
+        let extra = ["--ranks", "processes", "--transport", "nccl", "--exchange", "on"];
+        load_case_on(cuda, case, &Options { devices, ..late(seed) }, &extra);
+    }
+}
+
+/// A rank is killed while the others exchange with it over NCCL: they end at once, and say whose fault it was; also where NCCL
+/// itself hangs.
+#[test]
+fn a_rank_that_is_killed_ends_the_others_also_in_nccl() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    for fail in [&[][..], &["ncclCommAbort:1=hang".to_owned()]] {
+        let scratch = Scratch::new().unwrap();
+        let dir = llama(&scratch);
+        let mut command = cuda.longshore(&late(9));
+        emulated_nccl(&mut command, &NcclOptions { fail: fail.to_vec(), ..NcclOptions::default() });
+        command.args(["load", "--log-level", "error", "--device", "cuda", "--tp", "4"]).arg(&dir);
+        command.args(["--ranks", "processes", "--transport", "nccl", "--read-size", "64KiB"]);
+        command.env("LONGSHORE_FAULT", "rank=2,read=2,do=exit");
+        let begun = Instant::now();
+        let ran = command.output().unwrap();
+        let told = String::from_utf8_lossy(&ran.stderr).into_owned();
+        assert!(told.contains("rank 2"), "{told}");
+        assert!(!ran.status.success() && begun.elapsed() < Duration::from_secs(20), "{told}");
     }
 }
 

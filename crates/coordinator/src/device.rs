@@ -81,7 +81,7 @@ pub(crate) fn homes(
     locals: impl IntoIterator<Item = u32>,
     ranks: u32,
 ) -> Result<Vec<Home>, LoadError> {
-    let locals = locals.into_iter();
+    let mut locals = locals.into_iter().peekable();
     let devices = match choice {
         DeviceChoice::Cpu => return Ok(locals.map(|_| Home::Host).collect()),
         DeviceChoice::Auto => match devices_for(ranks) {
@@ -93,7 +93,8 @@ pub(crate) fn homes(
         },
         DeviceChoice::Cuda => {
             let devices = devices()?;
-            if devices < ranks {
+            // once on this host
+            if devices < ranks && locals.peek() == Some(&0) {
                 warn!("{ranks} ranks share {devices} device(s)");
             }
             devices

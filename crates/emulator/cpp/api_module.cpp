@@ -169,7 +169,9 @@ static void run_launch(void* data) {
 
 static CUresult error_of(const Fault& fault, const char* kernel) {
     switch (fault.signal) {
+    // a trap of the compiler's, on one processor and another
     case SIGILL:
+    case SIGTRAP:
         report("kernel %s: an access that is not aligned", kernel);
         return CUDA_ERROR_MISALIGNED_ADDRESS;
     case SIGFPE:

@@ -112,7 +112,7 @@ static void end_operation(Stream& stream, const Operation& operation, CUresult r
 }
 
 static void run_stream(const std::shared_ptr<Stream>& stream) {
-    catch_faults_of_this_thread();
+    FaultStack fault_stack;
     State& all = state();
     Random random(settings().seed * 1000003 + stream->context->physical * 1009 + stream->number);
     Lock lock(all.mutex);
@@ -141,7 +141,7 @@ static void run_stream(const std::shared_ptr<Stream>& stream) {
 static void with_signals_blocked(const std::function<void()>& start) {
     sigset_t all, before;
     sigfillset(&all);
-    for (int fault : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT}) sigdelset(&all, fault);
+    for (int fault : {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE, SIGABRT}) sigdelset(&all, fault);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     start();
     pthread_sigmask(SIG_SETMASK, &before, nullptr);

@@ -21,18 +21,18 @@ pub struct Options {
     pub seed: u64,
     /// The longest of these delays, in microseconds.
     pub delay_us_max: u64,
-    /// How long after its call an operation begins, in microseconds, unless a thread waits for it, directly or by way of
-    /// what other streams wait for: who waits for the wrong thing, or for nothing, comes too early for certain.
+    /// How long after its call an operation begins, in microseconds, unless a thread waits for it, directly or by way
+    /// of what other streams wait for: who waits for the wrong thing, or for nothing, comes too early for certain.
     pub late_us: u64,
     /// How long a copy or a kernel takes at least, in microseconds: what overlaps becomes visible in the log.
     pub operation_us_min: u64,
     /// A file to append a line to for each operation and allocation, which [`crate::log`] reads.
     pub log: Option<PathBuf>,
-    /// Calls that fail, as `kind:n=error` each: the n-th call of that kind (from 1), all from there on (`n+`), of one device
-    /// (`kind@device:n`). Kinds are `alloc`, `free`, `copy`, `memset`, `launch`, `host`, `register`, `unregister`,
-    /// `hostalloc`, `hostfree`, `stream`, `event`, `record`, `wait`, `query`, `sync`, `module`, `context`, `device`, `init`,
-    /// `ipc`, `memory`, `nccl`, or a function's own name. Errors are named as in `CUDA_ERROR_ILLEGAL_ADDRESS`; one that loses
-    /// the context comes when the stream gets to the operation, and stays.
+    /// Calls that fail, as `kind:n=error` each: the n-th call of that kind (from 1), all from there on (`n+`), of one
+    /// device (`kind@device:n`). Kinds are `alloc`, `free`, `copy`, `memset`, `launch`, `host`, `register`,
+    /// `unregister`, `hostalloc`, `hostfree`, `stream`, `event`, `record`, `wait`, `query`, `sync`, `module`,
+    /// `context`, `device`, `init`, `ipc`, `memory`, `nccl`, or a function's own name. Errors are named as in
+    /// `CUDA_ERROR_ILLEGAL_ADDRESS`; one that loses the context comes when the stream gets to the operation, and stays.
     pub fail: Vec<String>,
 }
 
@@ -53,7 +53,8 @@ impl Default for Options {
     }
 }
 
-/// Sets `command` up so that its process, and those it starts, find the library in `library_dir` and are told the options.
+/// Sets `command` up so that its process, and those it starts, find the library in `library_dir` and are told the
+/// options.
 ///
 /// `CUDA_VISIBLE_DEVICES` is taken out of its environment; set it afterwards where it is wanted.
 pub fn emulated(command: &mut Command, library_dir: &Path, options: &Options) {

@@ -43,10 +43,11 @@ const KERNEL_FLAGS: [&str; 5] = [
 const LINK_FLAGS: [&str; 3] = ["-shared", "-pthread", "-Wl,-Bsymbolic"];
 
 /// The directory that holds `libcuda.so.1`, `libcuda.so` and `libnccl.so.2`, compiled unless `target_tmp` has it from
-/// before; `None`, said on stderr past the capture of tests, where there is no C++ compiler (`$CXX`, or `g++`).
+/// before; `None`, said on stderr past the capture of tests, where there is no C++ compiler (`$CXX`, or `g++`) or no
+/// Linux.
 ///
-/// `target_tmp` is a directory of the build tree: `env!("CARGO_TARGET_TMPDIR")` in tests. Of several calls in a process the
-/// first one decides.
+/// `target_tmp` is a directory of the build tree: `env!("CARGO_TARGET_TMPDIR")` in tests. Of several calls in a process
+/// the first one decides.
 ///
 /// # Panics
 ///
@@ -58,10 +59,17 @@ pub fn library_dir(target_tmp: impl AsRef<Path>) -> Option<&'static Path> {
 
 #[expect(clippy::panic, reason = "a test says so by failing")]
 fn make_library(target_tmp: &Path) -> Option<PathBuf> {
+    // past the capture of passing tests' output; nobody to tell where that is closed
+    let ignored = |why: &str| {
+        let _ = writeln!(io::stderr(), "ignored: {why}, CUDA not emulated");
+    };
+    if !cfg!(target_os = "linux") {
+        ignored("not Linux");
+        return None;
+    }
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".to_owned());
     let Ok(version) = Command::new(&compiler).arg("--version").output() else {
-        // past the capture of passing tests' output; nobody to tell where that is closed
-        let _ = writeln!(io::stderr(), "ignored: no {compiler}, CUDA not emulated");
+        ignored(&format!("no {compiler}"));
         return None;
     };
     let made = Sources::read().and_then(|sources| {

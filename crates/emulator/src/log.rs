@@ -93,7 +93,8 @@ pub fn memory(lines: &[Line]) -> impl Iterator<Item = &Memory> {
     })
 }
 
-/// The most that the processes of these lines had of a device at a time. One that ended without giving back keeps what it had.
+/// The most that the processes of these lines had of a device at a time. One that ended without giving back keeps what
+/// it had.
 pub fn peak_bytes(lines: &[Line], device: u32) -> u64 {
     let (mut used, mut peak) = (0u64, 0);
     for memory in memory(lines).filter(|memory| memory.device == device) {

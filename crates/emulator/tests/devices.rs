@@ -5,13 +5,13 @@
 mod driver;
 
 use std::{
-    ffi::{CStr, c_int},
+    ffi::{CStr, c_int, c_void},
     ptr::{null, null_mut},
 };
 
 use driver::{
     Address, CONTEXT_IS_DESTROYED, Handle, INVALID_CONTEXT, INVALID_DEVICE, INVALID_HANDLE,
-    NO_DEVICE, NOT_INITIALIZED, child, driver, ok, run, text,
+    NO_DEVICE, NOT_INITIALIZED, NOT_REGISTERED, child, driver, ok, run, text,
 };
 use longshore_emulator::{Options, library_dir};
 
@@ -117,6 +117,9 @@ fn contexts_end_with_their_last_release() {
     // retained again
     assert_eq!(driver.context(0), first);
     let (stream, memory) = (driver.stream(), driver.alloc(1000));
+    let mut host = vec![0u8; 1000];
+    let host: *mut c_void = host.as_mut_ptr().cast();
+    ok(driver.cuMemHostRegister_v2(host, 1000, 0));
     ok(driver.cuDevicePrimaryCtxRelease_v2(0));
     ok(driver.cuMemsetD8Async(memory, 1, 1000, stream));
     ok(driver.cuDevicePrimaryCtxRelease_v2(0));
@@ -128,6 +131,7 @@ fn contexts_end_with_their_last_release() {
     assert_ne!(second, first);
     assert_eq!(driver.cuStreamSynchronize(stream), INVALID_HANDLE);
     assert_eq!(driver.cuMemFree_v2(memory), driver::INVALID_VALUE);
+    assert_eq!(driver.cuMemHostUnregister(host), NOT_REGISTERED);
     driver.alloc(8);
 }
 

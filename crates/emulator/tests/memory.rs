@@ -4,7 +4,7 @@
 
 mod driver;
 
-use std::{ffi::c_void, io::Write as _, ptr::null_mut};
+use std::{ffi::c_void, ptr::null_mut};
 
 use driver::{
     ALREADY_REGISTERED, Address, Driver, Gate, ILLEGAL_ADDRESS, INVALID_CONTEXT, INVALID_VALUE,
@@ -171,24 +171,12 @@ fn calls_need_a_context_of_the_calling_thread() {
     });
 }
 
-// ---- what ends the process -------------------------------------------------------------------------------------------
-
-/// Said aloud where it is not so.
-fn has_protection_keys() -> bool {
-    let has = std::fs::read_to_string("/proc/cpuinfo")
-        .is_ok_and(|text| text.split_whitespace().any(|flag| flag == "ospke"));
-    if !has {
-        // past the capture of passing tests' output
-        let mut aloud = std::io::stderr();
-        writeln!(aloud, "ignored: no protection keys, device memory is in reach").unwrap();
-    }
-    has
-}
+// ---- what ends the process ------------------------------------------------------------------------------------------
 
 #[test]
 fn threads_of_the_program_cannot_touch_device_memory() {
     let name = "threads_of_the_program_cannot_touch_device_memory";
-    if !has_protection_keys() {
+    if !driver::has_protection_keys() {
         return;
     }
     let words = "is accessed by a thread of the program";
