@@ -18,6 +18,7 @@ use std::{
 
 use longshore_emulator::{Options, emulated, library_dir};
 use longshore_kernels::cuda::driver;
+use longshore_nccl::{Nccl, NcclError};
 use serde_json::Value;
 
 /// A way to a device.
@@ -43,6 +44,11 @@ impl Cuda {
 
     pub fn is_emulated(self) -> bool {
         self.emulator.is_some()
+    }
+
+    /// Whether there is NCCL as well.
+    pub fn nccl(self) -> Result<(), NcclError> {
+        if self.is_emulated() { Ok(()) } else { Nccl::load().map(|_| ()) }
     }
 
     /// Where only the emulated driver can do what a story wants; says aloud where it is not at hand.

@@ -55,6 +55,11 @@ pub(crate) fn refuse_unusable(choice: DeviceChoice) -> Result<(), LoadError> {
     }
 }
 
+/// Whether `ranks` ranks of this host share devices.
+pub(crate) fn are_shared(choice: DeviceChoice, ranks: u32) -> bool {
+    choice == DeviceChoice::Cuda && driver::probe().is_ok_and(|driver| driver.devices < ranks)
+}
+
 fn refusal(e: &CudaError) -> LoadError {
     LoadError::Option { option: "--device cuda", reason: e.to_string() }
 }
@@ -76,7 +81,7 @@ pub(crate) fn homes(
     locals: impl IntoIterator<Item = u32>,
     ranks: u32,
 ) -> Result<Vec<Home>, LoadError> {
-    let locals = locals.into_iter();
+    let mut locals = locals.into_iter().peekable();
     let devices = match choice {
         DeviceChoice::Cpu => return Ok(locals.map(|_| Home::Host).collect()),
         DeviceChoice::Auto => match devices_for(ranks) {
@@ -88,7 +93,8 @@ pub(crate) fn homes(
         },
         DeviceChoice::Cuda => {
             let devices = devices()?;
-            if devices < ranks {
+            // once on this host
+            if devices < ranks && locals.peek() == Some(&0) {
                 warn!("{ranks} ranks share {devices} device(s)");
             }
             devices

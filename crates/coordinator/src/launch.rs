@@ -60,6 +60,9 @@ pub struct Launch {
     pub max_restarts: u32,
     /// How many of the last lines of failed commands are shown.
     pub final_lines: FinalLines,
+    /// For NCCL, each process is on a host of its own, reached by the loopback interface: only so do several on one device
+    /// exchange. Variables of NCCL's that are set already stay as they are.
+    pub nccl_hosts: bool,
 }
 
 /// How many of the last lines of failed commands are shown.
@@ -95,6 +98,7 @@ impl Launch {
             master_port: None,
             max_restarts: 0,
             final_lines: FinalLines::Each,
+            nccl_hosts: false,
         }
     }
 

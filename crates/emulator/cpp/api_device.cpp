@@ -19,8 +19,8 @@ API cuInit(unsigned flags) {
     if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
     if (CUresult error = injected("init", "cuInit", -1)) return error;
     State& all = state();
-    Lock lock(all.mutex);
     if (all.forked) return CUDA_ERROR_NOT_INITIALIZED;
+    Lock lock(all.mutex);
     if (settings().devices.empty()) return CUDA_ERROR_NO_DEVICE;
     if (all.initialised) return CUDA_SUCCESS;
     for (int physical : settings().devices) {
@@ -169,6 +169,7 @@ API cuDevicePrimaryCtxRetain(CUcontext* handle, CUdevice number) {
     if (call.refused) return call.refused;
     Context* context = device(call, number);
     if (!context) return call.refused;
+    state().progress.wait(call.lock, [&] { return !context->ending; });
     if (context->retained++ == 0) context->visible = uint32_t(1) << context->device;
     *handle = handle_of(*context);
     return CUDA_SUCCESS;
@@ -179,9 +180,14 @@ static CUresult release(const char* name, CUdevice number) {
     if (call.refused) return call.refused;
     Context* context = device(call, number);
     if (!context) return call.refused;
-    if (context->retained == 0) return call.wrong(CUDA_ERROR_INVALID_CONTEXT, "device %d has no context", number);
-    if (context->retained == 1) destroy(call.lock, *context);
-    --context->retained;
+    if (context->retained == 0 || context->ending) {
+        return call.wrong(CUDA_ERROR_INVALID_CONTEXT, "device %d has no context", number);
+    }
+    if (context->retained > 1) {
+        --context->retained;
+    } else {
+        destroy(call.lock, *context);
+    }
     return CUDA_SUCCESS;
 }
 API cuDevicePrimaryCtxRelease(CUdevice number) { return release("cuDevicePrimaryCtxRelease", number); }

@@ -59,7 +59,7 @@ API cuMemHostRegister_v2(void* address, size_t bytes, unsigned flags) {
     Call call("cuMemHostRegister_v2", "register", Needs::Context);
     if (call.refused) return call.refused;
     bool read_only = (flags & CU_MEMHOSTREGISTER_READ_ONLY) != 0;
-    return state().memory.register_host(reinterpret_cast<uint64_t>(address), bytes, read_only);
+    return state().memory.register_host(*call.context, reinterpret_cast<uint64_t>(address), bytes, read_only);
 }
 
 API cuMemHostUnregister(void* address) {
@@ -71,7 +71,7 @@ API cuMemHostUnregister(void* address) {
 static CUresult allocate_host(const char* name, void** address, size_t bytes) {
     Call call(name, "hostalloc", Needs::Context);
     if (call.refused) return call.refused;
-    return state().memory.allocate_host(bytes, address);
+    return state().memory.allocate_host(*call.context, bytes, address);
 }
 API cuMemHostAlloc(void** address, size_t bytes, unsigned) { return allocate_host("cuMemHostAlloc", address, bytes); }
 API cuMemAllocHost_v2(void** address, size_t bytes) { return allocate_host("cuMemAllocHost_v2", address, bytes); }

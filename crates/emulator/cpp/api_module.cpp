@@ -169,7 +169,9 @@ static void run_launch(void* data) {
 
 static CUresult error_of(const Fault& fault, const char* kernel) {
     switch (fault.signal) {
+    // a trap of the compiler's, on one processor and another
     case SIGILL:
+    case SIGTRAP:
         report("kernel %s: an access that is not aligned", kernel);
         return CUDA_ERROR_MISALIGNED_ADDRESS;
     case SIGFPE:
@@ -224,9 +226,9 @@ API cuLaunchKernel(CUfunction handle, unsigned grid_x, unsigned grid_y, unsigned
     std::shared_ptr<Stream> stream = call.stream(stream_handle);
     if (!stream) return call.refused;
     const Kernel& kernel = *function->kernel;
-    if (stream->context != function->context) {
-        return call.wrong(CUDA_ERROR_INVALID_HANDLE, "%s is of device %d, the stream of device %d", kernel.name,
-                          function->context->device, stream->context->device);
+    if (stream->context != function->context || stream->context != call.context) {
+        return call.wrong(CUDA_ERROR_INVALID_HANDLE, "%s is of device %d, the stream of device %d, and current is %d",
+                          kernel.name, function->context->device, stream->context->device, call.context->device);
     }
     unsigned threads_max = function->threads_max ? function->threads_max : 1024;
     if (grid_x == 0 || block_x == 0 || block_x > threads_max) {

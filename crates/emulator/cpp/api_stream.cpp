@@ -27,8 +27,7 @@ API cuStreamDestroy_v2(CUstream handle) {
     if (!stream) return call.wrong(CUDA_ERROR_INVALID_HANDLE, "no stream is %p", static_cast<void*>(handle));
     state().streams.remove(handle);
     // what is queued still runs
-    stream->closing = true;
-    state().progress.notify_all();
+    close_stream(*stream);
     return call.context->lost;
 }
 
@@ -83,6 +82,25 @@ API cuLaunchHostFunc(CUstream handle, CUhostFn function, void* data) {
     operation.injected = call.injected;
     operation.run = [=](Random&) {
         Access none(0);
+        call_host_function(function, data);
+        return CUDA_SUCCESS;
+    };
+    enqueue(call.lock, stream, std::move(operation));
+    return CUDA_SUCCESS;
+}
+
+// For other emulated libraries: a function that works as the device does, and reaches the memory that it reaches.
+API emulate_operation(CUstream handle, const char* kind, uint64_t bytes, CUhostFn function, void* data) {
+    Call call = Call::queueing("emulate_operation", kind);
+    if (call.refused) return call.refused;
+    std::shared_ptr<Stream> stream = call.stream(handle);
+    if (!stream) return call.refused;
+    Operation operation;
+    operation.kind = kind;
+    operation.bytes = bytes;
+    operation.injected = call.injected;
+    operation.run = [=, visible = stream->context->visible](Random&) {
+        Access access(visible);
         call_host_function(function, data);
         return CUDA_SUCCESS;
     };

@@ -51,14 +51,15 @@ Call::Call(const char* name, const char* kind, Needs needs, bool queues) : name_
         refused = wrong(CUDA_ERROR_NOT_PERMITTED, "called by a host function");
         return;
     }
+    // before the lock, which a thread that is not in the fork may hold
+    if (all.forked) {
+        refused = wrong(CUDA_ERROR_NOT_INITIALIZED, "called by a fork of the process that called cuInit");
+        return;
+    }
     delay_caller();
     lock = Lock(all.mutex);
     if (!all.initialised) {
         refused = wrong(CUDA_ERROR_NOT_INITIALIZED, "called before cuInit");
-        return;
-    }
-    if (all.forked) {
-        refused = wrong(CUDA_ERROR_NOT_INITIALIZED, "called by a fork of the process that called cuInit");
         return;
     }
     if (needs != Needs::Init) {
@@ -107,18 +108,21 @@ std::shared_ptr<Stream> Call::stream(CUstream handle) {
 
 void destroy(Lock& lock, Context& context) {
     State& all = state();
+    context.ending = true;
     wait_for(lock, context, work_of(context));
     auto here = [&](const auto& thing) { return thing.context == &context; };
     all.streams.remove_if(here);
     all.events.remove_if(here);
     all.modules.remove_if(here);
     all.functions.remove_if(here);
-    for (const auto& stream : context.streams) stream->closing = true;
+    for (const auto& stream : context.streams) close_stream(*stream);
     context.null_stream = nullptr;
-    all.progress.notify_all();
     all.memory.free_all(context);
     ++context.generation;
+    context.retained = 0;
     context.visible = 0;
+    context.ending = false;
+    all.progress.notify_all();
 }
 
 } // namespace emulator

@@ -10,7 +10,7 @@
 
 namespace emulator {
 
-constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE};
 static struct sigaction before[65];
 // where the operation that this thread runs goes on after a fault
 static thread_local sigjmp_buf* armed = nullptr;
@@ -44,14 +44,17 @@ void catch_faults() {
     for (int signal : SIGNALS) sigaction(signal, &action, &before[signal]);
 }
 
-void catch_faults_of_this_thread() {
-    // the stack of an emulated thread may be what has run out
-    constexpr size_t BYTES = 64 << 10;
-    static thread_local std::vector<char> stack(BYTES);
-    stack_t alternative = {};
-    alternative.ss_sp = stack.data();
-    alternative.ss_size = BYTES;
-    sigaltstack(&alternative, nullptr);
+FaultStack::FaultStack() : memory_(64 << 10) {
+    stack_t stack = {};
+    stack.ss_sp = memory_.data();
+    stack.ss_size = memory_.size();
+    sigaltstack(&stack, nullptr);
+}
+
+FaultStack::~FaultStack() {
+    stack_t none = {};
+    none.ss_flags = SS_DISABLE;
+    sigaltstack(&none, nullptr);
 }
 
 bool runs_to_its_end(void (*body)(void* data), void* data, Fault* fault) {

@@ -176,6 +176,15 @@ void Memory::free_all(const Context& context) {
             allocations_.erase(allocation.address);
         }
     }
+    for (auto at = host_ranges_.begin(); at != host_ranges_.end();) {
+        const HostRange range = *(at++)->second;
+        if (range.owner != &context) continue;
+        if (range.allocated) {
+            free_host(range.address);
+        } else {
+            unregister_host(range.address);
+        }
+    }
 }
 
 Allocation* Memory::at(CUdeviceptr address) {
@@ -333,16 +342,16 @@ static bool is_mapped(uint64_t address, uint64_t bytes, bool read_only) {
     return reached >= end;
 }
 
-CUresult Memory::register_host(uint64_t address, uint64_t bytes, bool read_only) {
+CUresult Memory::register_host(const Context& context, uint64_t address, uint64_t bytes, bool read_only) {
     if (address == 0 || bytes == 0 || is_device_address(address)) return CUDA_ERROR_INVALID_VALUE;
     bool partly = false;
     if (host_range(address, bytes, &partly) || partly) return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
     if (!is_mapped(address, bytes, read_only)) return CUDA_ERROR_INVALID_VALUE;
-    host_ranges_.emplace(address, std::make_shared<HostRange>(HostRange{address, bytes, false}));
+    host_ranges_.emplace(address, std::make_shared<HostRange>(HostRange{&context, address, bytes, false}));
     return CUDA_SUCCESS;
 }
 
-CUresult Memory::allocate_host(uint64_t bytes, void** address) {
+CUresult Memory::allocate_host(const Context& context, uint64_t bytes, void** address) {
     if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
     uint64_t pages = round_up(bytes, PAGE);
     void* around = mmap(nullptr, pages + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -354,7 +363,7 @@ CUresult Memory::allocate_host(uint64_t bytes, void** address) {
     }
     std::memset(inside, GARBAGE, pages);
     uint64_t at = reinterpret_cast<uint64_t>(inside);
-    host_ranges_.emplace(at, std::make_shared<HostRange>(HostRange{at, bytes, true}));
+    host_ranges_.emplace(at, std::make_shared<HostRange>(HostRange{&context, at, bytes, true}));
     *address = inside;
     return CUDA_SUCCESS;
 }

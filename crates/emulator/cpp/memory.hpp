@@ -43,6 +43,8 @@ struct Allocation {
 };
 
 struct HostRange {
+    // ends with it, and is for all devices
+    const Context* owner;
     uint64_t address, bytes;
     // by the driver, rather than registered
     bool allocated;
@@ -59,6 +61,7 @@ class Memory {
     CUresult allocate(Context& context, uint64_t bytes, CUdeviceptr* address);
     // Once all work of the owner has ended.
     void free(CUdeviceptr address);
+    // All that a context has, of host memory too.
     void free_all(const Context& context);
     // The allocation that starts there.
     Allocation* at(CUdeviceptr address);
@@ -73,8 +76,8 @@ class Memory {
     CUresult open_handle(Context& context, const CUipcMemHandle& handle, CUdeviceptr* address);
     CUresult close_handle(CUdeviceptr address);
 
-    CUresult register_host(uint64_t address, uint64_t bytes, bool read_only);
-    CUresult allocate_host(uint64_t bytes, void** address);
+    CUresult register_host(const Context& context, uint64_t address, uint64_t bytes, bool read_only);
+    CUresult allocate_host(const Context& context, uint64_t bytes, void** address);
     // Ends the process where operations still use it.
     CUresult unregister_host(uint64_t address);
     CUresult free_host(uint64_t address);

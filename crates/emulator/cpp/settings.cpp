@@ -56,6 +56,7 @@ const Settings& settings() {
         static_cast<int>(number("EMULATED_CUDA_DRIVER_VERSION", 13000)),
         number("EMULATED_CUDA_SEED", 0),
         number("EMULATED_CUDA_DELAY_US_MAX", 2000),
+        number("EMULATED_CUDA_LATE_US", 0),
         number("EMULATED_CUDA_OPERATION_US_MIN", 0),
     };
     return *read;

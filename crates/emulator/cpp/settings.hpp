@@ -18,6 +18,8 @@ struct Settings {
     // 0: nothing is delayed on purpose
     uint64_t seed;
     uint64_t delay_us_max;
+    // how long after it was queued an operation begins, unless somebody waits for it
+    uint64_t late_us;
     // how long a copy or kernel takes, at least
     uint64_t operation_us_min;
 };

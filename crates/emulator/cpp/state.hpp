@@ -26,6 +26,8 @@ struct Context {
     Arena arena;
     // retained this often; 0: there is no context
     unsigned retained = 0;
+    // it is being destroyed: a new one has to wait
+    bool ending = false;
     // one more for each time it was destroyed: handles of before are stale
     unsigned generation = 0;
     // what ended it
@@ -84,8 +86,10 @@ template <class Thing> class Handles {
 
 struct State {
     std::mutex mutex;
-    // an operation has ended, a stream has got work
+    // an operation has ended, a thread of the program begins to wait
     std::condition_variable progress;
+    // what threads of the program wait for
+    std::vector<const std::vector<Point>*> awaited;
     bool initialised = false;
     std::atomic<bool> forked{false};
     std::vector<std::unique_ptr<Context>> contexts;
@@ -104,7 +108,7 @@ CUcontext handle_of(const Context& context);
 // The context that a handle names, or null; sets `destroyed` for a stale one.
 Context* context_of(CUcontext handle, bool* destroyed = nullptr);
 
-// Ends a context: its work is waited for, then its memory, streams, events and modules are gone.
+// Ends a context once its work has: its memory, streams, events and modules are gone.
 void destroy(Lock& lock, Context& context);
 
 } // namespace emulator

@@ -1,6 +1,7 @@
 #include "stream.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cinttypes>
 #include <csignal>
 #include <thread>
@@ -33,8 +34,40 @@ std::vector<Point> work_of(const std::shared_ptr<Stream>& stream) {
 }
 
 CUresult wait_for(Lock& lock, const Context& context, const std::vector<Point>& points) {
-    state().progress.wait(lock, [&] { return all_reached(points); });
+    State& all = state();
+    all.awaited.push_back(&points);
+    all.progress.notify_all();
+    all.progress.wait(lock, [&] { return all_reached(points); });
+    all.awaited.erase(std::find(all.awaited.begin(), all.awaited.end(), &points));
     return context.lost;
+}
+
+// Whether a point can only be reached after an operation: directly, or by way of what other streams wait to begin.
+static bool is_behind(const Point& point, const Stream& stream, const Operation& operation) {
+    if (point.reached()) return false;
+    if (point.stream.get() == &stream) return point.ticket >= operation.ticket;
+    const Operation* next = point.stream->next;
+    if (!next || next->ticket > point.ticket) return false;
+    return std::any_of(next->after.begin(), next->after.end(),
+                       [&](const Point& before) { return is_behind(before, stream, operation); });
+}
+
+static bool is_awaited(const Stream& stream, const Operation& operation) {
+    for (const auto* points : state().awaited) {
+        for (const Point& point : *points) {
+            if (is_behind(point, stream, operation)) return true;
+        }
+    }
+    return false;
+}
+
+// As late as settings allow: until then, or until somebody waits for it.
+static void be_late(Lock& lock, const Stream& stream, const Operation& operation) {
+    if (settings().late_us == 0) return;
+    auto time = std::chrono::nanoseconds(operation.queued_ns) + std::chrono::microseconds(settings().late_us);
+    // steady_clock is the clock of now_ns
+    std::chrono::steady_clock::time_point latest(time);
+    state().progress.wait_until(lock, latest, [&] { return is_awaited(stream, operation); });
 }
 
 Point enqueue(Lock&, const std::shared_ptr<Stream>& stream, Operation operation) {
@@ -51,7 +84,7 @@ Point enqueue(Lock&, const std::shared_ptr<Stream>& stream, Operation operation)
     for (const auto& range : operation.host_ranges) ++range->uses;
     Point end = {stream, operation.ticket};
     stream->queue.push_back(std::move(operation));
-    state().progress.notify_all();
+    stream->work.notify_one();
     return end;
 }
 
@@ -79,16 +112,19 @@ static void end_operation(Stream& stream, const Operation& operation, CUresult r
 }
 
 static void run_stream(const std::shared_ptr<Stream>& stream) {
-    catch_faults_of_this_thread();
+    FaultStack fault_stack;
     State& all = state();
     Random random(settings().seed * 1000003 + stream->context->physical * 1009 + stream->number);
     Lock lock(all.mutex);
     for (;;) {
-        all.progress.wait(lock, [&] { return !stream->queue.empty() || stream->closing; });
+        stream->work.wait(lock, [&] { return !stream->queue.empty() || stream->closing; });
         if (stream->queue.empty()) break;
         Operation operation = std::move(stream->queue.front());
         stream->queue.pop_front();
+        stream->next = &operation;
         all.progress.wait(lock, [&] { return all_reached(operation.after); });
+        be_late(lock, *stream, operation);
+        stream->next = nullptr;
         bool lost = stream->context->lost != CUDA_SUCCESS;
         lock.unlock();
         int64_t start_ns = now_ns();
@@ -105,7 +141,7 @@ static void run_stream(const std::shared_ptr<Stream>& stream) {
 static void with_signals_blocked(const std::function<void()>& start) {
     sigset_t all, before;
     sigfillset(&all);
-    for (int fault : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT}) sigdelset(&all, fault);
+    for (int fault : {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE, SIGABRT}) sigdelset(&all, fault);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     start();
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -119,6 +155,11 @@ std::shared_ptr<Stream> start_stream(Context& context, bool blocking) {
     context.streams.push_back(stream);
     with_signals_blocked([&] { std::thread(run_stream, stream).detach(); });
     return stream;
+}
+
+void close_stream(Stream& stream) {
+    stream.closing = true;
+    stream.work.notify_one();
 }
 
 std::shared_ptr<Stream> null_stream(Context& context) {

@@ -1,6 +1,7 @@
 // Streams: a host thread each, which runs what is queued, in order, each operation once what it waits for has ended.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -61,12 +62,18 @@ struct Stream {
     bool closing = false;
     uint64_t submitted = 0, completed = 0;
     std::deque<Operation> queue;
+    // there is some, or there will be no more
+    std::condition_variable work;
+    // what its thread waits to begin; null while it has none or runs one
+    const Operation* next = nullptr;
 };
 
 // A stream with its thread.
 std::shared_ptr<Stream> start_stream(Context& context, bool blocking);
 // The null stream, from its first use.
 std::shared_ptr<Stream> null_stream(Context& context);
+// Takes no more work; what is queued still runs.
+void close_stream(Stream& stream);
 
 // Queues an operation; the point is its end.
 Point enqueue(Lock& lock, const std::shared_ptr<Stream>& stream, Operation operation);

@@ -21,15 +21,18 @@ pub struct Options {
     pub seed: u64,
     /// The longest of these delays, in microseconds.
     pub delay_us_max: u64,
+    /// How long after its call an operation begins, in microseconds, unless a thread waits for it, directly or by way
+    /// of what other streams wait for: who waits for the wrong thing, or for nothing, comes too early for certain.
+    pub late_us: u64,
     /// How long a copy or a kernel takes at least, in microseconds: what overlaps becomes visible in the log.
     pub operation_us_min: u64,
     /// A file to append a line to for each operation and allocation, which [`crate::log`] reads.
     pub log: Option<PathBuf>,
-    /// Calls that fail, as `kind:n=error` each: the n-th call of that kind (from 1), all from there on (`n+`), of one device
-    /// (`kind@device:n`). Kinds are `alloc`, `free`, `copy`, `memset`, `launch`, `host`, `register`, `unregister`,
-    /// `hostalloc`, `hostfree`, `stream`, `event`, `record`, `wait`, `query`, `sync`, `module`, `context`, `device`, `init`,
-    /// `ipc`, `memory`, or a function's own name. Errors are named as in `CUDA_ERROR_ILLEGAL_ADDRESS`; one that loses
-    /// the context comes when the stream gets to the operation, and stays.
+    /// Calls that fail, as `kind:n=error` each: the n-th call of that kind (from 1), all from there on (`n+`), of one
+    /// device (`kind@device:n`). Kinds are `alloc`, `free`, `copy`, `memset`, `launch`, `host`, `register`,
+    /// `unregister`, `hostalloc`, `hostfree`, `stream`, `event`, `record`, `wait`, `query`, `sync`, `module`,
+    /// `context`, `device`, `init`, `ipc`, `memory`, `nccl`, or a function's own name. Errors are named as in
+    /// `CUDA_ERROR_ILLEGAL_ADDRESS`; one that loses the context comes when the stream gets to the operation, and stays.
     pub fail: Vec<String>,
 }
 
@@ -42,6 +45,7 @@ impl Default for Options {
             driver_version: 13000,
             seed: 0,
             delay_us_max: 2000,
+            late_us: 0,
             operation_us_min: 0,
             log: None,
             fail: Vec::new(),
@@ -49,7 +53,8 @@ impl Default for Options {
     }
 }
 
-/// Sets `command` up so that its process, and those it starts, find the library in `library_dir` and are told the options.
+/// Sets `command` up so that its process, and those it starts, find the library in `library_dir` and are told the
+/// options.
 ///
 /// `CUDA_VISIBLE_DEVICES` is taken out of its environment; set it afterwards where it is wanted.
 pub fn emulated(command: &mut Command, library_dir: &Path, options: &Options) {
@@ -65,9 +70,11 @@ pub fn emulated(command: &mut Command, library_dir: &Path, options: &Options) {
         ("DRIVER_VERSION", u64::from(options.driver_version)),
         ("SEED", options.seed),
         ("DELAY_US_MAX", options.delay_us_max),
+        ("LATE_US", options.late_us),
         ("OPERATION_US_MIN", options.operation_us_min),
     ];
     command.env("LD_LIBRARY_PATH", search).env_remove("CUDA_VISIBLE_DEVICES");
+    command.env_remove("LONGSHORE_NCCL_LIB");
     command.envs(numbers.map(|(name, n)| (format!("EMULATED_CUDA_{name}"), n.to_string())));
     command.env("EMULATED_CUDA_FAIL", options.fail.join(","));
     command.env("EMULATED_CUDA_LOG", options.log.as_deref().unwrap_or(Path::new("")));

@@ -54,7 +54,8 @@ impl Kernels {
     pub fn open(library_dir: &Path) -> Kernels {
         let path = library_dir.join("libcuda.so.1");
         let path = CString::new(path.as_os_str().as_bytes()).expect("a path has no NUL");
-        // SAFETY: a library that was made from this repository's sources; loading it runs nothing but the C++ runtime's own.
+        // SAFETY: a library that was made from this repository's sources; loading it runs nothing but the C++ runtime's
+        // own.
         let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
         assert!(!handle.is_null(), "{path:?} does not load");
         // SAFETY: the handle is open and stays so.
@@ -69,8 +70,8 @@ impl Kernels {
     ///
     /// # Safety
     ///
-    /// `params` are as many as the kernel has, each the address of a value of its type; what is accessed by way of addresses
-    /// among them is memory of this process.
+    /// `params` are as many as the kernel has, each the address of a value of its type; what is accessed by way of
+    /// addresses among them is memory of this process.
     #[expect(clippy::expect_used, reason = "names of kernels are literals")]
     pub unsafe fn run(
         &self,

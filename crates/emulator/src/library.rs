@@ -1,8 +1,7 @@
-//! Makes the library: once per build tree, whichever of several test processes comes first.
+//! Makes the libraries: once per build tree, whichever of several test processes comes first.
 
 use std::{
     ffi::OsStr,
-    fmt::Write as _,
     fs::{self, File},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io::{self, Write as _},
@@ -13,34 +12,42 @@ use std::{
 
 const CRATE: &str = env!("CARGO_MANIFEST_DIR");
 
-/// How all units are compiled.
-const FLAGS: [&str; 11] = [
+/// How all of it is compiled.
+const FLAGS: [&str; 8] = [
     "-std=c++17",
-    "-O2",
-    "-g",
+    "-g1",
     "-fPIC",
     "-pthread",
     "-fvisibility=hidden",
     "-fno-gnu-unique",
     // its longjmp refuses to change stacks
     "-U_FORTIFY_SOURCE",
-    // one rounding per operation; bytes are read as words
-    "-ffp-contract=off",
+    // memory is read as words of all sizes
     "-fno-strict-aliasing",
+];
+
+/// How the driver is, which nobody waits for but its compiler.
+const DRIVER_FLAGS: [&str; 1] = ["-O1"];
+
+const KERNEL_FLAGS: [&str; 5] = [
+    "-O2",
+    // one rounding per operation
+    "-ffp-contract=off",
+    // an access that is not aligned traps
+    "-fsanitize=alignment",
+    "-fsanitize-undefined-trap-on-error",
     // directives that only device compilers know
     "-Wno-unknown-pragmas",
 ];
 
-/// How kernels are, too: an access that is not aligned traps.
-const KERNEL_FLAGS: [&str; 2] = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"];
+const LINK_FLAGS: [&str; 3] = ["-shared", "-pthread", "-Wl,-Bsymbolic"];
 
-const LINK_FLAGS: [&str; 4] = ["-shared", "-pthread", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic"];
-
-/// The directory that holds `libcuda.so.1` and `libcuda.so`, compiled unless `target_tmp` has it from before; `None`, said
-/// on stderr past the capture of tests, where there is no C++ compiler (`$CXX`, or `g++`).
+/// The directory that holds `libcuda.so.1`, `libcuda.so` and `libnccl.so.2`, compiled unless `target_tmp` has it from
+/// before; `None`, said on stderr past the capture of tests, where there is no C++ compiler (`$CXX`, or `g++`) or no
+/// Linux.
 ///
-/// `target_tmp` is a directory of the build tree: `env!("CARGO_TARGET_TMPDIR")` in tests. Of several calls in a process the
-/// first one decides.
+/// `target_tmp` is a directory of the build tree: `env!("CARGO_TARGET_TMPDIR")` in tests. Of several calls in a process
+/// the first one decides.
 ///
 /// # Panics
 ///
@@ -52,10 +59,17 @@ pub fn library_dir(target_tmp: impl AsRef<Path>) -> Option<&'static Path> {
 
 #[expect(clippy::panic, reason = "a test says so by failing")]
 fn make_library(target_tmp: &Path) -> Option<PathBuf> {
+    // past the capture of passing tests' output; nobody to tell where that is closed
+    let ignored = |why: &str| {
+        let _ = writeln!(io::stderr(), "ignored: {why}, CUDA not emulated");
+    };
+    if !cfg!(target_os = "linux") {
+        ignored("not Linux");
+        return None;
+    }
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".to_owned());
     let Ok(version) = Command::new(&compiler).arg("--version").output() else {
-        // past the capture of passing tests' output; nobody to tell where that is closed
-        let _ = writeln!(io::stderr(), "ignored: no {compiler}, CUDA not emulated");
+        ignored(&format!("no {compiler}"));
         return None;
     };
     let made = Sources::read().and_then(|sources| {
@@ -69,19 +83,21 @@ fn make_library(target_tmp: &Path) -> Option<PathBuf> {
     }
 }
 
-/// What the library is made of.
+/// What the libraries are made of.
 struct Sources {
-    /// Of `cpp/` and `cu/`, in the order of their names.
+    /// Of [`DRIVER`], [`NCCL`] and [`KERNELS`], in the order of their names.
     files: Vec<(PathBuf, Vec<u8>)>,
-    /// The unit that holds all kernels.
-    kernels: String,
 }
+
+const DRIVER: &str = "cpp";
+const NCCL: &str = "nccl";
+const KERNELS: &str = "../kernels/cu";
 
 impl Sources {
     fn read() -> io::Result<Sources> {
         let mut files = Vec::new();
-        for folder in [Path::new(CRATE).join("cpp"), Path::new(CRATE).join("../kernels/cu")] {
-            let mut paths = fs::read_dir(folder)?
+        for folder in [DRIVER, NCCL, KERNELS] {
+            let mut paths = fs::read_dir(Path::new(CRATE).join(folder))?
                 .map(|file| Ok(file?.path()))
                 .collect::<io::Result<Vec<_>>>()?;
             paths.sort();
@@ -90,39 +106,53 @@ impl Sources {
                 files.push((path, text));
             }
         }
-        let kernels = kernel_unit(&files);
-        Ok(Sources { files, kernels })
+        Ok(Sources { files })
     }
 
     fn key(&self, compiler_version: &[u8]) -> u64 {
         let mut hasher = DefaultHasher::new();
-        (FLAGS, KERNEL_FLAGS, LINK_FLAGS, compiler_version).hash(&mut hasher);
-        (&self.files, &self.kernels).hash(&mut hasher);
+        (FLAGS, DRIVER_FLAGS, KERNEL_FLAGS, LINK_FLAGS, compiler_version).hash(&mut hasher);
+        (&self.files, self.kernel_unit(), self.driver_unit(), self.nccl_unit()).hash(&mut hasher);
         hasher.finish()
     }
 
-    fn named(&self, extension: &str) -> impl Iterator<Item = &Path> {
-        let wanted = move |path: &&Path| path.extension() == Some(OsStr::new(extension));
-        self.files.iter().map(|(path, _)| path.as_path()).filter(wanted)
+    /// Those of a folder.
+    fn of(&self, folder: &str, extension: &str) -> impl Iterator<Item = (&Path, &[u8])> {
+        let folder = Path::new(CRATE).join(folder);
+        let files = self.files.iter().map(|(path, text)| (path.as_path(), text.as_slice()));
+        files.filter(move |(path, _)| {
+            path.parent() == Some(&folder) && path.extension() == Some(OsStr::new(extension))
+        })
+    }
+
+    /// All `.cu` files, and the table of their kernels.
+    fn kernel_unit(&self) -> String {
+        let (mut unit, mut table) = ("#include \"device.hpp\"\n".to_owned(), String::new());
+        for (path, text) in self.of(KERNELS, "cu") {
+            unit += &include(path);
+            for name in kernel_names(&String::from_utf8_lossy(text)) {
+                table += &format!("    kernel_of<{name}>(\"{name}\"),\n");
+            }
+        }
+        unit + "const emulator::Kernel emulator::KERNELS[] = {\n"
+            + &table
+            + "};\nconst size_t emulator::KERNEL_COUNT = sizeof KERNELS / sizeof *KERNELS;\n"
+    }
+
+    /// All of the driver: its headers take longer to compile than it does.
+    fn driver_unit(&self) -> String {
+        self.of(DRIVER, "cpp").map(|(path, _)| include(path)).collect()
+    }
+
+    /// All of NCCL, with what the driver reads its settings by.
+    fn nccl_unit(&self) -> String {
+        let settings = include(&Path::new(CRATE).join(DRIVER).join("settings.cpp"));
+        settings + &self.of(NCCL, "cpp").map(|(path, _)| include(path)).collect::<String>()
     }
 }
 
-/// All `.cu` files in one unit, and the table of their kernels.
-fn kernel_unit(files: &[(PathBuf, Vec<u8>)]) -> String {
-    let (mut unit, mut table) = ("#include \"device.hpp\"\n".to_owned(), String::new());
-    for (path, text) in files {
-        if path.extension() != Some(OsStr::new("cu")) {
-            continue;
-        }
-        // writing to a string does not fail
-        let _ = writeln!(unit, "#include \"{}\"", path.display());
-        for name in kernel_names(&String::from_utf8_lossy(text)) {
-            let _ = writeln!(table, "    kernel_of<{name}>(\"{name}\"),");
-        }
-    }
-    unit + "const emulator::Kernel emulator::KERNELS[] = {\n"
-        + &table
-        + "};\nconst size_t emulator::KERNEL_COUNT = sizeof KERNELS / sizeof *KERNELS;\n"
+fn include(path: &Path) -> String {
+    format!("#include \"{}\"\n", path.display())
 }
 
 /// The names that follow `extern "C" __global__ void`, behind launch bounds or not.
@@ -155,37 +185,34 @@ fn compile_once(compiler: &str, sources: &Sources, directory: &Path) -> io::Resu
 }
 
 fn compile(compiler: &str, sources: &Sources, directory: &Path) -> io::Result<()> {
-    let kernels = directory.join("kernels.cpp");
-    fs::write(&kernels, &sources.kernels)?;
-    let units = || std::iter::once((kernels.as_path(), true)).chain(driver_units(sources));
-    let mut running: Vec<Child> = Vec::new();
-    for (unit, is_kernels) in units() {
+    let units = [
+        ("kernels", sources.kernel_unit(), &KERNEL_FLAGS[..]),
+        ("driver", sources.driver_unit(), &DRIVER_FLAGS[..]),
+        ("nccl", sources.nccl_unit(), &DRIVER_FLAGS[..]),
+    ];
+    let mut running = Vec::new();
+    for (name, text, flags) in &units {
+        let unit = directory.join(name).with_extension("cpp");
+        fs::write(&unit, text)?;
         let mut command = Command::new(compiler);
-        command.args(FLAGS).args(if is_kernels { &KERNEL_FLAGS[..] } else { &[] });
-        command.arg("-I").arg(Path::new(CRATE).join("cpp")).arg("-c").arg(unit);
-        command.arg("-o").arg(object(directory, unit));
-        if running.len() >= std::thread::available_parallelism()?.get() {
-            finish(running.remove(0))?;
-        }
+        command.args(FLAGS).args(*flags).arg("-I").arg(Path::new(CRATE).join(DRIVER));
+        command.arg("-c").arg(&unit).arg("-o").arg(unit.with_extension("o"));
         running.push(command.stderr(Stdio::piped()).spawn()?);
     }
     running.into_iter().try_for_each(finish)?;
-    let mut command = Command::new(compiler);
-    command.args(LINK_FLAGS).args(units().map(|(unit, _)| object(directory, unit)));
-    for map in sources.named("map") {
-        command.arg(format!("-Wl,--version-script={}", map.display()));
+    let libraries = [
+        ("libcuda.so.1", &["kernels", "driver"][..], sources.of(DRIVER, "map")),
+        ("libnccl.so.2", &["nccl"][..], sources.of(NCCL, "map")),
+    ];
+    for (library, units, map) in libraries {
+        let mut command = Command::new(compiler);
+        command.args(LINK_FLAGS).arg(format!("-Wl,-soname,{library}"));
+        command.args(units.iter().map(|unit| directory.join(unit).with_extension("o")));
+        command.args(map.map(|(map, _)| format!("-Wl,--version-script={}", map.display())));
+        command.arg("-o").arg(directory.join(library));
+        finish(command.stderr(Stdio::piped()).spawn()?)?;
     }
-    command.arg("-o").arg(directory.join("libcuda.so.1"));
-    finish(command.stderr(Stdio::piped()).spawn()?)?;
     std::os::unix::fs::symlink("libcuda.so.1", directory.join("libcuda.so"))
-}
-
-fn driver_units(sources: &Sources) -> impl Iterator<Item = (&Path, bool)> {
-    sources.named("cpp").map(|unit| (unit, false))
-}
-
-fn object(directory: &Path, unit: &Path) -> PathBuf {
-    directory.join(unit.file_stem().unwrap_or_default()).with_extension("o")
 }
 
 fn finish(compilation: Child) -> io::Result<()> {
@@ -212,7 +239,8 @@ mod tests {
     #[test]
     fn all_kernels_are_in_the_unit() {
         let sources = Sources::read().unwrap();
-        assert!(sources.kernels.contains("kernel_of<place>(\"place\")"), "{}", sources.kernels);
-        assert_eq!(sources.kernels.matches("#include").count(), sources.named("cu").count() + 1);
+        let unit = sources.kernel_unit();
+        assert!(unit.contains("kernel_of<place>(\"place\")"), "{unit}");
+        assert_eq!(unit.matches("#include").count(), sources.of(KERNELS, "cu").count() + 1);
     }
 }

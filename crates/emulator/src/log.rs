@@ -28,9 +28,9 @@ pub struct Operation {
     pub device: u32,
     /// The stream, by the order in which those of a process and device were made.
     pub stream: u32,
-    /// `htod`, `dtoh`, `dtod`, `memset`, `kernel`, `record`, `wait` or `host`.
+    /// `htod`, `dtoh`, `dtod`, `memset`, `kernel`, `record`, `wait`, `host`, or `nccl` for a group of NCCL's.
     pub kind: String,
-    /// Bytes copied or set.
+    /// Bytes copied, set, or counted by the operations of a group.
     pub bytes: u64,
     /// The kernel, or `-`.
     pub name: String,
@@ -93,7 +93,8 @@ pub fn memory(lines: &[Line]) -> impl Iterator<Item = &Memory> {
     })
 }
 
-/// The most that the processes of these lines had of a device at a time. One that ended without giving back keeps what it had.
+/// The most that the processes of these lines had of a device at a time. One that ended without giving back keeps what
+/// it had.
 pub fn peak_bytes(lines: &[Line], device: u32) -> u64 {
     let (mut used, mut peak) = (0u64, 0);
     for memory in memory(lines).filter(|memory| memory.device == device) {

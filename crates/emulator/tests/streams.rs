@@ -132,6 +132,33 @@ fn the_null_stream_orders_streams_that_block_and_no_others() {
     assert_eq!(driver.contents(memory, BYTES), [3; BYTES]);
 }
 
+/// Who waits for the wrong stream comes too early; who has it wait for the right one does not.
+#[test]
+fn what_nobody_waits_for_is_late() {
+    let name = "what_nobody_waits_for_is_late";
+    let options = Options { late_us: 500_000, ..Options::default() };
+    let Some(driver) = driver(name, &options) else { return };
+    driver.context(0);
+    let (first, second, event) = (driver.stream(), driver.stream(), driver.event());
+    let (memory, seen) = (driver.holding(&[1; BYTES]), driver.pinned(BYTES, 0));
+    let mut look = || {
+        ok(driver.cuMemcpyDtoHAsync_v2(seen.as_mut_ptr().cast(), memory, BYTES, second));
+        ok(driver.cuStreamSynchronize(second));
+        seen[0]
+    };
+    ok(driver.cuMemsetD8Async(memory, 2, BYTES, first));
+    ok(driver.cuEventRecord(event, first));
+    assert_eq!(look(), 1);
+    ok(driver.cuStreamWaitEvent(second, event, 0));
+    assert_eq!(look(), 2);
+    // in the end it happens by itself
+    ok(driver.cuMemsetD8Async(memory, 3, BYTES, first));
+    while driver.cuStreamQuery(first) == NOT_READY {
+        std::thread::yield_now();
+    }
+    assert_eq!(look(), 3);
+}
+
 /// A destroyed stream still does what was queued.
 #[test]
 fn destroyed_streams_come_to_their_end() {

@@ -51,6 +51,10 @@ pub struct Connected {
 
 /// One rank's end of a communicator.
 ///
+/// To give up a stream or device memory of its operations is to wait for them: where they never end, because a rank is
+/// lost, the communicator has to be aborted before (and dropped before, where nobody aborts it by hand). After [`Stuck`]
+/// nothing of the device is given up any more.
+///
 /// # Drop
 /// A communicator that is neither finished nor aborted is aborted, and waited for as long as five seconds. A thread
 /// that hangs is left behind; then, whoever cares calls [`Communicator::abort`] instead, and ends the process.

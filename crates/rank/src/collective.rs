@@ -20,7 +20,9 @@ pub mod segment;
 pub mod slots;
 mod tcp;
 
-use std::{fmt, io, time::Duration};
+use std::{fmt, io, sync::Arc, time::Duration};
+
+use longshore_kernels::cuda::driver::Device;
 
 use self::{segment::Borrowed, slots::Slot};
 
@@ -251,6 +253,8 @@ pub enum Incoming {
 
 /// Bytes in a device's memory, complete, which is not used for anything else while this lives.
 pub struct DeviceBytes {
+    /// The device.
+    pub device: Arc<Device>,
     /// The address of the first.
     pub address: u64,
     /// How many there are.
@@ -261,10 +265,10 @@ pub struct DeviceBytes {
 
 impl fmt::Debug for DeviceBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DeviceBytes")
-            .field("address", &self.address)
-            .field("bytes", &self.bytes)
-            .finish_non_exhaustive()
+        let Self { device, address, bytes, keep: _ } = self;
+        let mut shown = f.debug_struct("DeviceBytes");
+        shown.field("device", device).field("address", address).field("bytes", bytes);
+        shown.finish_non_exhaustive()
     }
 }
 

@@ -20,7 +20,7 @@ use crate::{
     out::{self, RankFile},
     place::Place,
     plan::Plan,
-    processes::{self, Door, Joined},
+    processes::{self, Door, Joined, Transport},
     report::{Done, RanksAs, Report, peak_rss_bytes},
 };
 
@@ -32,7 +32,10 @@ pub(super) fn launch(
 ) -> ExitCode {
     start_log(log_level, None);
     match rank_command(load, arguments).and_then(|command| {
-        let launch = Launch { final_lines: FinalLines::One, ..Launch::new(command, load.tp) };
+        let shared = device::are_shared(load.run.plan.device_choice(), load.tp);
+        let nccl_hosts = shared && load.run.group_options().transport == Transport::Nccl;
+        let final_lines = FinalLines::One;
+        let launch = Launch { final_lines, nccl_hosts, ..Launch::new(command, load.tp) };
         launch.run()
     }) {
         Ok(ended) => launch::exit(&ended),

@@ -15,6 +15,10 @@ pub(super) struct Attempt {
     pub(super) secret: String,
 }
 
+/// Sockets of this host and nothing else. Source: NCCL user guide, "Environment Variables".
+const NCCL_ON_ONE_HOST: [(&str, &str); 3] =
+    [("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_IB_DISABLE", "1"), ("NCCL_MNNVL_ENABLE", "0")];
+
 impl Launch {
     /// The variables of the process `local_rank` of this host; those that [`Place`](crate::place::Place) reads, under
     /// torchrun's names.
@@ -23,7 +27,7 @@ impl Launch {
         local_rank: u32,
         attempt: &Attempt,
     ) -> Vec<(&'static str, String)> {
-        vec![
+        let mut variables = vec![
             ("RANK", self.rank(local_rank).to_string()),
             ("WORLD_SIZE", (self.nnodes * self.nproc).to_string()),
             ("LOCAL_RANK", local_rank.to_string()),
@@ -36,7 +40,14 @@ impl Launch {
             ("TORCHELASTIC_RESTART_COUNT", attempt.number.to_string()),
             ("TORCHELASTIC_MAX_RESTARTS", self.max_restarts.to_string()),
             (SECRET_VARIABLE, attempt.secret.clone()),
-        ]
+        ];
+        if self.nccl_hosts {
+            let host = format!("longshore-rank-{}", self.rank(local_rank));
+            let own = [("NCCL_HOSTID", host.as_str())].into_iter().chain(NCCL_ON_ONE_HOST);
+            let unset = own.filter(|(name, _)| std::env::var_os(name).is_none());
+            variables.extend(unset.map(|(name, value)| (name, value.to_owned())));
+        }
+        variables
     }
 
     /// The rank of the process `local_rank` of this host; hosts hold consecutive ranks.

@@ -37,7 +37,7 @@ const OLDEST_VERSION: i32 = 12080;
 
 /// The driver's functions that this layer calls. All are looked up before any but the first four is called: what looks
 /// for them behind `sys` panics where one is missing.
-const SYMBOLS: [&str; 42] = [
+const SYMBOLS: [&str; 40] = [
     "cuDriverGetVersion",
     "cuInit",
     "cuGetErrorName",
@@ -48,7 +48,6 @@ const SYMBOLS: [&str; 42] = [
     "cuDeviceGetUuid_v2",
     "cuDeviceGetAttribute",
     "cuDevicePrimaryCtxRetain",
-    "cuDevicePrimaryCtxRelease_v2",
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
     "cuMemGetInfo_v2",
@@ -76,7 +75,6 @@ const SYMBOLS: [&str; 42] = [
     "cuEventSynchronize",
     "cuEventElapsedTime_v2",
     "cuModuleLoadData",
-    "cuModuleUnload",
     "cuModuleGetFunction",
     "cuFuncLoad",
     "cuLaunchKernel",

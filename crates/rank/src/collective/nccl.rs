@@ -100,6 +100,8 @@ pub struct NcclCollective {
 struct State {
     next: u64,
     under_way: VecDeque<UnderWay>,
+    /// What nobody has picked up yet.
+    arrived: Vec<Arrival>,
     /// Why nothing can be done any more.
     over: Option<CollectiveError>,
 }
@@ -245,12 +247,12 @@ impl NcclCollective {
             let mut runs = Vec::new();
             for (rank, pieces) in (0..).zip(sends) {
                 let (mut at, own) = (packed[rank as usize], packed[rank as usize]);
-                match pieces.as_slice() {
-                    [piece] if piece.rows == 1 => {
-                        group.send(staged + piece.offset - from, piece.width, rank);
-                        continue;
-                    }
-                    _ => {}
+                let pieces: Vec<&Piece> = pieces.iter().filter(|p| p.bytes() > 0).collect();
+                if let [piece] = pieces[..]
+                    && piece.rows == 1
+                {
+                    group.send(staged + piece.offset - from, piece.width, rank);
+                    continue;
                 }
                 for piece in pieces {
                     runs.push(Runs {
@@ -287,8 +289,18 @@ impl NcclCollective {
         Ok(group)
     }
 
-    /// Takes every operation as far as it gets now; returns those that have arrived, oldest first.
-    fn advance(&self, state: &mut State) -> Result<Vec<UnderWay>, CollectiveError> {
+    /// Takes every operation as far as it gets now; what fails is the end of all.
+    fn advance(&self) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        if state.over.is_none()
+            && let Err(e) = self.try_advance(&mut state)
+        {
+            state.over = Some(e);
+        }
+        state
+    }
+
+    fn try_advance(&self, state: &mut State) -> Result<(), CollectiveError> {
         if let Some(failure) = self.communicator.failure() {
             return Err(nccl(&failure));
         }
@@ -310,13 +322,17 @@ impl NcclCollective {
                 operation.stage = Stage::OnStream(event);
             }
         }
-        let mut arrived = Vec::new();
         while let Some(UnderWay { stage: Stage::OnStream(event), .. }) = state.under_way.front()
             && event.is_done().map_err(device)?
+            && let Some(UnderWay { number, receives, buffer, .. }) = state.under_way.pop_front()
         {
-            arrived.extend(state.under_way.pop_front());
+            let buffer = Arc::new(buffer);
+            let others = (0..).zip(receives).filter(|(source, _)| *source != self.rank);
+            let arrivals =
+                others.map(|(source, bytes)| self.arrival(number, source, bytes, &buffer));
+            state.arrived.extend(arrivals);
         }
-        Ok(arrived)
+        Ok(())
     }
 
     fn arrival(&self, operation: u64, source: u32, bytes: u64, buffer: &Arc<Buffer>) -> Arrival {
@@ -325,7 +341,10 @@ impl NcclCollective {
         let keep = Arc::clone(buffer);
         let bytes = match bytes {
             0 => Incoming::Nothing,
-            bytes => Incoming::OnDevice(DeviceBytes { address, bytes, keep: Box::new(keep) }),
+            bytes => {
+                let device = Arc::clone(&self.device);
+                Incoming::OnDevice(DeviceBytes { device, address, bytes, keep: Box::new(keep) })
+            }
         };
         Arrival { operation, source, bytes }
     }
@@ -345,9 +364,16 @@ impl Collective for NcclCollective {
     }
 
     fn lease(&self) -> Result<Option<Slot>, CollectiveError> {
-        match &self.lock().over {
-            Some(over) => Err(over.clone()),
-            None => Ok(self.slots.lease()),
+        if let Some(over) = &self.lock().over {
+            return Err(over.clone());
+        }
+        match self.slots.lease() {
+            // those of operations that have ended come back
+            None => {
+                drop(self.advance());
+                Ok(self.slots.lease())
+            }
+            slot => Ok(slot),
         }
     }
 
@@ -379,39 +405,26 @@ impl Collective for NcclCollective {
         state.next += 1;
         state.under_way.push_back(UnderWay { number, stage, receives, buffer, _slot: data });
         drop(state);
-        self.bell.ring();
+        // the others wait for it already
+        drop(self.advance());
         Ok(number)
     }
 
     fn has_room(&self) -> bool {
-        self.slabs.in_use() < self.form.depth
+        self.advance().over.is_some() || self.slabs.in_use() < self.form.depth
     }
 
     fn arrivals(&self) -> Result<Vec<Arrival>, CollectiveError> {
-        let mut state = self.lock();
-        if let Some(over) = &state.over {
-            return Err(over.clone());
+        let mut state = self.advance();
+        match &state.over {
+            Some(over) => Err(over.clone()),
+            None => Ok(std::mem::take(&mut state.arrived)),
         }
-        let arrived = match self.advance(&mut state) {
-            Ok(arrived) => arrived,
-            Err(e) => {
-                state.over = Some(e.clone());
-                return Err(e);
-            }
-        };
-        drop(state);
-        let mut arrivals = Vec::new();
-        for UnderWay { number, receives, buffer, .. } in arrived {
-            let buffer = Arc::new(buffer);
-            let others = (0..).zip(receives).filter(|(source, _)| *source != self.rank);
-            arrivals
-                .extend(others.map(|(source, bytes)| self.arrival(number, source, bytes, &buffer)));
-        }
-        Ok(arrivals)
     }
 
     fn is_idle(&self) -> bool {
-        self.lock().under_way.is_empty()
+        let state = self.advance();
+        state.under_way.is_empty() && state.arrived.is_empty()
     }
 
     fn wait(&self, timeout: Duration) {
@@ -473,6 +486,10 @@ impl Drop for NcclCollective {
     fn drop(&mut self) {
         if let Err(stuck) = self.communicator.abort(ABORT_LIMIT) {
             tracing::error!("NCCL cannot be ended: {stuck}; this process has to be");
+            // giving memory up would wait for what hangs
+            let memory =
+                (Arc::clone(&self.memory), Arc::clone(&self.slabs), Arc::clone(&self.slots));
+            std::mem::forget(memory);
         }
     }
 }

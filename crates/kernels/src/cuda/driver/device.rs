@@ -6,7 +6,7 @@ use std::{
     fmt,
     ptr::NonNull,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -24,10 +24,10 @@ const OLDEST_CHIP: (c_int, c_int) = (7, 5);
 
 /// A device by its primary context: the one that everything else in a process uses too, unless it makes its own.
 ///
-/// There is one of it per process and ordinal at a time; the last handle to go gives the context back.
+/// There is one of it per process and ordinal. It is kept until the process ends: a context that is given back is destroyed
+/// under the threads that have it current, as the last of its users goes.
 pub struct Device {
     ordinal: u32,
-    handle: sys::CUdevice,
     context: sys::CUcontext,
     name: String,
     uuid: [u8; 16],
@@ -65,7 +65,9 @@ impl Device {
     /// [`CudaError::Unavailable`] without CUDA or on a chip that is too old, [`CudaError::NoDevice`], or what the
     /// driver says.
     pub fn open(ordinal: u32) -> Result<Arc<Device>, CudaError> {
-        static OPEN: Mutex<BTreeMap<u32, Arc<Mutex<Weak<Device>>>>> = Mutex::new(BTreeMap::new());
+        /// A device, once it is open.
+        type Place = Arc<Mutex<Option<Arc<Device>>>>;
+        static OPEN: Mutex<BTreeMap<u32, Place>> = Mutex::new(BTreeMap::new());
         let found = probe()?.devices;
         if ordinal >= found {
             return Err(CudaError::NoDevice { ordinal, found });
@@ -73,12 +75,10 @@ impl Device {
         let place = Arc::clone(locked(&OPEN).entry(ordinal).or_default());
         // making a context takes a while: that of another device can be made meanwhile
         let mut open = locked(&place);
-        if let Some(device) = open.upgrade() {
-            return Ok(device);
+        if let Some(device) = &*open {
+            return Ok(Arc::clone(device));
         }
-        let device = Arc::new(Device::retain(ordinal)?);
-        *open = Arc::downgrade(&device);
-        Ok(device)
+        Ok(Arc::clone(open.insert(Arc::new(Device::retain(ordinal)?))))
     }
 
     /// Opens the device that is called `uuid` everywhere ([`Device::uuid`]); `None` where this process may not use it.
@@ -126,7 +126,6 @@ impl Device {
         check(got, "making a context")?;
         Ok(Device {
             ordinal,
-            handle,
             context,
             name,
             uuid,
@@ -346,20 +345,6 @@ impl Device {
         // SAFETY: `current` is ours.
         let got = unsafe { sys::cuCtxGetCurrent(&raw mut current) };
         self.check(got, "asking for the current context").map(|()| current)
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        self.release(|| {
-            for (_, module) in &locked(&self.kernels).modules {
-                // SAFETY: loaded by this device and not used any more: streams, which launch, hold the device.
-                let _ = unsafe { sys::cuModuleUnload(*module) };
-            }
-            CUresult::CUDA_SUCCESS
-        });
-        // SAFETY: retained once by this device; what uses the context holds the device.
-        let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.handle) };
     }
 }
 
