@@ -80,7 +80,10 @@ pub(crate) fn to_device(
     let total = arenas.target.len() as usize;
     let slab_bytes = if tiny { 64 << 10 } else { SLAB_BYTES };
     let bare_bytes = BARE_BYTES.min(total);
-    let size = |bytes: usize| format!("{} KiB", bytes >> 10);
+    let size = |bytes: usize| match bytes >> 20 {
+        0 => format!("{} KiB", bytes >> 10),
+        mib => format!("{mib} MiB"),
+    };
     let bare = Row::new("host to device, one pinned copy", size(bare_bytes), None);
     let slabs = format!("{SLABS} slabs of {}", size(slab_bytes));
     let copied = Row::new("host to device, slabs", &slabs, None);
