@@ -94,6 +94,25 @@ fn every_public_case_is_byte_exact_on_the_devices_of_processes() {
     }
 }
 
+/// What a rank reads, all ranks of its host see, and not all of them want of it.
+#[test]
+fn reads_that_some_ranks_want_nothing_of_reach_the_devices_of_processes() {
+    let Some(cuda) = Cuda::find() else { return };
+    let scratch = Scratch::new().unwrap();
+    let dir = written(&scratch, &Checkpoint::new(Family::Qwen3Moe, Scheme::Bf16));
+    let digest = |device: &str, extra: &[&str]| {
+        let mut command = cuda.longshore(&late(4));
+        command.args(["load", "--json", "--log-level", "error", "--tp", "4"]).arg(&dir);
+        command.args(["--device", device, "--read-size", "64KiB"]);
+        json(command.args(extra))["digest"].clone()
+    };
+    let on_host = digest("cpu", &[]);
+    for transport in ["host", "tcp"] {
+        let extra = ["--ranks", "processes", "--transport", transport, "--exchange", "on"];
+        assert_eq!(digest("cuda", &extra), on_host, "{transport}");
+    }
+}
+
 /// Over NCCL: a device for each rank, and all ranks on one.
 #[test]
 fn every_public_case_is_byte_exact_over_nccl() {
