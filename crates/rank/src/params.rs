@@ -261,6 +261,11 @@ impl ReadyParams {
         self.memory
     }
 
+    /// Whether they are all that is left of their load: its threads have ended, and what it set aside was given back.
+    pub fn is_alone(&self) -> bool {
+        Arc::strong_count(&self.memory) == 1
+    }
+
     /// Bytes of memory that the parameters take, the gaps between them included.
     pub fn allocated_bytes(&self) -> u64 {
         self.memory.allocation.len()
