@@ -268,6 +268,11 @@ impl ReadyParams {
         self.memory
     }
 
+    /// Whether they are all that is left of their load: its threads have ended, and what it set aside was given back.
+    pub fn is_alone(&self) -> bool {
+        Arc::strong_count(&self.memory) == 1
+    }
+
     /// What holds the parameters.
     pub fn allocation(&self) -> &Allocation {
         &self.memory.allocation
