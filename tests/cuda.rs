@@ -5,6 +5,7 @@
 
 use std::{
     fs,
+    net::TcpListener,
     os::unix::fs::FileExt,
     path::Path,
     process::Command,
@@ -12,10 +13,11 @@ use std::{
 };
 
 use longshore::{
-    DeviceChoice,
+    DeviceChoice, Load, Place, Secret,
     digest::group_digest,
     load::{RunOptions, load, progress_of},
     plan::Exchange,
+    processes::Transport,
 };
 use longshore_emulator::{NcclOptions, Options, emulated_nccl, log};
 use longshore_harness::{
@@ -24,6 +26,7 @@ use longshore_harness::{
     oracle,
     scratch::Scratch,
 };
+use longshore_kernels::cuda::driver::{self, Device};
 use longshore_models::checkpoint::Tensor;
 
 mod common;
@@ -94,6 +97,25 @@ fn every_public_case_is_byte_exact_on_the_devices_of_processes() {
     }
 }
 
+/// What a rank reads, all ranks of its host see, and not all of them want of it.
+#[test]
+fn reads_that_some_ranks_want_nothing_of_reach_the_devices_of_processes() {
+    let Some(cuda) = Cuda::find() else { return };
+    let scratch = Scratch::new().unwrap();
+    let dir = written(&scratch, &Checkpoint::new(Family::Qwen3Moe, Scheme::Bf16));
+    let digest = |device: &str, extra: &[&str]| {
+        let mut command = cuda.longshore(&late(4));
+        command.args(["load", "--json", "--log-level", "error", "--tp", "4"]).arg(&dir);
+        command.args(["--device", device, "--read-size", "64KiB"]);
+        json(command.args(extra))["digest"].clone()
+    };
+    let on_host = digest("cpu", &[]);
+    for transport in ["host", "tcp"] {
+        let extra = ["--ranks", "processes", "--transport", transport, "--exchange", "on"];
+        assert_eq!(digest("cuda", &extra), on_host, "{transport}");
+    }
+}
+
 /// Over NCCL: a device for each rank, and all ranks on one.
 #[test]
 fn every_public_case_is_byte_exact_over_nccl() {
@@ -106,6 +128,118 @@ fn every_public_case_is_byte_exact_over_nccl() {
         let devices = [1, 8][seed as usize % 2];
         let extra = ["--ranks", "processes", "--transport", "nccl", "--exchange", "on"];
         load_case_on(cuda, case, &Options { devices, ..late(seed) }, &extra);
+    }
+}
+
+/// What a rank has sent may still be on its way when it is complete itself: it keeps its end until all ranks are.
+#[test]
+fn no_rank_leaves_an_exchange_over_nccl_before_all_are_complete() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    for seed in 0..4 {
+        let scratch = Scratch::new().unwrap();
+        let (dir, record) = (llama(&scratch), scratch.join("log"));
+        let options = Options { log: Some(record.clone()), devices: 4, ..late(seed) };
+        let options = Options { delay_us_max: 20_000, ..options };
+        let mut command = cuda.longshore(&options);
+        command.args(["load", "--log-level", "error", "--device", "cuda", "--tp", "4"]).arg(&dir);
+        command.args(["--ranks", "processes", "--transport", "nccl", "--exchange", "on"]);
+        command.args(["--read-size", "64KiB", "--no-digest"]);
+        assert!(command.output().unwrap().status.success());
+        let lines = log::read(&record).unwrap();
+        let moved = log::operations(&lines).filter(|op| op.kind == "nccl");
+        let last = moved.map(|op| op.ran_ns.end).max().unwrap();
+        let freed = |line: &log::Line| matches!(line, log::Line::Memory(m) if m.kind == "free" && m.at_ns < last);
+        assert!(!lines.iter().any(freed), "seed {seed}");
+    }
+}
+
+/// Asked for, NCCL is used or refused with what stands against it; where there is nothing to exchange, nothing does.
+#[test]
+fn nccl_that_is_asked_for_is_used_or_refused_in_one_line() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    let scratch = Scratch::new().unwrap();
+    let dir = llama(&scratch);
+    let load = |extra: &[&str]| {
+        let mut command = cuda.longshore(&late(6));
+        command.args(["load", "--json", "--log-level", "error", "--ranks", "processes"]);
+        command.args(["--transport", "nccl"]).args(extra).arg(&dir);
+        command
+    };
+    for nothing in [&["--tp", "1"][..], &["--tp", "2", "--exchange", "off"]] {
+        let told = json(load(nothing).args(["--device", "cuda", "--memory-limit", "1MiB"]));
+        assert_eq!(told["device"], "cuda");
+    }
+    for (extra, want) in [
+        (["--device", "cpu", "--memory-limit", "1MiB"], "--transport nccl: parameters live in"),
+        (["--device", "cuda", "--memory-limit", "200KiB"], "NCCL between 2 ranks needs 5"),
+    ] {
+        let (line, code) = refusal(load(&["--tp", "2", "--exchange", "on"]).args(extra));
+        assert!(line.contains(want), "{line}");
+        assert_eq!(code, 2, "{line}");
+    }
+}
+
+/// Device memory that this process has taken and not given back.
+fn allocated() -> u64 {
+    let devices = 0..driver::probe().unwrap().devices;
+    devices.map(|ordinal| Device::open(ordinal).unwrap().allocated_bytes()).sum()
+}
+
+/// A load gives back what it has set aside on devices before it says that it is done: a server measures then what it can
+/// take for itself.
+#[test]
+fn nothing_but_parameters_is_left_of_a_load_on_its_devices() {
+    let Some(cuda) = Cuda::find() else { return };
+    if !cuda.is_inside("nothing_but_parameters_is_left_of_a_load_on_its_devices", &late(2)) {
+        return;
+    }
+    let scratch = Scratch::new().unwrap();
+    let nvfp4 = Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4);
+    let dir = written(&scratch, &nvfp4);
+    let whole = plan(&dir, &oracle::Options::tp(2), Exchange::On).unwrap();
+    let run = RunOptions { device: DeviceChoice::Cuda, ..RunOptions::default() };
+    for _ in 0..5 {
+        let mut group = runtime().block_on(load(&whole, &run, progress_of(&whole))).unwrap();
+        let parameters: u64 = group.ranks().unwrap().iter().map(|r| r.allocated_bytes()).sum();
+        assert_eq!(allocated(), parameters);
+        runtime().block_on(group.reload(&whole, progress_of(&whole))).unwrap();
+        assert_eq!(allocated(), parameters);
+        drop(group);
+        assert_eq!(allocated(), 0);
+    }
+}
+
+/// The same of ranks that are processes, here with a thread in the place of each, while they stay in touch.
+#[test]
+fn ranks_that_stay_in_touch_hold_nothing_but_parameters_on_their_devices() {
+    let Some(cuda) = Cuda::find() else { return };
+    let name = "ranks_that_stay_in_touch_hold_nothing_but_parameters_on_their_devices";
+    if !cuda.is_inside(name, &late(2)) {
+        return;
+    }
+    let scratch = Scratch::new().unwrap();
+    let dir = llama(&scratch);
+    let secret = Secret::random_text().unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    for transport in [Transport::Host, Transport::Nccl] {
+        let join = |rank: u32| {
+            let place = Place::new(rank, 2, "127.0.0.1", port).unwrap();
+            let place = place.local_rank(rank, 2).unwrap().secret(Secret::from_text(&secret));
+            let load = Load::from(dir.to_str().unwrap()).device(DeviceChoice::Cuda);
+            let mut rank = load.transport(transport).join(place).unwrap().wait().unwrap();
+            rank.barrier().unwrap();
+            let held = allocated();
+            rank.barrier().unwrap();
+            (held, rank.leave())
+        };
+        let (a, b) = std::thread::scope(|scope| {
+            let other = scope.spawn(|| join(1));
+            (join(0), other.join().unwrap())
+        });
+        let parameters = allocated();
+        assert_eq!((a.0, b.0), (parameters, parameters), "{transport:?}");
+        drop((a, b));
+        assert_eq!(allocated(), 0, "{transport:?}");
     }
 }
 
@@ -246,7 +380,7 @@ fn to_device(cuda: Cuda, options: &Options, dir: &Path, extra: &[&str]) -> Comma
 /// Without a driver: one clear line, before anything is read. (A default picks the host's memory.)
 #[test]
 fn devices_that_are_not_there_are_refused_in_one_line() {
-    if longshore_kernels::cuda::driver::probe().is_ok() {
+    if driver::probe().is_ok() {
         eprintln!("ignored: there is a driver");
         return;
     }

@@ -1,5 +1,6 @@
 //! The small API: what a server needs to load a checkpoint onto its ranks, and nothing of how it is done.
 
+pub mod handover;
 mod params;
 mod process;
 mod threads;

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf, time::Duration};
 use longshore_models::error::{CheckpointError, PlanError};
 use longshore_rank::error::RankError;
 
-use crate::link::connect::ConnectError;
+use crate::{handover::IpcError, link::connect::ConnectError};
 
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +53,15 @@ pub enum LoadError {
         /// Why.
         #[source]
         source: RankError,
+    },
+    /// Parameters cannot be shared with, or opened from, another process.
+    #[error("the parameters of rank {rank} cannot be shared between processes")]
+    Ipc {
+        /// The rank that holds them.
+        rank: u32,
+        /// Why.
+        #[source]
+        source: IpcError,
     },
     /// A rank in another process could not write its file.
     #[error("rank {rank} could not write its output: {why}")]
@@ -261,6 +270,7 @@ impl LoadError {
             | LoadError::FileModified { .. }
             | LoadError::Output { .. }
             | LoadError::ReadBack { .. }
+            | LoadError::Ipc { .. }
             | LoadError::RankOutput { .. }
             | LoadError::NotReady { .. }
             | LoadError::Runtime(_) => 1,

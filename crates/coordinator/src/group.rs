@@ -21,7 +21,7 @@ use tracing::{info, warn};
 
 use crate::{
     error::LoadError,
-    load::{Finished, Prepared, RunOptions, attempt, prepare_into, progress_of},
+    load::{Finished, Prepared, RunOptions, attempt, given_back, prepare_into, progress_of},
     plan::Plan,
 };
 
@@ -154,6 +154,7 @@ impl Group {
         self.warnings.clone_from(&prepared.warnings);
         self.seconds = finished.seconds;
         self.weights = Weights::Ready(finished.ranks);
+        given_back(self.ranks()?).await;
         Ok(())
     }
 

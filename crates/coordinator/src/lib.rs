@@ -16,6 +16,7 @@
 //! |---|---|
 //! | ranks that are threads | [`Load::start`] → [`Loading`] → [`Loaded`], reload in place |
 //! | ranks that are processes, under whatever launcher | [`Place`], [`Load::join`] → [`Joining`] → [`Rank`] |
+//! | kernels, Python frameworks, servers in another process | [`handover`]: addresses, DLPack, CUDA IPC, and their rules |
 //! | servers with a `load_weights(name, tensor)` of their own | [`Load::tensors`] → [`Tensors`] |
 //! | knowing beforehand what a load will do | [`Load::plan`] → [`Report`] |
 //! | starting processes | [`launch`], or torchrun, srun, Kubernetes |
@@ -69,7 +70,7 @@ pub use longshore_models::{
 pub use longshore_rank::{protocol::Phase, storage::IoChoice};
 
 pub use self::{
-    api::{Joining, Load, Loaded, Loading, OwnParams, Param, Params, Rank, RankProgress},
+    api::{Joining, Load, Loaded, Loading, OwnParams, Param, Params, Rank, RankProgress, handover},
     device::DeviceChoice,
     error::LoadError,
     place::Place,

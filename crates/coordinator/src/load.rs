@@ -70,7 +70,8 @@ pub struct Prepared {
     concurrency: usize,
     /// Where the parameters of each rank of this process live.
     pub(crate) homes: Vec<Home>,
-    device_slabs: u32,
+    pinned_slabs: u32,
+    device_form: Form,
     nccl_form: Option<nccl::Form>,
     /// What the ranks exchange through, where they are processes.
     pub(crate) exchange_staging: Option<ExchangeStaging>,
@@ -84,7 +85,8 @@ impl Prepared {
             plan: Arc::clone(&self.plan.load),
             sources: Arc::clone(&self.sources),
             concurrency: self.concurrency,
-            device_slabs: self.device_slabs,
+            pinned_slabs: self.pinned_slabs,
+            device_form: self.device_form,
         })
     }
 
@@ -102,9 +104,13 @@ const NCCL_DEPTH: u32 = 4;
 
 /// What an exchange over NCCL sets aside, as deep as `room` bytes of device memory allow.
 fn nccl_form(staging: ExchangeStaging, world_size: u32, room: u64) -> Option<nccl::Form> {
-    let ExchangeStaging { slots, slot_bytes, .. } = staging;
-    let form = |depth| nccl::Form { world_size, slots, slot_bytes, depth };
+    let form = |depth| nccl_form_of(staging, world_size, depth);
     (1..=NCCL_DEPTH).rev().map(form).find(|form| form.device_bytes() <= room)
+}
+
+fn nccl_form_of(staging: ExchangeStaging, world_size: u32, depth: u32) -> nccl::Form {
+    let ExchangeStaging { slots, slot_bytes, .. } = staging;
+    nccl::Form { world_size, slots, slot_bytes, depth }
 }
 
 /// The memory that a rank process passes bytes through.
@@ -136,7 +142,7 @@ pub(crate) fn prepare_into(
 ) -> Result<Prepared, LoadError> {
     let ranks = plan.load.reads.len() as u32;
     let homes = device::homes(options.device, 0..ranks, ranks)?;
-    let here = Here { ranks, first: 0, homes, held: parameter_bytes == 0 };
+    let here = Here { ranks, first: 0, homes, held: parameter_bytes == 0, nccl: false };
     prepare_ranks(plan, options, here, |_, _| Ok(None))
 }
 
@@ -156,10 +162,44 @@ pub(crate) fn prepare_process(
     };
     let local = place.local_rank;
     let homes = device::homes(options.device, [local], here.max(local + 1))?;
-    let here = Here { ranks: here, first: place.rank, homes, held: false };
-    prepare_ranks(plan, options, here, |concurrency, slabs| {
+    let nccl = match transport {
+        Transport::Nccl => true,
+        Transport::Auto => !device::are_shared(options.device, here),
+        Transport::Host | Transport::Tcp => false,
+    };
+    let here = Here { ranks: here, first: place.rank, homes, held: false, nccl };
+    let prepared = prepare_ranks(plan, options, here, |concurrency, slabs| {
         exchange_staging(plan, concurrency, slabs, distant).map(Some)
-    })
+    })?;
+    if transport == Transport::Nccl {
+        refuse_without_nccl(&prepared)?;
+    }
+    Ok(prepared)
+}
+
+/// Refuses an exchange over NCCL that is asked for where there is something to exchange, but nothing to do it with.
+fn refuse_without_nccl(prepared: &Prepared) -> Result<(), LoadError> {
+    let plan = &prepared.plan;
+    let refused = |option, reason| Err(LoadError::Option { option, reason });
+    match (prepared.homes.first(), prepared.nccl_form, prepared.exchange_staging) {
+        (Some(Home::Host), ..) => {
+            let reason = "parameters live in the host's memory; --device cuda puts them on devices";
+            refused("--transport nccl", reason.into())
+        }
+        (_, None, Some(staging)) if plan.rounds > 0 => {
+            let slab = slab_bytes(plan.load.read_bytes_max);
+            let least = nccl_form_of(staging, plan.load.reads.len() as u32, 1).device_bytes()
+                + Form::within(plan.memory_limit, 1, slab).device_bytes();
+            let reason = format!(
+                "{} bytes; NCCL between {} ranks needs {least} (reads of {} bytes)",
+                plan.memory_limit,
+                plan.load.reads.len(),
+                plan.load.read_bytes_max,
+            );
+            refused("--memory-limit", reason)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The ranks that share this host, as far as is known here.
@@ -172,6 +212,8 @@ struct Here {
     homes: Vec<Home>,
     /// Their parameters have their memory already.
     held: bool,
+    /// They may exchange over NCCL.
+    nccl: bool,
 }
 
 fn prepare_ranks(
@@ -195,14 +237,16 @@ fn prepare_ranks(
         false => plan.placement().parameter_bytes(),
     };
     check_host_memory(here.ranks, host_parameters, staging_bytes)?;
-    let form = Form { slabs: slabs as u32, slab_bytes: slab };
-    let Here { first, homes, held, .. } = here;
-    let slabs_on_device = form.device_bytes();
-    let nccl_form = exchange_staging.filter(|_| on_device && plan.rounds > 0).and_then(|staging| {
-        let room = plan.memory_limit.saturating_sub(slabs_on_device);
+    let Here { first, homes, held, nccl, .. } = here;
+    let nccl = nccl && on_device && plan.rounds > 0;
+    let nccl_form = exchange_staging.filter(|_| nccl).and_then(|staging| {
+        let one_slab = Form::within(plan.memory_limit, 1, slab).device_bytes();
+        let room = plan.memory_limit.saturating_sub(one_slab);
         nccl_form(staging, plan.load.reads.len() as u32, room)
     });
-    let on_device = slabs_on_device + nccl_form.map_or(0, |form| form.device_bytes());
+    let for_nccl = nccl_form.map_or(0, |form| form.device_bytes());
+    let device_form = Form::within(plan.memory_limit - for_nccl, slabs as u32, slab);
+    let on_device = device_form.device_bytes() + for_nccl;
     device::check_memory(&homes, first, plan.placement(), on_device, held)?;
     Ok(Prepared {
         warnings: discarded_scalars(plan, &sources)?,
@@ -211,7 +255,8 @@ fn prepare_ranks(
         sources: Arc::new(sources),
         concurrency,
         homes,
-        device_slabs: form.slabs,
+        pinned_slabs: slabs as u32,
+        device_form,
         nccl_form,
         exchange_staging,
         opening_seconds: started.elapsed().as_secs_f64(),
@@ -273,6 +318,7 @@ fn exchange_staging(
 /// Dropping the future lets the ranks go on until they are done; their memory is freed then.
 pub async fn run(prepared: Prepared, progress: Vec<Arc<Progress>>) -> Result<Group, LoadError> {
     let finished = attempt(&prepared, FIRST_GENERATION, None, progress).await?;
+    given_back(&finished.ranks).await;
     Ok(Group::new(prepared, finished))
 }
 
@@ -326,6 +372,18 @@ pub(crate) async fn attempt(
     let ranks = ranks.into_iter().collect::<Option<Vec<_>>>().ok_or_else(missing)?;
     Ok(Finished { ranks, reports, generation, seconds })
 }
+
+/// Waits until nothing is left of a load but the parameters of `ranks`: whoever takes what memory a device has left finds
+/// what was set aside for the load given back.
+pub(crate) async fn given_back(ranks: &[ReadyParams]) {
+    let deadline = Instant::now() + GIVEN_BACK_LIMIT;
+    while !ranks.iter().all(ReadyParams::is_alone) && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Threads that have nothing to do end at once; a communicator takes as long as NCCL lets it.
+const GIVEN_BACK_LIMIT: Duration = Duration::from_secs(10);
 
 /// The files are what they were when they were opened: bytes of a file that was written meanwhile may be half old, half
 /// new.

@@ -22,6 +22,7 @@ pub(crate) mod remote;
 use std::{
     net::{IpAddr, TcpListener},
     ops::RangeInclusive,
+    slice,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -49,7 +50,7 @@ use crate::{
         listen::{ListenError, Listener, Tried},
         session::Timing,
     },
-    load::{Prepared, check_unchanged},
+    load::{Prepared, check_unchanged, given_back},
     place::Place,
 };
 
@@ -160,6 +161,7 @@ pub(crate) async fn load(
         let (member, released) = join(place, &prepared, options, None).await?;
         let (params, _) = wait(released).await?;
         let seconds = started.elapsed().as_secs_f64();
+        given_back(slice::from_ref(&params)).await;
         return Ok((params, Joined { reports: None, seconds, member, hosting: None }));
     };
     let hosting = host(listener, place, &prepared, options, progress).await?;
@@ -167,6 +169,7 @@ pub(crate) async fn load(
         Ok((member, params, reports)) => {
             let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
             let (reports, hosting) = (Some(reports), Some(hosting));
+            given_back(slice::from_ref(&params)).await;
             Ok((params, Joined { reports, seconds, member, hosting }))
         }
         Err(e) => {

@@ -81,7 +81,7 @@ Call::Call(const char* name, const char* kind, Needs needs, bool queues) : name_
         return;
     }
     refused = error;
-    if (context && is_sticky(error)) context->lost = error;
+    if (context && is_sticky(error)) lose(lock, *context, error);
 }
 
 CUresult Call::wrong(CUresult error, const char* format, ...) const {

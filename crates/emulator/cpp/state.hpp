@@ -30,6 +30,8 @@ struct Context {
     bool ending = false;
     // one more for each time it was destroyed: handles of before are stale
     unsigned generation = 0;
+    // an operation has failed: no more begin, and once those that use host memory have ended, it is lost
+    bool failing = false;
     // what ended it
     CUresult lost = CUDA_SUCCESS;
     // devices whose memory its kernels may touch, as bits; itself included

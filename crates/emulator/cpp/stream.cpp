@@ -88,6 +88,28 @@ Point enqueue(Lock&, const std::shared_ptr<Stream>& stream, Operation operation)
     return end;
 }
 
+// What never runs needs no memory.
+static void forget(Operation& operation) {
+    if (operation.runs_when_lost) return;
+    for (const auto& range : operation.host_ranges) --range->uses;
+    operation.host_ranges.clear();
+}
+
+// When the program learns of it, nothing of the context uses host memory any more, nor will.
+void lose(Lock& lock, Context& context, CUresult why) {
+    if (context.failing) return;
+    context.failing = true;
+    state().progress.notify_all();
+    state().progress.wait(lock, [&] {
+        return std::none_of(context.streams.begin(), context.streams.end(), [](const auto& s) { return s->runs; });
+    });
+    for (const auto& stream : context.streams) {
+        if (stream->next) forget(*stream->next);
+        for (Operation& operation : stream->queue) forget(operation);
+    }
+    context.lost = why;
+}
+
 // ---- the thread of a stream -----------------------------------------------------------------------------------------
 
 static CUresult run_operation(const Operation& operation, bool lost, Random& random) {
@@ -97,10 +119,11 @@ static CUresult run_operation(const Operation& operation, bool lost, Random& ran
     return operation.run(random);
 }
 
-static void end_operation(Stream& stream, const Operation& operation, CUresult result, int64_t start_ns) {
+static void end_operation(Lock& lock, Stream& stream, const Operation& operation, CUresult result, int64_t start_ns) {
     Context& context = *stream.context;
-    if (result != CUDA_SUCCESS && context.lost == CUDA_SUCCESS) {
-        context.lost = result;
+    stream.runs = false;
+    if (result != CUDA_SUCCESS && !context.failing) {
+        lose(lock, context, result);
         report("device %d is lost: %s in %s %s of stream %u", context.device, error_name(result), operation.kind,
                operation.name.c_str(), stream.number);
     }
@@ -125,12 +148,13 @@ static void run_stream(const std::shared_ptr<Stream>& stream) {
         all.progress.wait(lock, [&] { return all_reached(operation.after); });
         be_late(lock, *stream, operation);
         stream->next = nullptr;
-        bool lost = stream->context->lost != CUDA_SUCCESS;
+        bool lost = stream->context->failing;
+        stream->runs = !lost && !operation.runs_when_lost && !operation.host_ranges.empty();
         lock.unlock();
         int64_t start_ns = now_ns();
         CUresult result = run_operation(operation, lost, random);
         lock.lock();
-        end_operation(*stream, operation, result, start_ns);
+        end_operation(lock, *stream, operation, result, start_ns);
         all.progress.notify_all();
     }
     auto& streams = stream->context->streams;

@@ -65,7 +65,9 @@ struct Stream {
     // there is some, or there will be no more
     std::condition_variable work;
     // what its thread waits to begin; null while it has none or runs one
-    const Operation* next = nullptr;
+    Operation* next = nullptr;
+    // it runs one that uses host memory, and ends before its context is lost
+    bool runs = false;
 };
 
 // A stream with its thread.
@@ -81,6 +83,9 @@ Point enqueue(Lock& lock, const std::shared_ptr<Stream>& stream, Operation opera
 // All that is queued in a context now, in one stream, or (the null stream) in all that block.
 std::vector<Point> work_of(const Context& context);
 std::vector<Point> work_of(const std::shared_ptr<Stream>& stream);
+
+// Ends a context by an error.
+void lose(Lock& lock, Context& context, CUresult why);
 
 // Waits. An error is that of the context, if it is lost by then.
 CUresult wait_for(Lock& lock, const Context& context, const std::vector<Point>& points);

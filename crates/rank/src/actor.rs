@@ -56,6 +56,8 @@ pub struct RankState {
     /// The generation whose ranks are being joined.
     joining: Option<Generation>,
     running: Option<Running>,
+    /// Complete on this rank, not yet everywhere: what it has sent may still be on its way, so its end of the exchange is kept.
+    complete: Option<Running>,
 }
 
 #[derive(Debug)]
@@ -83,7 +85,14 @@ impl Actor for RankActor {
         _myself: ActorRef<RankMessage>,
         arguments: RankArguments,
     ) -> Result<RankState, ActorProcessingErr> {
-        Ok(RankState { arguments, memory: None, uploads: None, joining: None, running: None })
+        Ok(RankState {
+            arguments,
+            memory: None,
+            uploads: None,
+            joining: None,
+            running: None,
+            complete: None,
+        })
     }
 
     async fn handle(
@@ -101,8 +110,8 @@ impl Actor for RankActor {
             }
             RankMessage::Command(RankCommand::Start { generation }) => state.start(generation),
             RankMessage::Command(RankCommand::Abort { generation, .. }) => state.abort(generation),
-            // whoever holds the finished parameters acts on it
-            RankMessage::Command(RankCommand::Release { .. }) => {}
+            // whoever holds the finished parameters acts on it too
+            RankMessage::Command(RankCommand::Release { generation }) => state.release(generation),
             RankMessage::Worker(generation, WorkerEvent::Joined(collective)) => {
                 state.joined(myself, generation, collective);
             }
@@ -134,7 +143,7 @@ impl RankState {
         self.uploads = match memory.device() {
             None => None,
             Some(device) => {
-                let form = work.device_form();
+                let form = work.device_form;
                 let (memory, progress) = (Arc::clone(&memory), Arc::clone(progress));
                 Some(Arc::new(Uploads::new(device, *rank, memory, progress, form)?))
             }
@@ -246,6 +255,11 @@ impl RankState {
     fn abort(&mut self, generation: Generation) {
         self.joining.take_if(|g| *g == generation);
         self.running.take_if(|r| r.job.generation == generation);
+        self.release(generation);
+    }
+
+    fn release(&mut self, generation: Generation) {
+        self.complete.take_if(|r| r.job.generation == generation);
     }
 
     fn worker(&mut self, generation: Generation, event: WorkerEvent) {
@@ -293,21 +307,24 @@ impl RankState {
     }
 
     fn become_ready(&mut self, generation: Generation) {
-        let (Some(running), Some(memory)) = (self.running.take(), &self.memory) else {
+        // what is not needed any more is not kept for as long as the actor
+        self.uploads = None;
+        let (Some(running), Some(memory)) = (self.running.take(), self.memory.take()) else {
             return;
         };
         running.job.staging.release();
         let rank = self.arguments.rank;
-        let Some(params) = ReadyParams::new(rank, Arc::clone(memory)) else {
+        let report = self.summary(&running, &memory);
+        let Some(params) = ReadyParams::new(rank, memory) else {
             let what = "the rank believed to be ready while bytes were missing".to_owned();
             return self.fail(generation, RankError::Panicked(what));
         };
-        let report = self.summary(&running);
         self.arguments.progress.enter(Phase::Ready);
+        self.complete = Some(running);
         self.report(generation, RankEventKind::Ready(Some(params), report));
     }
 
-    fn summary(&self, running: &Running) -> RankReport {
+    fn summary(&self, running: &Running, memory: &ParamMemory) -> RankReport {
         use std::sync::atomic::Ordering::Relaxed;
         let p = &self.arguments.progress;
         let (peak_staging_bytes, final_staging_bytes) = running.job.staging_bytes();
@@ -319,11 +336,7 @@ impl RankState {
             received_bytes: p.received_bytes.load(Relaxed),
             sent_bytes: p.sent_bytes.load(Relaxed),
             peak_staging_bytes,
-            peak_device_bytes: self
-                .memory
-                .as_ref()
-                .and_then(|m| m.device())
-                .map(|d| d.peak_bytes()),
+            peak_device_bytes: memory.device().map(|d| d.peak_bytes()),
             final_staging_bytes,
             elapsed: running.started.elapsed(),
         }

@@ -60,7 +60,8 @@ pub trait Collective: fmt::Debug + Send + Sync {
     /// The collective was aborted, or the connection to a rank failed.
     fn arrivals(&self) -> Result<Vec<Arrival>, CollectiveError>;
 
-    /// Whether every operation that was started has arrived from all ranks, and all that was sent has been taken.
+    /// Whether every operation that was started has arrived from all ranks, and nothing has to be done here for the others to
+    /// take what was sent. They may still be about to: this end is kept until all ranks have everything.
     fn is_idle(&self) -> bool;
 
     /// Waits until something may have changed since the last [`Collective::arrivals`], or for `timeout`.

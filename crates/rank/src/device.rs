@@ -21,7 +21,7 @@ use longshore_kernels::cuda::driver::{Device, Registration};
 use crate::{error::RankError, region::Region};
 
 pub(crate) use self::uploads::{Done, Origin, Staged};
-pub use self::uploads::{Form, Uploads};
+pub use self::{slabs::Form, uploads::Uploads};
 
 /// Host memory that a device copies from and to by itself, while the host does something else.
 #[derive(Debug)]

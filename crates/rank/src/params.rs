@@ -1,6 +1,7 @@
 //! Parameter memory of one rank: where each parameter lies and how many of its bytes are still missing.
 
 pub mod data;
+pub mod dlpack;
 
 use std::{
     collections::HashMap,
@@ -110,10 +111,7 @@ impl ParamMemory {
 
     /// The device that the parameters live on.
     pub fn device(&self) -> Option<&Arc<Device>> {
-        match &*self.allocation {
-            Allocation::Host(_) => None,
-            Allocation::Device(allocation) => Some(allocation.memory().device()),
-        }
+        self.allocation.device()
     }
 
     /// The host's memory that holds the parameters.
@@ -236,6 +234,15 @@ pub struct ParamView<'a> {
     pub shape: &'a [u64],
     /// The bytes, on the host or on a device; their address stays the same as long as the parameters live.
     pub data: Data<'a>,
+    allocation: &'a Arc<Allocation>,
+    offset: u64,
+}
+
+impl ParamView<'_> {
+    /// Bytes from the start of the one allocation that holds all parameters of the rank.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
 }
 
 /// The finished parameters of one rank. Exists only for a rank that is complete, and is the only way to read them; a
@@ -259,6 +266,16 @@ impl ReadyParams {
     /// Gives up the right to read, and with it the memory.
     pub fn into_memory(self) -> Arc<ParamMemory> {
         self.memory
+    }
+
+    /// Whether they are all that is left of their load: its threads have ended, and what it set aside was given back.
+    pub fn is_alone(&self) -> bool {
+        Arc::strong_count(&self.memory) == 1
+    }
+
+    /// What holds the parameters.
+    pub fn allocation(&self) -> &Allocation {
+        &self.memory.allocation
     }
 
     /// Bytes of memory that the parameters take, the gaps between them included.
@@ -285,15 +302,15 @@ impl ReadyParams {
 
     fn view(&self, id: ParamId) -> ParamView<'_> {
         let param = &self.memory.placement().params[id as usize];
-        let data = match &*self.memory.allocation {
+        let (allocation, offset) = (&self.memory.allocation, self.memory.offsets[id as usize]);
+        let data = match &**allocation {
             // SAFETY: `new` saw every byte landed, and a `ReadyParams` is only made when the rank's workers have
             // nothing left to write.
             Allocation::Host(_) => Data::Host(unsafe { self.memory.bytes(id) }),
-            Allocation::Device(allocation) => {
-                Data::Device(allocation.part(self.memory.offsets[id as usize], param.bytes))
-            }
+            Allocation::Device(allocation) => Data::Device(allocation.part(offset, param.bytes)),
         };
-        ParamView { name: &param.name, dtype: param.dtype, shape: &param.shape, data }
+        let (name, shape) = (&param.name, &param.shape);
+        ParamView { name, dtype: param.dtype, shape, data, allocation, offset }
     }
 
     /// Second names: `(derived name, name of the parameter whose storage it shares)`.

@@ -26,7 +26,6 @@ use crate::{
     error::RankError,
     params::{ParamMemory, ReadyParams},
     storage::CheckpointSource,
-    stream::slab_bytes,
 };
 
 /// Numbers the attempts at a load; messages of older ones are ignored.
@@ -81,16 +80,10 @@ pub struct Work {
     pub sources: Arc<Vec<CheckpointSource>>,
     /// Reads in flight.
     pub concurrency: usize,
-    /// Slabs of pinned memory, and as many on the device, of a rank whose parameters live on one.
-    pub device_slabs: u32,
-}
-
-impl Work {
-    /// What a rank sets aside on its device.
-    pub fn device_form(&self) -> Form {
-        let slab_bytes = slab_bytes(self.plan.read_bytes_max);
-        Form { slabs: self.device_slabs, slab_bytes }
-    }
+    /// Slabs of pinned memory of a rank whose parameters live on a device.
+    pub pinned_slabs: u32,
+    /// What such a rank sets aside on its device.
+    pub device_form: Form,
 }
 
 /// How others reach a rank that is a process of its own.

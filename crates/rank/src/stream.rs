@@ -34,16 +34,17 @@ pub(crate) struct Job {
     pub(crate) generation: Generation,
     pub(crate) work: Arc<Work>,
     pub(crate) staging: Staging,
-    ranks: Ranks,
-    /// Of this rank.
-    own: Peer,
+    queue: Mutex<Queue>,
+    wake: Condvar,
+    reads_left: AtomicUsize,
     /// With ranks in other processes.
     exchange: Option<Exchange>,
     /// What is read into, where the parameters live on a device.
     pinned: Option<Arc<SlotPool>>,
-    queue: Mutex<Queue>,
-    wake: Condvar,
-    reads_left: AtomicUsize,
+    // dropped last: parameters that nobody else holds are all that is left of a load
+    ranks: Ranks,
+    /// Of this rank.
+    own: Peer,
 }
 
 #[derive(Debug, Default)]
@@ -80,7 +81,7 @@ impl Job {
         let slab_bytes = slab_bytes(work.plan.read_bytes_max) as usize;
         let reads_left = AtomicUsize::new(work.plan.reads[rank as usize].len());
         let pinned = match own.memory.device() {
-            Some(device) => Some(SlotPool::pinned(work.device_slabs, slab_bytes, device)?),
+            Some(device) => Some(SlotPool::pinned(work.pinned_slabs, slab_bytes, device)?),
             None => None,
         };
         Ok(Self {
@@ -88,13 +89,13 @@ impl Job {
             generation,
             work,
             staging: Staging::new(slab_bytes),
-            ranks,
-            own,
-            exchange,
-            pinned,
             queue: Mutex::default(),
             wake: Condvar::new(),
             reads_left,
+            exchange,
+            pinned,
+            ranks,
+            own,
         })
     }
 
@@ -363,8 +364,10 @@ impl Job {
             scatter.fill_slot(bytes, slot.bytes_mut(), &self.ranks);
             exchange.contribute(round, slot);
         }
-        let (begin, job) = (staged.begin as u64, Arc::clone(self));
-        let staged = Arc::new(Staged::new(slab).on_end(move || job.read_ended()));
+        // an upload that nobody picks up any more must not keep the load
+        let (begin, job) = (staged.begin as u64, Arc::downgrade(self));
+        let ended = move || job.upgrade().iter().for_each(|job| job.read_ended());
+        let staged = Arc::new(Staged::new(slab).on_end(ended));
         // before anyone else can believe this rank to be ready
         count_sent(scatter.spans(), self.rank, &self.ranks);
         let mut spans = scatter.spans().to_vec();
@@ -435,6 +438,10 @@ fn place_on_device(
 ) -> Result<(), RankError> {
     if landed.bytes.device_address().is_some() {
         return uploads.place(spans, landed.source, Origin::Device { bytes: landed.bytes });
+    }
+    // what all ranks of a host see may be for some of them only
+    if spans.is_empty() {
+        return Ok(());
     }
     let source = landed.source;
     let mut landed = Some(landed);

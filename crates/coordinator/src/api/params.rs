@@ -2,8 +2,9 @@
 
 use longshore_rank::params::{ParamView, ReadyParams};
 
-/// One finished parameter: its name, element type, rank-local shape and bytes, whose address stays the same as long as the
-/// parameters live, also through a reload.
+/// One finished parameter: its name, element type, rank-local shape and bytes, whose address stays the same as long as
+/// the parameters live, also through a reload. What may be done with it, and how else it is handed over:
+/// [`handover`](crate::handover).
 pub type Param<'a> = ParamView<'a>;
 
 /// One rank's parameters, all of them complete.

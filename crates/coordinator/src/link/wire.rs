@@ -99,7 +99,7 @@ mod tests {
         let mut other = good.to_vec();
         other[0] = PROTOCOL_VERSION + 1;
         let found = decode::<Value>(&other).unwrap_err();
-        assert_eq!(found.to_string(), "the message is of protocol version 2, this is version 1");
+        assert_eq!(found.to_string(), "the message is of protocol version 3, this is version 2");
 
         for cut in 1..good.len() {
             let found = decode::<Value>(&good[..cut]);

@@ -182,6 +182,10 @@ impl HostJoin {
 
     /// Whether all ranks exchange over NCCL.
     fn over_nccl(&self, roster: &[Endpoint]) -> Result<Option<Agreed>, CollectiveError> {
+        // a rank that has to and cannot was refused before, so nothing is exchanged
+        if self.nccl.is_none() {
+            return Ok(None);
+        }
         match agree(roster) {
             Ok(agreed) if self.transport == Transport::Auto && agreed.shared => Ok(None),
             Ok(agreed) => Ok(Some(agreed)),

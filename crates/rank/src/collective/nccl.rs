@@ -53,7 +53,13 @@ const ALIGNMENT: u64 = 512;
 impl Form {
     /// Bytes of device memory that it takes.
     pub fn device_bytes(&self) -> u64 {
-        u64::from(self.depth) * (slabs::device_bytes(self.slot_bytes) + self.buffer_bytes())
+        self.slabs().device_bytes() + u64::from(self.depth) * self.buffer_bytes()
+    }
+
+    /// A slab for each operation.
+    fn slabs(&self) -> slabs::Form {
+        let (slabs, slab_bytes) = (self.depth, self.slot_bytes);
+        slabs::Form { slabs, slab_bytes, table_spans: slabs::TABLE_SPANS_MAX }
     }
 
     fn part_bytes(&self) -> u64 {
@@ -189,7 +195,7 @@ impl NcclCollective {
         let memory = u64::from(form.depth) * form.buffer_bytes();
         let memory = Arc::new(device.allocate("exchange", memory)?);
         let slots = SlotPool::pinned(form.slots, form.slot_bytes as usize, device)?;
-        let slabs = Slabs::new(device, form.depth, form.slot_bytes)?;
+        let slabs = Slabs::new(device, form.slabs())?;
         let (copies, wires) = (device.stream()?, device.stream()?);
         let bell = Arc::new(Bell::default());
         let max_ctas = shared.then_some(SHARED_DEVICE_CTAS);
@@ -398,7 +404,12 @@ impl Collective for NcclCollective {
             Kind::Barrier => self.barrier(&buffer),
             kind => {
                 let sends = kind.into_sends(self.rank, world_size);
-                self.pack(&sends, &receives, data.as_ref(), &mut buffer)?
+                let packed = self.pack(&sends, &receives, data.as_ref(), &mut buffer);
+                if packed.is_err() {
+                    // slot and slab are kept until nothing uses them; a device that fails is done
+                    let _ = self.copies.synchronize();
+                }
+                packed?
             }
         };
         let (number, stage) = (state.next, Stage::Waiting(group));
@@ -490,7 +501,11 @@ impl Drop for NcclCollective {
             let memory =
                 (Arc::clone(&self.memory), Arc::clone(&self.slabs), Arc::clone(&self.slots));
             std::mem::forget(memory);
+            return;
         }
+        // copies from slots do not end with the communicator; a device that fails is done
+        let _ = self.copies.synchronize();
+        let _ = self.wires.synchronize();
     }
 }
 

@@ -12,7 +12,7 @@ use longshore_kernels::cuda::{
 };
 use longshore_models::placement::Span;
 
-use super::slabs::{self, ACCESS_BYTES, NotPlaced, Slab, Slabs};
+use super::slabs::{ACCESS_BYTES, Form, NotPlaced, Slab, Slabs};
 use crate::{
     collective::{Incoming, slots::Slot},
     error::RankError,
@@ -21,34 +21,19 @@ use crate::{
     protocol::Progress,
 };
 
-/// How much memory is set aside on a device beside the parameters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Form {
-    /// Slabs for bytes that are to be placed.
-    pub slabs: u32,
-    /// Bytes that each has room for: those of the longest read.
-    pub slab_bytes: u64,
-}
-
-impl Form {
-    /// Bytes of device memory that all slabs take.
-    pub fn device_bytes(&self) -> u64 {
-        u64::from(self.slabs) * slabs::device_bytes(self.slab_bytes)
-    }
-}
-
 /// The way to one rank's parameters on its device. Any worker of any rank of this process may hand bytes over; one thread
 /// picks up what is done.
 #[derive(Debug)]
 pub struct Uploads {
-    memory: Arc<ParamMemory>,
     progress: Arc<Progress>,
     copies: Stream,
     places: Stream,
-    slabs: Arc<Slabs>,
-    finisher: Finisher,
     under_way: Mutex<UnderWay>,
     handed_over: Condvar,
+    slabs: Arc<Slabs>,
+    finisher: Finisher,
+    // dropped last: parameters that nobody else holds are all that is left of a load
+    memory: Arc<ParamMemory>,
 }
 
 #[derive(Debug, Default)]
@@ -146,11 +131,11 @@ impl Uploads {
             progress,
             copies: device.stream()?,
             places: device.stream()?,
-            slabs: Slabs::new(device, form.slabs, form.slab_bytes)?,
-            finisher: Finisher::new(device, rank, memory.placement())?,
-            memory,
             under_way: Mutex::default(),
             handed_over: Condvar::new(),
+            slabs: Slabs::new(device, form)?,
+            finisher: Finisher::new(device, rank, memory.placement())?,
+            memory,
         })
     }
 

@@ -24,6 +24,14 @@ impl Allocation {
         }
     }
 
+    /// The device that it is on.
+    pub fn device(&self) -> Option<&Arc<Device>> {
+        match self {
+            Allocation::Host(_) => None,
+            Allocation::Device(allocation) => Some(allocation.memory.device()),
+        }
+    }
+
     /// Its size in bytes.
     pub fn len(&self) -> u64 {
         match self {
