@@ -43,4 +43,5 @@ pub use location::{Location, Service};
 pub use object_info::{Checksum, ChecksumAlgorithm, Identity, ObjectInfo};
 pub use options::{Settings, StoreOptions};
 pub use reader::ReadReport;
+pub use source::hub::cache::hub_snapshot;
 pub use store::{Object, Revalidated, Store};

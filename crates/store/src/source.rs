@@ -1,6 +1,7 @@
 //! What can be asked of a place where objects lie: names, what is known of one, and a stream of a range of one. One attempt
 //! each; repeating, waiting and counting bytes is the reader's.
 
+mod exchange;
 pub(crate) mod hub;
 pub(crate) mod object;
 
@@ -27,6 +28,11 @@ pub(crate) trait Source: Debug + Send + Sync {
 
     /// What is known of one object.
     fn info<'a>(&'a self, name: &'a str) -> Attempt<'a, ObjectInfo>;
+
+    /// What is known of an object that was looked at before, asked anew.
+    fn check<'a>(&'a self, object: &'a ObjectInfo) -> Attempt<'a, ObjectInfo> {
+        self.info(&object.name)
+    }
 
     /// A whole object, unless it still is what `known` says
     /// ([`NotModified`](crate::failure::FailureKind::NotModified) then).

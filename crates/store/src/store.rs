@@ -51,7 +51,10 @@ impl Store {
         let store =
             Store { reader: Arc::new(Reader::new(location.clone(), source, options, counters)) };
         if location.service() == Service::Hub {
-            store.list()?;
+            let reader = &store.reader;
+            block_on(async {
+                Ok(reader.patiently(&Operation::Revision, || reader.source.list()).await?)
+            })?;
         }
         Ok(store)
     }
@@ -186,7 +189,8 @@ impl Object {
         let reader = &self.reader;
         let name = &self.info.name;
         block_on(async {
-            match reader.patiently(&Operation::Info(name), || reader.source.info(name)).await {
+            match reader.patiently(&Operation::Info(name), || reader.source.check(&self.info)).await
+            {
                 Ok(now) => {
                     Ok(now.bytes != self.info.bytes || !now.identity.matches(&self.info.identity))
                 }

@@ -15,6 +15,7 @@ use crate::{
     http_date,
     location::Service,
     object_info::{Checksum, ChecksumAlgorithm},
+    source::exchange::{Trouble, connection_failure, header},
     transport::{Seen, chain},
 };
 
@@ -75,19 +76,15 @@ fn nothing_came(host: &str, kind: HttpErrorKind, text: &str) -> Failure {
     if gives_credentials(host) {
         return Failure::new(FailureKind::NoCredentials, format!("{host} does not answer: {text}"));
     }
-    connection_failure(kind, format!("{host}: {text}"))
+    connection_failure(trouble(kind), format!("{host}: {text}"))
 }
 
-fn connection_failure(kind: HttpErrorKind, text: String) -> Failure {
-    let lower = text.to_ascii_lowercase();
-    let kind = match kind {
-        _ if lower.contains("certificate") || lower.contains("corrupt message") => FailureKind::Tls,
-        HttpErrorKind::Connect => FailureKind::Connect,
-        HttpErrorKind::Timeout => FailureKind::Stalled,
-        _ if lower.contains("before message length reached") => FailureKind::Truncated,
-        _ => FailureKind::Interrupted,
-    };
-    Failure::new(kind, text)
+fn trouble(kind: HttpErrorKind) -> Trouble {
+    match kind {
+        HttpErrorKind::Connect => Trouble::Connect,
+        HttpErrorKind::Timeout => Trouble::Silence,
+        _ => Trouble::Other,
+    }
 }
 
 /// A body that broke off.
@@ -95,7 +92,7 @@ pub(super) fn body_verdict(error: &object_store::Error) -> Failure {
     let mut cause: Option<&(dyn Error + 'static)> = Some(error);
     while let Some(inner) = cause {
         if let Some(http) = inner.downcast_ref::<HttpError>() {
-            return connection_failure(http.kind(), chain(http));
+            return connection_failure(trouble(http.kind()), chain(http));
         }
         cause = inner.source();
     }
@@ -175,10 +172,6 @@ fn skew(headers: &HeaderMap) -> Option<Duration> {
     let ours = SystemTime::now();
     let apart = ours.duration_since(theirs).or_else(|_| theirs.duration_since(ours)).ok()?;
     Some(apart).filter(|apart| *apart > SKEW_MAX)
-}
-
-fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
-    headers.get(name)?.to_str().ok().filter(|value| !value.is_empty())
 }
 
 /// The text of the first `<name>` in an error's XML. Only code, message and region are taken from it: other elements repeat
