@@ -8,7 +8,10 @@ use longshore_rank::{
     error::RankError,
     storage::{FileIdentity, RemoteFile, RemoteRead},
 };
-use longshore_store::{Location, Object, ObjectInfo, Store, StoreError, StoreOptions};
+use longshore_store::{
+    Location, Object, ObjectInfo, Store, StoreError, StoreOptions, hub_snapshot,
+};
+use tracing::info;
 
 use crate::{
     cache::{self, FileState},
@@ -41,6 +44,11 @@ const GIVE_UP_AFTER: Duration = Duration::from_secs(45);
 /// The storage refuses or does not answer, or the cache directory cannot be written.
 pub(crate) fn open(location: &Location) -> Result<Origin, LoadError> {
     let options = StoreOptions { give_up_after: GIVE_UP_AFTER, ..StoreOptions::default() };
+    // what the hub's own tools have downloaded is a directory like any other
+    if let Some(snapshot) = hub_snapshot(location, &options.settings) {
+        info!("{location}: found in the local cache, {}", snapshot.display());
+        return Ok(snapshot.into());
+    }
     let store = Store::open(location, &options)?;
     let objects = store.list()?;
     let is_weights = |object: &&ObjectInfo| WEIGHTS.iter().any(|end| object.name.ends_with(end));
@@ -51,7 +59,10 @@ pub(crate) fn open(location: &Location) -> Result<Origin, LoadError> {
         let found = store.get(&file.name, HEADER_BYTES_MAX)?;
         let (bytes, info) = found.ok_or_else(|| changed(location, &file.name))?;
         // the cache says which state it holds
-        if state(&info) == *file { Ok(bytes) } else { Err(changed(location, &file.name)) }
+        let listed = objects.iter().find(|o| o.name == file.name);
+        let same =
+            listed.is_some_and(|o| o.bytes == info.bytes && o.identity.matches(&info.identity));
+        if same { Ok(bytes) } else { Err(changed(location, &file.name)) }
     };
     let metadata = cache::model_files(&cache::directory()?, &location.key(), &others, fetch)?;
     let weights = objects.into_iter().filter(|o| is_weights(&o)).collect();
