@@ -166,8 +166,11 @@ fn check(object: &ObjectInfo, range: &Range<u64>, result: &GetResult) -> Result<
 fn info_of(name: &str, meta: &ObjectMeta, seen: Option<&Seen>) -> ObjectInfo {
     // the client says 1970 where the server says nothing
     let modified_ms = Some(meta.last_modified.timestamp_millis()).filter(|ms| *ms != 0);
-    let identity =
-        Identity { etag: meta.e_tag.clone(), version: meta.version.clone(), modified_ms };
+    let identity = Identity {
+        etag: meta.e_tag.as_deref().map(quoted),
+        version: meta.version.clone(),
+        modified_ms,
+    };
     ObjectInfo {
         name: name.to_owned(),
         bytes: meta.size,
@@ -178,4 +181,9 @@ fn info_of(name: &str, meta: &ObjectMeta, seen: Option<&Seen>) -> ObjectInfo {
 
 fn body_of(result: GetResult) -> Body {
     result.into_stream().map(|chunk| chunk.map_err(|error| body_verdict(&error))).boxed()
+}
+/// An entity tag as headers have it. Azure's lists leave the quotes away that its headers have. **Source:** "List Blobs", Azure
+/// Storage REST API reference.
+fn quoted(etag: &str) -> String {
+    if etag.ends_with('"') { etag.to_owned() } else { format!("\"{etag}\"") }
 }
