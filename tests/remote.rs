@@ -11,6 +11,7 @@ use longshore_harness::{
 };
 use longshore_storage_server::{Action, Dialect, Operation, Options, Rule, Server};
 use serde_json::Value;
+use sha2::Digest;
 
 /// The program in an environment that leads to the server and to a cache of the test's own, and to nothing else.
 fn longshore(server: &Server, dialect: Dialect, scratch: &Scratch) -> Command {
@@ -191,5 +192,77 @@ fn what_the_user_can_mend_is_refused() {
             failure(command.args(["load", "--log-level", "error", "--tp", "1", uri]));
         assert!(line.contains(want), "{line}");
         assert_eq!(code, 2, "{line}");
+    }
+}
+
+/// `--verify`: what is published is compared, by the hub and by files beside the weights; what is not is named.
+#[test]
+fn weights_are_verified_against_what_is_published() {
+    let server = Server::start(Options::default());
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    server.serve("org/model", &dir);
+    serve(&server, Dialect::S3, "models", &dir);
+    let load = |dialect: Dialect, uri: &str, ranks: &str| {
+        let mut command = longshore(&server, dialect, &scratch);
+        command.args(["load", "--json", "--log-level", "error", "--tp", "2", "--verify"]);
+        command.args(["--ranks", ranks, uri]);
+        command
+    };
+    let files = |told: &Value, key: &str| told["verified"][key].as_array().unwrap().len();
+    for ranks in ["threads", "processes"] {
+        // small files of the hub are in git, which publishes no SHA-256
+        let told = json(&mut load(Dialect::Hub, "org/model", ranks));
+        assert_eq!(files(&told, "verified") + files(&told, "unpublished"), 4, "{told}");
+        let told = json(&mut load(Dialect::S3, "s3://models/some/model", ranks));
+        assert_eq!((files(&told, "verified"), files(&told, "unpublished")), (0, 4));
+    }
+    let name = "model-00002-of-00004.safetensors";
+    let mut bytes = std::fs::read(dir.join(name)).unwrap();
+    let digest: String =
+        sha2::Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    server.put("models", "some/model/SHA256SUMS", format!("{digest}  {name}\n"));
+    let told = json(&mut load(Dialect::S3, "s3://models/some/model", "threads"));
+    assert_eq!((files(&told, "verified"), files(&told, "unpublished")), (1, 3));
+    // one bit, of which nothing else tells
+    *bytes.last_mut().unwrap() ^= 1;
+    server.put("models", &format!("some/model/{name}"), bytes);
+    for ranks in ["threads", "processes"] {
+        let (line, code) = failure(&mut load(Dialect::S3, "s3://models/some/model", ranks));
+        assert!(line.contains(name) && line.contains(&digest), "{line}");
+        assert_eq!(code, 2, "{line}");
+    }
+}
+
+/// Nothing secret is printed, however much is.
+#[test]
+fn no_secret_is_printed() {
+    let server = Server::start(Options { private: true, ..Options::default() });
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    server.serve("org/model", &dir);
+    for dialect in [Dialect::S3, Dialect::Gcs, Dialect::Azure] {
+        serve(&server, dialect, "models", &dir);
+    }
+    // some of what goes wrong is printed too
+    server.fault(Rule::new(Action::status(503)).operation(Operation::Get).share(0.2));
+    for dialect in [Dialect::S3, Dialect::Gcs, Dialect::Azure, Dialect::Hub] {
+        let uri = if dialect == Dialect::Hub { "org/model".into() } else { uri(dialect, "models") };
+        for uri in [uri.clone(), format!("{uri}-of-another-name")] {
+            let mut command = longshore(&server, dialect, &scratch);
+            command.envs(server.environment_with(dialect, true));
+            let told = command
+                .args(["load", "--log-level", "trace", "--tp", "2", "--ranks", "processes", &uri])
+                .output()
+                .unwrap();
+            let told = [&told.stdout[..], &told.stderr[..]].concat();
+            let told = String::from_utf8_lossy(&told);
+            assert!(!told.is_empty());
+            for secret in server.secrets() {
+                assert!(!told.contains(&secret), "{dialect:?} {uri}: {secret} in\n{told}");
+            }
+        }
     }
 }

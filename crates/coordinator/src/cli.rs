@@ -239,6 +239,7 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
     let done = Done {
         reports: &group.reports,
         warnings: &group.warnings,
+        verified: group.verified.as_ref(),
         generation: group.generation(),
         ranks_as: RanksAs::Threads,
         peak_rss_bytes: None,

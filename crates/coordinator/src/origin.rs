@@ -8,7 +8,7 @@ use std::{
 
 use longshore_rank::storage::{CheckpointSource, IoChoice, RemoteFile};
 
-use crate::error::LoadError;
+use crate::{error::LoadError, verify::Sha256Digest};
 
 /// Where a checkpoint's files are.
 #[derive(Debug, Clone)]
@@ -31,6 +31,12 @@ pub trait RemoteFiles: fmt::Debug + Send + Sync {
     /// # Errors
     /// The storage does not answer.
     fn open(&self, name: &str) -> Result<Option<Arc<dyn RemoteFile>>, LoadError>;
+
+    /// The SHA-256 of a file that the storage itself publishes, if it does.
+    ///
+    /// # Errors
+    /// The storage does not answer.
+    fn published(&self, name: &str) -> Result<Option<Sha256Digest>, LoadError>;
 }
 
 impl Origin {
@@ -79,6 +85,11 @@ impl Origin {
             return Ok(names.map_err(failed)?.into_iter().flatten().collect());
         };
         remote.names()
+    }
+
+    /// The SHA-256 of a weight file that where it is publishes.
+    pub(crate) fn published(&self, name: &str) -> Result<Option<Sha256Digest>, LoadError> {
+        self.remote.as_ref().map_or(Ok(None), |remote| remote.published(name))
     }
 
     /// Opens a weight file.

@@ -9,7 +9,7 @@ use longshore_rank::{
     storage::{FileIdentity, RemoteFile, RemoteRead},
 };
 use longshore_store::{
-    Location, Object, ObjectInfo, Store, StoreError, StoreOptions, hub_snapshot,
+    ChecksumAlgorithm, Location, Object, ObjectInfo, Store, StoreError, StoreOptions, hub_snapshot,
 };
 use tracing::info;
 
@@ -17,6 +17,7 @@ use crate::{
     cache::{self, FileState},
     error::LoadError,
     origin::{Origin, RemoteFiles},
+    verify::Sha256Digest,
 };
 
 /// What weights are stored in: whatever else lies beside them is copied to the cache.
@@ -97,6 +98,20 @@ impl RemoteFiles for Files {
     fn open(&self, name: &str) -> Result<Option<Arc<dyn RemoteFile>>, LoadError> {
         let found = self.weights.iter().find(|object| object.name == name);
         Ok(found.map(|info| Arc::new(Weights(self.store.object(info))) as Arc<dyn RemoteFile>))
+    }
+
+    fn published(&self, name: &str) -> Result<Option<Sha256Digest>, LoadError> {
+        let sha256 = |object: &ObjectInfo| {
+            let sum = object.published.as_ref();
+            let sum = sum.filter(|sum| sum.algorithm == ChecksumAlgorithm::Sha256)?;
+            sum.value.as_slice().try_into().ok()
+        };
+        let listed = self.weights.iter().find(|object| object.name == name);
+        if let Some(digest) = listed.and_then(sha256) {
+            return Ok(Some(digest));
+        }
+        // lists of object stores tell no digests
+        Ok(self.store.info(name)?.as_ref().and_then(sha256))
     }
 }
 
