@@ -199,7 +199,7 @@ impl Reader {
                 Err(_) => Failure::new(FailureKind::Stalled, "no answer"),
             };
             self.note(&failure);
-            if !failure.is_transient() {
+            if !failure.is_transient(self.reached.load(Relaxed)) {
                 return Err(Failed {
                     kind: failure.kind,
                     error: operation.failed(&self.location, &failure),
@@ -244,7 +244,7 @@ impl Reader {
                 object = %self.location.describe(&part.object.name), range = ?missing, cause = %failure, "request failed"
             );
             let operation = Operation::Read(&part.object.name, part.range.clone());
-            if !failure.is_transient() {
+            if !failure.is_transient(self.reached.load(Relaxed)) {
                 return Err(operation.failed(&self.location, &failure));
             }
             if part.filled > before {

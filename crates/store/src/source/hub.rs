@@ -316,7 +316,8 @@ impl HubSource {
     fn refused(&self, status: u16, headers: &HeaderMap, elsewhere: bool) -> Failure {
         let code = header(headers, "x-error-code").unwrap_or_default();
         let kind = match (status, code) {
-            (_, "RepoNotFound" | "RevisionNotFound" | "EntryNotFound") => FailureKind::NotFound,
+            (_, "RepoNotFound") => FailureKind::NoContainer,
+            (_, "RevisionNotFound" | "EntryNotFound") => FailureKind::NotFound,
             (401 | 403, _) if elsewhere => FailureKind::RedirectExpired,
             (401, _) if self.token.is_none() => FailureKind::NoCredentials,
             (401 | 403 | 451, _) => FailureKind::Denied,
