@@ -33,6 +33,14 @@ impl Bucket {
     pub(crate) fn current(&self) -> Arc<Tree> {
         self.commits.last().cloned().unwrap_or_default()
     }
+
+    /// The state that a revision names: a commit, or `main` for the current one.
+    pub(crate) fn revision(&self, revision: Option<&str>) -> Option<Arc<Tree>> {
+        match revision {
+            None | Some("main") => Some(self.current()),
+            Some(name) => self.commits.iter().find(|tree| tree.commit == name).cloned(),
+        }
+    }
 }
 
 impl Content {
@@ -70,7 +78,6 @@ impl Content {
 #[derive(Debug, Default)]
 pub(crate) struct Tree {
     /// 40 hexadecimal digits, as the hub names states.
-    #[expect(dead_code, reason = "asked for by the hub's dialect")]
     pub(crate) commit: String,
     dir: Option<PathBuf>,
     given: Mutex<BTreeMap<String, Given>>,
@@ -95,11 +102,12 @@ pub(crate) struct Given {
 #[derive(Clone, Debug)]
 pub(crate) struct Object {
     pub(crate) body: Body,
+    /// Another one for what is likely to be other content.
+    pub(crate) identity: u64,
     pub(crate) size: u64,
     /// With quotes.
     pub(crate) etag: String,
     /// Microseconds since 1970, as in GCS, and what was replaced since.
-    #[cfg_attr(not(test), expect(dead_code, reason = "sent by the dialect of GCS"))]
     pub(crate) generation: u64,
     pub(crate) modified: SystemTime,
     pub(crate) headers: Vec<(String, String)>,
@@ -230,6 +238,7 @@ impl Facts {
         let since_1970 = self.modified.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         Object {
             body,
+            identity: self.identity,
             size: self.size,
             etag: format!("\"{}\"", given.etag.clone().unwrap_or_else(made)),
             generation: u64::try_from(since_1970.as_micros()).unwrap_or(0) + given.replaced,

@@ -52,6 +52,11 @@ impl Ask {
         self.header(AUTHORIZATION.as_str())
     }
 
+    /// The token of `Authorization: Bearer`.
+    pub(crate) fn bearer(&self) -> Option<&str> {
+        self.authorization().and_then(|value| value.strip_prefix("Bearer "))
+    }
+
     /// The range as sent. Azure's own header comes before the usual one.
     pub(crate) fn range_header(&self) -> Option<&str> {
         let own = (self.dialect == Dialect::Azure).then(|| self.header("x-ms-range")).flatten();

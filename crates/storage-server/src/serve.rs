@@ -9,15 +9,17 @@ use std::time::{Duration, SystemTime};
 
 use hyper::header::{HeaderName, HeaderValue};
 use hyper::{Method, Response, StatusCode};
+use tokio::task::block_in_place;
 use tokio::time::sleep;
 
 use crate::connection::Connection;
-use crate::content::{Body, Content, Object};
+use crate::content::{Body, Content, Object, Tree};
+use crate::dialect::hub::Hub;
 use crate::dialect::{self, Site, Subject};
 use crate::fault::{self, Action, Faults, Operation};
 use crate::log::{Entry, Log, Request};
 use crate::options::{Dialect, Options};
-use crate::outgoing::{Buffers, Outgoing};
+use crate::outgoing::Outgoing;
 use crate::reply::{Failure, Reply};
 use crate::request::{Ask, Asked, names};
 
@@ -28,7 +30,7 @@ pub(crate) struct Shared {
     pub(crate) content: Content,
     pub(crate) faults: Mutex<Faults>,
     pub(crate) log: Arc<Log>,
-    pub(crate) buffers: Arc<Buffers>,
+    pub(crate) hub: Hub,
     pub(crate) ports: Vec<(Dialect, u16)>,
 }
 
@@ -49,20 +51,17 @@ pub(crate) async fn serve<T>(
     request: hyper::Request<T>,
 ) -> io::Result<Response<Outgoing>> {
     let ask = Ask::new(dialect, &request);
-    let now = SystemTime::now() + shared.options.clock_ahead;
-    let site = Site { options: &shared.options, now };
-    let subject = dialect::subject(&ask);
+    let subject = dialect::subject(&ask, &shared.options);
     let operation = operation(&ask, &subject);
     let entry = shared.log.enter(logged(&ask, &subject, operation, request.method(), &connection));
 
     let mut object = find(&shared.content, &subject);
     let actions = decide(&shared, &ask, &subject, operation, object.as_ref());
     entry.update(|request| request.actions.clone_from(&actions));
-    if actions.contains(&Action::ChangeEtag) {
-        shared
-            .content
-            .current(subject.bucket())
-            .give(subject.object(), |given| given.replaced += 1);
+    if actions.contains(&Action::ChangeEtag)
+        && let Some(tree) = tree(&shared.content, &subject)
+    {
+        tree.give(subject.object(), |given| given.replaced += 1);
         object = find(&shared.content, &subject);
     }
     before_headers(&actions, &connection).await?;
@@ -71,14 +70,18 @@ pub(crate) async fn serve<T>(
     let reply = match instead(&ask, &actions) {
         Some(instead) => instead,
         None if !readable => Err(Failure::usual(501, None)),
-        None => answer(&shared, &ask, &site, &subject, object, &actions),
+        // the hub reads files in whole for their digests
+        None if dialect == Dialect::Hub => {
+            block_in_place(|| answer(&shared, &ask, &subject, object, &actions))
+        }
+        None => answer(&shared, &ask, &subject, object, &actions),
     };
     let reply = reply.unwrap_or_else(|failure| {
         let mut reply = dialect::failure(&ask, &failure);
         reply.headers.extend(failure.headers);
         reply
     });
-    Ok(respond(&shared, &connection, &ask, reply, &actions, entry))
+    Ok(respond(&connection, &ask, reply, &actions, entry))
 }
 
 fn operation(ask: &Ask, subject: &Subject) -> Operation {
@@ -118,9 +121,13 @@ fn logged(
     }
 }
 
+/// The state of the bucket that is asked for.
+fn tree(content: &Content, subject: &Subject) -> Option<Arc<Tree>> {
+    content.bucket(subject.bucket())?.revision(subject.revision())
+}
+
 fn find(content: &Content, subject: &Subject) -> Option<Object> {
-    let Subject::Object { bucket, name, .. } = subject else { return None };
-    content.bucket(bucket)?.current().object(name)
+    tree(content, subject)?.object(subject.object())
 }
 
 fn decide(
@@ -184,36 +191,41 @@ fn instead(ask: &Ask, actions: &[Action]) -> Option<Result<Reply, Failure>> {
 fn answer(
     shared: &Shared,
     ask: &Ask,
-    site: &Site<'_>,
     subject: &Subject,
     object: Option<Object>,
     actions: &[Action],
 ) -> Result<Reply, Failure> {
+    let (options, hub, cdn_url) = (&shared.options, &shared.hub, shared.url(Dialect::Cdn));
+    let now = SystemTime::now() + options.clock_ahead;
+    let site = Site { options, now, hub, cdn_url };
     let Some(bucket) = shared.content.bucket(subject.bucket()) else {
-        dialect::permit(ask, shared.options.private, site)?;
-        return Err(
-            Failure::usual(404, Some("NoSuchBucket")).element("BucketName", subject.bucket())
-        );
+        dialect::permit(ask, options.private, &site)?;
+        return Err(dialect::no_bucket(ask, subject.bucket()));
     };
-    dialect::permit(ask, bucket.private.unwrap_or(shared.options.private), site)?;
+    dialect::permit(ask, bucket.private.unwrap_or(options.private), &site)?;
     if let Some(region) = &bucket.region
         && ask.dialect == Dialect::S3
     {
         return Err(dialect::s3::elsewhere(subject.bucket(), region));
     }
+    let Some(tree) = bucket.revision(subject.revision()) else {
+        return Err(Failure::new(404, "RevisionNotFound", "Invalid rev id"));
+    };
     match subject {
-        Subject::Object { name, .. } => match object {
-            Some(object) => content(ask, &object, actions),
-            None => Err(Failure::usual(404, Some("NoSuchKey")).element("Key", name)),
-        },
-        Subject::List { bucket: name } => Ok(dialect::list(ask, name, &bucket.current(), site)),
-        Subject::Bucket { .. } => Ok(dialect::bucket(ask, &shared.options.region)),
+        Subject::Object { name, .. } => {
+            let missing = || Failure::usual(404, Some("NoSuchKey")).element("Key", name);
+            let object = object.ok_or_else(missing)?;
+            let instead = dialect::instead_of_content(ask, subject, &tree, &object, &site)?;
+            instead.map_or_else(|| content(ask, &tree, &object, actions), Ok)
+        }
+        Subject::List { .. } => Ok(dialect::list(ask, subject, &tree, &site)),
+        Subject::Bucket { .. } => Ok(dialect::bucket(ask, subject, &bucket, &tree, &site)),
         Subject::Other => Err(Failure::usual(501, None)),
     }
 }
 
 /// The content of an object, by range and conditions.
-fn content(ask: &Ask, object: &Object, actions: &[Action]) -> Result<Reply, Failure> {
+fn content(ask: &Ask, tree: &Tree, object: &Object, actions: &[Action]) -> Result<Reply, Failure> {
     if ask.if_match().is_some_and(|tags| !names(tags, &object.etag)) {
         return Err(Failure::usual(412, None).element("Condition", "If-Match"));
     }
@@ -242,6 +254,7 @@ fn content(ask: &Ask, object: &Object, actions: &[Action]) -> Result<Reply, Fail
         .header("accept-ranges", "bytes")
         .header("etag", &object.etag)
         .header("last-modified", httpdate::fmt_http_date(object.modified));
+    reply.headers.extend(dialect::object_headers(ask, tree, object));
     reply.headers.extend(object.headers.iter().cloned());
     Ok(Reply { body: object.body.clone(), range, ..reply })
 }
@@ -257,7 +270,6 @@ fn shortened(range: Range<u64>, actions: &[Action]) -> Range<u64> {
 
 /// The response; what happens to its body happens while it is sent.
 fn respond(
-    shared: &Shared,
     connection: &Arc<Connection>,
     ask: &Ask,
     reply: Reply,
@@ -272,7 +284,7 @@ fn respond(
         false => (reply.body, reply.range),
     };
     let actions = if bodyless { &[] } else { actions };
-    let body = Outgoing::new(body, range, actions, &shared.buffers, connection, entry);
+    let body = Outgoing::new(body, range, actions, connection, entry);
     let mut response = Response::new(body);
     *response.status_mut() = StatusCode::from_u16(reply.status).unwrap_or(StatusCode::IM_A_TEAPOT);
     let headers = response.headers_mut();

@@ -16,10 +16,10 @@ use tokio::sync::oneshot;
 
 use crate::connection::Connection;
 use crate::content::Content;
+use crate::dialect::hub::Hub;
 use crate::fault::{Faults, Rule, RuleId};
 use crate::log::{Counters, Log, Request};
 use crate::options::{Dialect, Options};
-use crate::outgoing::Buffers;
 use crate::serve::{Shared, serve};
 
 /// A server on the loopback interface. It stops, and its connections end, when it is dropped.
@@ -63,7 +63,7 @@ impl Server {
             content: Content::default(),
             faults: Mutex::new(Faults::new(options.seed)),
             log: Arc::new(Log::new()),
-            buffers: Arc::new(Buffers::default()),
+            hub: Hub::default(),
             ports,
             options,
         });
@@ -141,11 +141,18 @@ impl Server {
         environment
     }
 
-    /// What must not be in any output: keys and tokens.
+    /// What must not be in any output: keys, tokens, and the signatures of all redirects so far.
     pub fn secrets(&self) -> Vec<String> {
         let options = &self.shared.options;
         let key = Options::AZURE_KEY.to_owned();
-        vec![options.secret_access_key.clone(), options.token.clone(), key]
+        let mut secrets = vec![options.secret_access_key.clone(), options.token.clone(), key];
+        secrets.extend(self.shared.hub.signatures());
+        secrets
+    }
+
+    /// The commit of a repository's current state, as the hub names it.
+    pub fn commit(&self, repository: &str) -> String {
+        self.shared.content.current(repository).commit.clone()
     }
 
     /// Serves the files of a directory, as they are at each request, as a bucket, container or repository. If there is

@@ -19,21 +19,27 @@ const UNRESERVED: &AsciiSet =
 const SKEW_MAX: Duration = Duration::from_secs(15 * 60);
 
 pub(crate) fn subject(ask: &Ask) -> Subject {
-    let (bucket, name) = match virtual_bucket(&ask.host) {
-        Some(bucket) => (bucket.to_owned(), decoded(&ask.path)),
-        None => {
-            let (bucket, name) = ask.path.split_once('/').unwrap_or((&ask.path, ""));
-            (decoded(bucket), decoded(name))
-        }
-    };
+    match virtual_bucket(&ask.host) {
+        Some(bucket) => named_subject(ask, bucket.to_owned(), decoded(&ask.path)),
+        None => subject_by_path(ask),
+    }
+}
+
+/// What `/BUCKET/NAME` is about.
+pub(crate) fn subject_by_path(ask: &Ask) -> Subject {
+    let (bucket, name) = ask.path.split_once('/').unwrap_or((&ask.path, ""));
+    named_subject(ask, decoded(bucket), decoded(name))
+}
+
+fn named_subject(ask: &Ask, bucket: String, name: String) -> Subject {
     if bucket.is_empty() {
         Subject::Other
     } else if !name.is_empty() {
-        Subject::Object { bucket, name }
+        Subject::object_of(bucket, name)
     } else if ask.head || ask.query("location").is_some() {
-        Subject::Bucket { bucket }
+        Subject::Bucket { bucket, revision: None }
     } else {
-        Subject::List { bucket }
+        Subject::List { bucket, revision: None }
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures_util::TryStreamExt;
 use longshore_storage_server::{Dialect, Options, Server};
 use object_store::path::Path;
-use object_store::{ObjectStore, RetryConfig};
+use object_store::{GetOptions, ObjectStore, ObjectStoreExt, RetryConfig};
 
 /// The objects of [`fill`], in the order of their bytes.
 pub const NAMES: [&str; 5] = [
@@ -68,6 +68,51 @@ pub async fn names(store: &impl ObjectStore, prefix: Option<&str>) -> Vec<String
     let list = store.list(prefix.as_ref());
     let names = list.map_ok(|meta| meta.location.to_string());
     names.try_collect().await.unwrap()
+}
+
+/// What readers of objects rely on, in every dialect: content, ranges, ends, lists in pages, conditions.
+pub async fn check_reading(store: &impl ObjectStore, server: &Server, content: &[u8]) {
+    let path = Path::from("model/weights-1.safetensors");
+    let size = content.len() as u64;
+    let meta = store.head(&path).await.unwrap();
+    assert_eq!(meta.size, size);
+    let whole = store.get(&path).await.unwrap();
+    assert_eq!(whole.meta.e_tag, meta.e_tag);
+    assert_eq!(whole.bytes().await.unwrap(), content);
+    for range in [0..1, 5..9, 100_000..400_001, content.len() - 1..content.len()] {
+        let asked = range.start as u64..range.end as u64;
+        assert_eq!(store.get_range(&path, asked).await.unwrap(), content[range]);
+    }
+    let end = store.get_range(&path, size - 3..size + 100).await.unwrap();
+    assert_eq!(end, content[content.len() - 3..]);
+    let error = client_error(store.get_range(&path, size..size + 1).await);
+    assert!(error.contains("InvalidRange"), "{error}");
+    let nothing = store.get(&Path::from("model/nothing")).await.unwrap_err();
+    assert!(matches!(nothing, object_store::Error::NotFound { .. }), "{nothing}");
+
+    assert_eq!(names(store, None).await, NAMES);
+    assert_eq!(names(store, Some("model/sub")).await, NAMES[1..3]);
+    let level = store.list_with_delimiter(Some(&Path::from("model"))).await.unwrap();
+    let prefixes: Vec<&str> = level.common_prefixes.iter().map(Path::as_ref).collect();
+    assert_eq!(prefixes, ["model/sub"]);
+    assert_eq!(level.objects.len(), 3);
+    let strange = Path::parse("model/sub/ä é+%&<.json").unwrap();
+    assert_eq!(store.get(&strange).await.unwrap().bytes().await.unwrap(), "strange");
+
+    let if_match = GetOptions {
+        range: Some((0..10).into()),
+        if_match: meta.e_tag.clone(),
+        ..GetOptions::default()
+    };
+    let read = store.get_opts(&path, if_match.clone()).await.unwrap();
+    assert_eq!(read.bytes().await.unwrap(), content[..10]);
+    let new = GetOptions { if_none_match: meta.e_tag.clone(), ..GetOptions::default() };
+    let same = store.get_opts(&path, new).await.unwrap_err();
+    assert!(matches!(same, object_store::Error::NotModified { .. }), "{same}");
+    server.replace("models", "model/weights-1.safetensors");
+    let replaced = store.get_opts(&path, if_match).await.unwrap_err();
+    assert!(matches!(replaced, object_store::Error::Precondition { .. }), "{replaced}");
+    assert_ne!(store.head(&path).await.unwrap().e_tag, meta.e_tag);
 }
 
 /// What came over a connection, as far as it came.

@@ -3,6 +3,9 @@
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
 #![allow(missing_docs, unreachable_pub, reason = "test code")]
 
+mod azure;
 mod common;
 mod faults;
+mod gcs;
+mod hub;
 mod s3;

@@ -1,7 +1,9 @@
 //! S3, with `object_store` as the client, and with requests by hand where it has no way to make them.
 
-use crate::common::{Answer, NAMES, ask, blocking, client_error, fill, names};
-use longshore_storage_server::{Dialect, Options, Server};
+use crate::common::{Answer, End, Raw, ask, blocking, check_reading, client_error, fill};
+use std::time::Duration;
+
+use longshore_storage_server::{Action, At, Dialect, Operation, Options, Rule, Server};
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::path::Path;
 use object_store::{Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt};
@@ -19,88 +21,28 @@ fn builder(server: &Server, signed: bool) -> AmazonS3Builder {
 }
 
 #[test]
-fn objects_are_read_whole_and_by_range() {
-    let (server, content) = fill(Options::default());
-    let store = store(&server, true);
-    blocking(async {
-        let path = Path::from("model/weights-1.safetensors");
-        let meta = store.head(&path).await.unwrap();
-        assert_eq!(meta.size, content.len() as u64);
-        let whole = store.get(&path).await.unwrap();
-        assert_eq!(whole.meta.e_tag, meta.e_tag);
-        assert_eq!(whole.bytes().await.unwrap(), content);
-        for range in [0..1, 5..9, 100_000..400_001, content.len() - 1..content.len()] {
-            let asked = range.start as u64..range.end as u64;
-            assert_eq!(store.get_range(&path, asked).await.unwrap(), content[range]);
-        }
-        let suffix = GetOptions { range: Some(GetRange::Suffix(7)), ..GetOptions::default() };
-        let end = store.get_opts(&path, suffix).await.unwrap().bytes().await.unwrap();
-        assert_eq!(end, content[content.len() - 7..]);
-    });
-    assert!(server.requests().iter().all(|request| request.authorization));
-    assert_eq!(server.requests()[3].range.as_deref(), Some("bytes=5-8"));
-}
-
-#[test]
-fn what_is_past_the_end_is_left_out_or_refused() {
-    let (server, content) = fill(Options::default());
-    let store = store(&server, false);
-    let size = content.len() as u64;
-    blocking(async {
-        let path = Path::from("model/weights-1.safetensors");
-        let end = store.get_range(&path, size - 3..size + 100).await.unwrap();
-        assert_eq!(end, content[content.len() - 3..]);
-        let error = client_error(store.get_range(&path, size..size + 1).await);
-        assert!(error.contains("InvalidRange"), "{error}");
-        let nothing = store.get(&Path::from("model/nothing")).await.unwrap_err();
-        assert!(matches!(nothing, Error::NotFound { .. }), "{nothing}");
-    });
-    let statuses: Vec<u16> = server.requests().iter().map(|request| request.status).collect();
-    assert_eq!(statuses, [206, 416, 404]);
-}
-
-#[test]
-fn lists_have_pages_prefixes_and_delimiters() {
-    let (server, _) = fill(Options { page_entries_max: 2, ..Options::default() });
-    let store = store(&server, true);
-    blocking(async {
-        let all = names(&store, None).await;
-        assert_eq!(all, NAMES);
-        let some = names(&store, Some("model/sub")).await;
-        assert_eq!(some, ["model/sub/config.json", "model/sub/ä é+%&<.json"]);
-        let level = store.list_with_delimiter(Some(&Path::from("model"))).await.unwrap();
-        let prefixes: Vec<&str> = level.common_prefixes.iter().map(Path::as_ref).collect();
-        assert_eq!(prefixes, ["model/sub"]);
-        assert_eq!(level.objects.len(), 3);
-        let path = Path::parse("model/sub/ä é+%&<.json").unwrap();
-        assert_eq!(store.get(&path).await.unwrap().bytes().await.unwrap(), "strange");
-    });
-    let lists = server.requests().iter().filter(|request| request.object.is_empty()).count();
+fn the_client_reads() {
+    let (server, content) = fill(Options { page_entries_max: 2, ..Options::default() });
+    blocking(check_reading(&store(&server, true), &server, &content));
+    let requests = server.requests();
+    assert!(requests.iter().all(|request| request.authorization));
+    assert!(requests.iter().any(|request| request.range.as_deref() == Some("bytes=5-8")));
+    let lists = requests.iter().filter(|request| request.operation == Operation::List).count();
     assert!(lists >= 6, "{lists}");
 }
 
 #[test]
-fn a_condition_on_a_replaced_object_fails() {
+fn the_client_reads_unsigned_and_the_end_alone() {
     let (server, content) = fill(Options::default());
-    let store = store(&server, true);
     blocking(async {
-        let path = Path::from("model/weights-1.safetensors");
-        let before = store.head(&path).await.unwrap();
-        let if_match = GetOptions {
-            range: Some((0..10).into()),
-            if_match: before.e_tag.clone(),
-            ..GetOptions::default()
-        };
-        let read = store.get_opts(&path, if_match.clone()).await.unwrap();
-        assert_eq!(read.bytes().await.unwrap(), content[..10]);
-        let new = GetOptions { if_none_match: before.e_tag.clone(), ..GetOptions::default() };
-        let same = store.get_opts(&path, new).await.unwrap_err();
-        assert!(matches!(same, Error::NotModified { .. }), "{same}");
-        server.replace("models", "model/weights-1.safetensors");
-        let replaced = store.get_opts(&path, if_match).await.unwrap_err();
-        assert!(matches!(replaced, Error::Precondition { .. }), "{replaced}");
-        assert_ne!(store.head(&path).await.unwrap().e_tag, before.e_tag);
+        let store = store(&server, false);
+        check_reading(&store, &server, &content).await;
+        let suffix = GetOptions { range: Some(GetRange::Suffix(7)), ..GetOptions::default() };
+        let path = Path::from("model/weights-2.safetensors");
+        let end = store.get_opts(&path, suffix).await.unwrap().bytes().await.unwrap();
+        assert_eq!(end, content[content.len() - 7..]);
     });
+    assert!(server.requests().iter().all(|request| !request.authorization));
 }
 
 #[test]
@@ -137,7 +79,7 @@ fn wrong_regions_and_clocks_have_their_own_errors() {
         assert_eq!((status, headers["x-amz-bucket-region"].as_str()), (301, "eu-west-9"));
         assert!(String::from_utf8(body).unwrap().contains("<Code>PermanentRedirect</Code>"));
 
-        let clock_ahead = std::time::Duration::from_secs(20 * 60);
+        let clock_ahead = Duration::from_secs(20 * 60);
         let (ahead, _) = fill(Options { clock_ahead, ..Options::default() });
         let error = client_error(store(&ahead, true).get(&path).await.map(|_| ()));
         assert!(error.contains("RequestTimeTooSkewed"), "{error}");
@@ -160,4 +102,52 @@ fn buckets_are_found_by_host_and_by_path() {
     assert!(String::from_utf8(location.body).unwrap().contains(">us-east-1<"));
     let put = ask(&server, Dialect::S3, "PUT", "/models/new", &[("content-length", "0")]);
     assert_eq!(put.status, 501);
+}
+
+/// Whether the page cache has a file makes no difference.
+#[test]
+fn files_are_read_from_disk_too() {
+    use std::os::fd::AsRawFd;
+
+    let dir = tempfile::tempdir().unwrap();
+    let content: Vec<u8> =
+        (0..5_000_001u32).map(|i| (i.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect();
+    let path = dir.path().join("file");
+    std::fs::write(&path, &content).unwrap();
+    let server = Server::start(Options::default());
+    server.serve("models", dir.path());
+    for cached in [true, false] {
+        if !cached {
+            let file = std::fs::File::open(&path).unwrap();
+            file.sync_all().unwrap();
+            // SAFETY: the file is open
+            unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        }
+        let whole = ask(&server, Dialect::S3, "GET", "/models/file", &[]);
+        assert!(whole.body == content, "cached: {cached}");
+        let range = [("range", "bytes=4095-4999999")];
+        let part = ask(&server, Dialect::S3, "GET", "/models/file", &range);
+        assert!(part.body == content[4095..5_000_000], "cached: {cached}");
+    }
+}
+
+/// Nothing is made up where a file has become shorter than was promised.
+#[test]
+fn files_that_shrink_end_the_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    std::fs::write(&path, vec![1; 3_000_000]).unwrap();
+    let server = Server::start(Options::default());
+    server.serve("models", dir.path());
+    let duration = Some(Duration::from_millis(300));
+    server.fault(Rule::new(Action::Stall { at: Some(At::Bytes(1000)), duration }));
+    let mut raw = Raw::open(&server, Dialect::S3, Duration::from_secs(10));
+    raw.send("GET", "/models/file", &[]);
+    while server.requests().first().is_none_or(|request| request.status == 0) {
+        std::thread::yield_now();
+    }
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(1_000_000).unwrap();
+    let (answer, end) = raw.receive("GET");
+    assert_eq!(end, End::Closed);
+    assert!(answer.unwrap().body == vec![1; 1_000_000]);
 }
