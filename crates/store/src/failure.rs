@@ -22,8 +22,6 @@ pub(crate) enum FailureKind {
     WrongRange,
     /// A response that makes no sense.
     Garbled,
-    /// The URL that a redirect led to is no longer good; asking for a new one helps.
-    RedirectExpired,
     /// The object is not the one that was looked at before.
     Replaced,
     /// No such object or revision.
@@ -69,7 +67,7 @@ impl Failure {
         use FailureKind::*;
         match self.kind {
             Throttled | Server | Connect | Interrupted | Stalled | Truncated | WrongRange
-            | Garbled | RedirectExpired => true,
+            | Garbled => true,
             NoCredentials => reached,
             Replaced | NotFound | NoContainer | NotModified | Denied | WrongRegion | ClockSkew
             | Tls | Other => false,

@@ -215,7 +215,7 @@ impl Reader {
     }
 
     fn hedge<'a>(&'a self, part: &mut Part<'a>) -> Runner<'a> {
-        let missing = part.range.start + part.filled as u64..part.range.end;
+        let missing = part.missing();
         count(&self.counters.hedges, 1);
         count(&self.counters.hedged_bytes, missing.end - missing.start);
         part.report.hedges += 1;
@@ -251,13 +251,13 @@ async fn next_of(chase: &mut Option<Runner<'_>>) -> Result<Option<Bytes>, Failur
 /// The deadline passed while a request was under way.
 fn out_of_time(runner: &Runner<'_>, now: Instant, stall_after: Duration) -> Failure {
     let silent = now - runner.last;
-    if silent >= stall_after / 2 {
+    if runner.first.is_none() || silent >= stall_after / 2 {
         return silence(runner, silent);
     }
     Failure::new(FailureKind::Stalled, "too slow: bytes come, but time is up")
 }
 
 fn silence(runner: &Runner<'_>, time: Duration) -> Failure {
-    let what = if runner.first.is_some() { "no more bytes" } else { "no response" };
+    let what = if runner.first.is_some() { "no more bytes" } else { "no first byte" };
     Failure::new(FailureKind::Stalled, format!("{what} for {:.1} s", time.as_secs_f64()))
 }

@@ -166,14 +166,22 @@ fn check(object: &ObjectInfo, range: &Range<u64>, result: &GetResult) -> Result<
 fn info_of(name: &str, meta: &ObjectMeta, seen: Option<&Seen>) -> ObjectInfo {
     // the client says 1970 where the server says nothing
     let modified_ms = Some(meta.last_modified.timestamp_millis()).filter(|ms| *ms != 0);
-    let identity =
-        Identity { etag: meta.e_tag.clone(), version: meta.version.clone(), modified_ms };
+    let identity = Identity {
+        etag: meta.e_tag.as_deref().map(quoted),
+        version: meta.version.clone(),
+        modified_ms,
+    };
     ObjectInfo {
         name: name.to_owned(),
         bytes: meta.size,
         identity,
         published: seen.and_then(published),
     }
+}
+
+/// Lists of Azure give entity tags without the quotes that headers have them in, and that belong to them (RFC 9110 §8.8.3).
+fn quoted(etag: &str) -> String {
+    if etag.ends_with('"') { etag.to_owned() } else { format!("\"{etag}\"") }
 }
 
 fn body_of(result: GetResult) -> Body {

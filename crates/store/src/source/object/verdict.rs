@@ -15,7 +15,7 @@ use crate::{
     http_date,
     location::Service,
     object_info::{Checksum, ChecksumAlgorithm},
-    source::exchange::{Trouble, connection_failure, header},
+    source::exchange::{Trouble, connection_failure, element, header, wrong_range},
     transport::{From, Seen, chain},
 };
 
@@ -36,11 +36,7 @@ pub(super) fn verdict(
             failure.status = Some(*status);
             failure
         }
-        Some(Seen::Response { status, .. }) => {
-            let mut failure = unusable(error);
-            failure.status = Some(*status);
-            failure
-        }
+        Some(Seen::Response { status, headers, .. }) => unusable(error, *status, headers),
         None => match error {
             object_store::Error::NotFound { .. } => {
                 Failure::new(FailureKind::NotFound, "no such object")
@@ -88,13 +84,21 @@ pub(super) fn body_verdict(error: &object_store::Error) -> Failure {
 }
 
 /// A success that the client cannot use: no `Content-Range`, another range, no length.
-fn unusable(error: &object_store::Error) -> Failure {
+fn unusable(error: &object_store::Error, status: u16, headers: &HeaderMap) -> Failure {
     let text = match error {
         object_store::Error::Generic { source, .. } => chain(source.as_ref()),
         error => chain(error),
     };
-    let range = ["ange", "Requested", "partial"].iter().any(|word| text.contains(word));
-    Failure::new(if range { FailureKind::WrongRange } else { FailureKind::Garbled }, text)
+    // what `object_store` 0.14 says in `client/get.rs`
+    if ["Content-Range", "CONTENT_RANGE", "Requested", "non-partial"]
+        .iter()
+        .any(|word| text.contains(word))
+    {
+        return wrong_range(status, headers);
+    }
+    let mut failure = Failure::new(FailureKind::Garbled, text);
+    failure.status = Some(status);
+    failure
 }
 
 fn refused(service: Service, from: &From, status: u16, headers: &HeaderMap, body: &str) -> Failure {
@@ -161,14 +165,6 @@ fn skew(headers: &HeaderMap) -> Option<Duration> {
     let ours = SystemTime::now();
     let apart = ours.duration_since(theirs).or_else(|_| theirs.duration_since(ours)).ok()?;
     Some(apart).filter(|apart| *apart > SKEW_MAX)
-}
-
-/// The text of the first `<name>` in an error's XML. Only code, message and region are taken from it: other elements repeat
-/// what was signed.
-fn element<'a>(body: &'a str, name: &str) -> Option<&'a str> {
-    let (_, rest) = body.split_once(&format!("<{name}>"))?;
-    let (text, _) = rest.split_once("</")?;
-    Some(text.trim()).filter(|text| !text.is_empty())
 }
 
 /// The digest of the whole object that a response tells, the strongest one.
