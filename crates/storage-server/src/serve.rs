@@ -19,7 +19,7 @@ use crate::dialect::{self, Site, Subject};
 use crate::fault::{self, Action, Faults, Operation};
 use crate::log::{Entry, Log, Request};
 use crate::options::{Dialect, Options};
-use crate::outgoing::{Buffers, Outgoing};
+use crate::outgoing::Outgoing;
 use crate::reply::{Failure, Reply};
 use crate::request::{Ask, Asked, names};
 
@@ -30,7 +30,6 @@ pub(crate) struct Shared {
     pub(crate) content: Content,
     pub(crate) faults: Mutex<Faults>,
     pub(crate) log: Arc<Log>,
-    pub(crate) buffers: Arc<Buffers>,
     pub(crate) hub: Hub,
     pub(crate) ports: Vec<(Dialect, u16)>,
 }
@@ -82,7 +81,7 @@ pub(crate) async fn serve<T>(
         reply.headers.extend(failure.headers);
         reply
     });
-    Ok(respond(&shared, &connection, &ask, reply, &actions, entry))
+    Ok(respond(&connection, &ask, reply, &actions, entry))
 }
 
 fn operation(ask: &Ask, subject: &Subject) -> Operation {
@@ -271,7 +270,6 @@ fn shortened(range: Range<u64>, actions: &[Action]) -> Range<u64> {
 
 /// The response; what happens to its body happens while it is sent.
 fn respond(
-    shared: &Shared,
     connection: &Arc<Connection>,
     ask: &Ask,
     reply: Reply,
@@ -286,7 +284,7 @@ fn respond(
         false => (reply.body, reply.range),
     };
     let actions = if bodyless { &[] } else { actions };
-    let body = Outgoing::new(body, range, actions, &shared.buffers, connection, entry);
+    let body = Outgoing::new(body, range, actions, connection, entry);
     let mut response = Response::new(body);
     *response.status_mut() = StatusCode::from_u16(reply.status).unwrap_or(StatusCode::IM_A_TEAPOT);
     let headers = response.headers_mut();

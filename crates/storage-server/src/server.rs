@@ -20,7 +20,6 @@ use crate::dialect::hub::Hub;
 use crate::fault::{Faults, Rule, RuleId};
 use crate::log::{Counters, Log, Request};
 use crate::options::{Dialect, Options};
-use crate::outgoing::Buffers;
 use crate::serve::{Shared, serve};
 
 /// A server on the loopback interface. It stops, and its connections end, when it is dropped.
@@ -64,7 +63,6 @@ impl Server {
             content: Content::default(),
             faults: Mutex::new(Faults::new(options.seed)),
             log: Arc::new(Log::new()),
-            buffers: Arc::new(Buffers::default()),
             hub: Hub::default(),
             ports,
             options,

@@ -179,6 +179,11 @@ fn info_of(name: &str, meta: &ObjectMeta, seen: Option<&Seen>) -> ObjectInfo {
     }
 }
 
+/// Lists of Azure give entity tags without the quotes that headers have them in, and that belong to them (RFC 9110 §8.8.3).
+fn quoted(etag: &str) -> String {
+    if etag.ends_with('"') { etag.to_owned() } else { format!("\"{etag}\"") }
+}
+
 fn body_of(result: GetResult) -> Body {
     result.into_stream().map(|chunk| chunk.map_err(|error| body_verdict(&error))).boxed()
 }
