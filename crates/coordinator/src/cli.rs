@@ -147,7 +147,10 @@ fn make_plan(
     source: &str,
     phases: &mut Phases,
 ) -> Result<Plan, LoadError> {
-    let origin = phases.measure("source", || source::resolve(source))?;
+    let origin = phases.measure("source", || match arguments.download {
+        false => source::resolve(source),
+        true => source::download(source),
+    })?;
     let discovered = phases.measure("headers", || discover(origin))?;
     let options = arguments.plan_options(tp)?;
     phases.measure("plan", || Plan::new(discovered, &options))

@@ -1,15 +1,15 @@
 //! A checkpoint in object storage or on the Hugging Face hub: its weights are read by ranges, the rest is copied to the cache
 //! directory once.
 
-use std::{sync::Arc, time::Duration};
+use std::{fs::File, io::Write, path::Path, sync::Arc, time::Duration};
 
-use longshore_models::{byte_range::ByteRange, header::HEADER_BYTES_MAX};
+use longshore_models::byte_range::ByteRange;
 use longshore_rank::{
     error::RankError,
     storage::{FileIdentity, RemoteFile, RemoteRead},
 };
 use longshore_store::{
-    ChecksumAlgorithm, Location, Object, ObjectInfo, Store, StoreError, StoreOptions, hub_snapshot,
+    ChecksumAlgorithm, Location, Object, ObjectInfo, Store, StoreOptions, hub_snapshot,
 };
 use tracing::info;
 
@@ -39,11 +39,12 @@ const WEIGHTS: [&str; 12] = [
 /// How long one piece of a read may take with all its retries: less than a rank may go without getting on.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(45);
 
-/// Looks at what lies at `location` and copies what is not weights, unless that is in the cache.
+/// Looks at what lies at `location` and copies what is not weights, unless that is in the cache; with `download` the weights too,
+/// which are then read from there, now and whenever the cache holds them in the state that they are in.
 ///
 /// # Errors
 /// The storage refuses or does not answer, or the cache directory cannot be written.
-pub(crate) fn open(location: &Location) -> Result<Origin, LoadError> {
+pub(crate) fn open(location: &Location, download: bool) -> Result<Origin, LoadError> {
     let options = StoreOptions { give_up_after: GIVE_UP_AFTER, ..StoreOptions::default() };
     // what the hub's own tools have downloaded is a directory like any other
     if let Some(snapshot) = hub_snapshot(location, &options.settings) {
@@ -51,23 +52,54 @@ pub(crate) fn open(location: &Location) -> Result<Origin, LoadError> {
         return Ok(snapshot.into());
     }
     let store = Store::open(location, &options)?;
-    let objects = store.list()?;
-    let is_weights = |object: &&ObjectInfo| WEIGHTS.iter().any(|end| object.name.ends_with(end));
     // a name with a slash is none of a file beside the others; empty objects stand for directories
-    let others = objects.iter().filter(|o| !is_weights(o) && !o.name.contains('/'));
-    let others: Vec<FileState> = others.filter(|o| o.bytes > 0).map(state).collect();
-    let fetch = |file: &FileState| {
-        let found = store.get(&file.name, HEADER_BYTES_MAX)?;
-        let (bytes, info) = found.ok_or_else(|| changed(location, &file.name))?;
-        // the cache says which state it holds
-        let listed = objects.iter().find(|o| o.name == file.name);
-        let same =
-            listed.is_some_and(|o| o.bytes == info.bytes && o.identity.matches(&info.identity));
-        if same { Ok(bytes) } else { Err(changed(location, &file.name)) }
+    let mut objects = store.list()?;
+    objects.retain(|object| object.bytes > 0 && !object.name.contains('/'));
+    let (cache, key) = (cache::directory()?, location.key());
+    let of_checkpoint =
+        |object: &ObjectInfo| !is_weights(object) || object.name.ends_with(WEIGHTS[0]);
+    let wanted: Vec<FileState> = objects.iter().filter(|o| of_checkpoint(o)).map(state).collect();
+    if let Some(dir) = cache::existing_files(&cache, &key, &wanted) {
+        info!("{location}: downloaded before, {}", dir.display());
+        return Ok(dir.into());
+    }
+    let fetch = |files: &[FileState], dir: &Path| {
+        let found = |file: &FileState| objects.iter().find(|object| object.name == file.name);
+        files.iter().filter_map(found).try_for_each(|object| copy(&store, object, dir))
     };
-    let metadata = cache::model_files(&cache::directory()?, &location.key(), &others, fetch)?;
-    let weights = objects.into_iter().filter(|o| is_weights(&o)).collect();
-    Ok(Origin::remote(location.to_string(), metadata, Arc::new(Files { store, weights })))
+    if download {
+        let dir = cache::model_files(&cache, &key, &wanted, |dir| fetch(&wanted, dir))?;
+        return Ok(dir.into());
+    }
+    let others: Vec<FileState> = objects.iter().filter(|o| !is_weights(o)).map(state).collect();
+    let metadata = cache::model_files(&cache, &key, &others, |dir| fetch(&others, dir))?;
+    objects.retain(is_weights);
+    let weights = Files { store, weights: objects };
+    Ok(Origin::remote(location.to_string(), metadata, Arc::new(weights)))
+}
+
+fn is_weights(object: &ObjectInfo) -> bool {
+    WEIGHTS.iter().any(|end| object.name.ends_with(end))
+}
+
+/// Bytes that are in memory at a time while an object is copied; a store asks for them in several requests at once.
+const COPY_BYTES: u64 = 64 << 20;
+
+/// Copies an object, in the state that was listed, to a directory.
+fn copy(store: &Store, object: &ObjectInfo, dir: &Path) -> Result<(), LoadError> {
+    let path = dir.join(&object.name);
+    let failed = |source| LoadError::Io { path: path.clone(), action: "writing", source };
+    let mut file = File::create(&path).map_err(failed)?;
+    let (reader, mut at) = (store.object(object), 0);
+    let mut chunk = vec![0; object.bytes.min(COPY_BYTES) as usize];
+    while at < object.bytes {
+        let end = (at + COPY_BYTES).min(object.bytes);
+        let chunk = &mut chunk[..(end - at) as usize];
+        reader.read(at..end, chunk)?;
+        file.write_all(chunk).map_err(failed)?;
+        at = end;
+    }
+    Ok(())
 }
 
 fn state(object: &ObjectInfo) -> FileState {
@@ -76,11 +108,6 @@ fn state(object: &ObjectInfo) -> FileState {
         bytes: object.bytes,
         version: object.identity.to_string(),
     }
-}
-
-fn changed(location: &Location, name: &str) -> LoadError {
-    let subject = format!("{location}/{name}");
-    StoreError::Replaced { subject, cause: "between its listing and its reading".into() }.into()
 }
 
 /// The weights of a checkpoint elsewhere.

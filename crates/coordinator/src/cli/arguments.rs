@@ -78,6 +78,9 @@ pub(super) struct PlanArgs {
     /// Load only the vision tower.
     #[arg(long)]
     encoder_only: bool,
+    /// Copy what is not on this host to the cache directory first, and read it from there.
+    #[arg(long)]
+    pub(super) download: bool,
     /// Skip tensors that belong to no parameter, with a warning.
     #[arg(long)]
     allow_unknown: bool,

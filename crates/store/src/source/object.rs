@@ -187,8 +187,3 @@ fn quoted(etag: &str) -> String {
 fn body_of(result: GetResult) -> Body {
     result.into_stream().map(|chunk| chunk.map_err(|error| body_verdict(&error))).boxed()
 }
-/// An entity tag as headers have it. Azure's lists leave the quotes away that its headers have. **Source:** "List Blobs", Azure
-/// Storage REST API reference.
-fn quoted(etag: &str) -> String {
-    if etag.ends_with('"') { etag.to_owned() } else { format!("\"{etag}\"") }
-}
