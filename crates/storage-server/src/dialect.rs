@@ -1,6 +1,6 @@
 //! How each service is asked and how it answers.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::content::{Bucket, Object, Tree};
 use crate::dialect::hub::Hub;
@@ -23,6 +23,8 @@ pub(crate) enum Subject {
     List { bucket: String, revision: Option<String> },
     /// The bucket itself.
     Bucket { bucket: String, revision: Option<String> },
+    /// Credentials of S3 that expire.
+    Credentials,
     /// Something that is not served.
     Other,
 }
@@ -39,7 +41,7 @@ impl Subject {
             Self::Object { bucket, .. }
             | Self::List { bucket, .. }
             | Self::Bucket { bucket, .. } => bucket,
-            Self::Other => "",
+            Self::Credentials | Self::Other => "",
         }
     }
 
@@ -54,7 +56,7 @@ impl Subject {
             Self::Object { revision, .. }
             | Self::List { revision, .. }
             | Self::Bucket { revision, .. } => revision.as_deref(),
-            Self::Other => None,
+            Self::Credentials | Self::Other => None,
         }
     }
 }
@@ -65,6 +67,14 @@ pub(crate) struct Site<'a> {
     pub(crate) now: SystemTime,
     pub(crate) hub: &'a Hub,
     pub(crate) cdn_url: String,
+}
+
+impl Site<'_> {
+    /// When something expires that is given out now, in seconds since 1970, rounded up.
+    fn expires(&self, lifetime: Duration) -> u64 {
+        let since_1970 = (self.now + lifetime).duration_since(UNIX_EPOCH).unwrap_or_default();
+        since_1970.as_secs() + 1
+    }
 }
 
 /// What a request is about.

@@ -185,8 +185,7 @@ pub(crate) fn redirect(
     let (status, location, etag) = if is_large(subject.object(), object) {
         let repository = utf8_percent_encode(repository, NON_ALPHANUMERIC);
         let path = format!("repos/{repository}/{commit}/{name}");
-        let ends = (site.now + site.options.redirect_lifetime).duration_since(UNIX_EPOCH);
-        let expires = ends.unwrap_or_default().as_secs();
+        let expires = site.expires(site.options.redirect_lifetime);
         let signature = signature(&path, expires, site);
         let url = &site.cdn_url;
         let location =
