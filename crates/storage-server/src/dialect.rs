@@ -88,6 +88,11 @@ pub(crate) fn subject(ask: &Ask, options: &Options) -> Subject {
     }
 }
 
+/// Whether a request for an object is not for its content.
+pub(crate) fn is_metadata(ask: &Ask) -> bool {
+    ask.head || ask.dialect == Dialect::Gcs && gcs::is_metadata(ask)
+}
+
 /// Whether a request may read a bucket that is private or not.
 pub(crate) fn permit(ask: &Ask, private: bool, site: &Site<'_>) -> Result<(), Failure> {
     match ask.dialect {
@@ -113,7 +118,7 @@ pub(crate) fn list(ask: &Ask, subject: &Subject, tree: &Tree, site: &Site<'_>) -
         Dialect::S3 => s3::list(ask, subject.bucket(), tree, site),
         Dialect::Gcs => gcs::list(ask, subject.bucket(), tree, site),
         Dialect::Azure => azure::list(ask, subject.bucket(), tree, site),
-        Dialect::Hub | Dialect::Cdn => hub::list(ask, subject, tree, site),
+        Dialect::Hub | Dialect::Cdn => hub::list(ask, tree, site),
     }
 }
 
@@ -141,7 +146,9 @@ pub(crate) fn instead_of_content(
     site: &Site<'_>,
 ) -> Result<Option<Reply>, Failure> {
     match ask.dialect {
-        Dialect::Gcs => gcs::check_generation(ask, object).map(|()| None),
+        Dialect::Gcs => {
+            gcs::check_generation(ask, object).map(|()| gcs::metadata(ask, subject, object))
+        }
         Dialect::Hub => Ok(hub::redirect(ask, subject, tree, object, site)),
         _ => Ok(None),
     }

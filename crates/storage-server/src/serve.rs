@@ -86,7 +86,7 @@ pub(crate) async fn serve<T>(
 
 fn operation(ask: &Ask, subject: &Subject) -> Operation {
     match subject {
-        Subject::Object { .. } if ask.head => Operation::Head,
+        Subject::Object { .. } if dialect::is_metadata(ask) => Operation::Head,
         Subject::Object { .. } => Operation::Get,
         Subject::List { .. } => Operation::List,
         Subject::Bucket { .. } | Subject::Credentials | Subject::Other => Operation::Info,
