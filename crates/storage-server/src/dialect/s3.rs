@@ -1,4 +1,4 @@
-//! Amazon S3, by its API reference: GetObject, HeadObject, ListObjectsV2 and ListObjects, HeadBucket, GetBucketLocation.
+//! Amazon S3, by its API reference: GetObject, HeadObject, ListObjectsV2, ListObjects, HeadBucket, GetBucketLocation.
 
 use std::time::{Duration, UNIX_EPOCH};
 
