@@ -229,8 +229,8 @@ impl HttpBody for Outgoing {
     }
 }
 
-/// Whether the first and the last of these bytes are in the page cache, so that sending them is not likely to wait for a
-/// disk. File systems that cannot tell have nothing to wait for.
+/// Whether the first and the last of these bytes are in the page cache, so that sending them is not likely to wait for
+/// a disk. File systems that cannot tell have nothing to wait for.
 fn is_cached(file: &File, offset: u64, length: u64) -> io::Result<bool> {
     Ok(is_byte_cached(file, offset)? && is_byte_cached(file, offset + length - 1)?)
 }

@@ -86,10 +86,10 @@ pub(crate) async fn serve<T>(
 
 fn operation(ask: &Ask, subject: &Subject) -> Operation {
     match subject {
-        Subject::Object { .. } if ask.head => Operation::Head,
+        Subject::Object { .. } if dialect::is_metadata(ask) => Operation::Head,
         Subject::Object { .. } => Operation::Get,
         Subject::List { .. } => Operation::List,
-        Subject::Bucket { .. } | Subject::Other => Operation::Info,
+        Subject::Bucket { .. } | Subject::Credentials | Subject::Other => Operation::Info,
     }
 }
 
@@ -198,6 +198,9 @@ fn answer(
     let (options, hub, cdn_url) = (&shared.options, &shared.hub, shared.url(Dialect::Cdn));
     let now = SystemTime::now() + options.clock_ahead;
     let site = Site { options, now, hub, cdn_url };
+    if *subject == Subject::Credentials {
+        return dialect::s3::credentials(ask, &site);
+    }
     let Some(bucket) = shared.content.bucket(subject.bucket()) else {
         dialect::permit(ask, options.private, &site)?;
         return Err(dialect::no_bucket(ask, subject.bucket()));
@@ -220,7 +223,7 @@ fn answer(
         }
         Subject::List { .. } => Ok(dialect::list(ask, subject, &tree, &site)),
         Subject::Bucket { .. } => Ok(dialect::bucket(ask, subject, &bucket, &tree, &site)),
-        Subject::Other => Err(Failure::usual(501, None)),
+        Subject::Credentials | Subject::Other => Err(Failure::usual(501, None)),
     }
 }
 

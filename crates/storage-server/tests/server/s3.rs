@@ -4,7 +4,7 @@ use crate::common::{Answer, End, Raw, ask, blocking, check_reading, client_error
 use std::time::Duration;
 
 use longshore_storage_server::{Action, At, Dialect, Operation, Options, Rule, Server};
-use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AwsCredential};
 use object_store::path::Path;
 use object_store::{Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt};
 
@@ -60,6 +60,47 @@ fn private_buckets_ask_for_the_right_key() {
         server.set_private("models", false);
         store(&server, false).get(&path).await.unwrap();
     });
+}
+
+/// A client that fetches new ones goes on; one that keeps the old ones is refused.
+#[test]
+fn temporary_credentials_expire() {
+    let credentials_lifetime = Duration::from_secs(1);
+    let options = Options { private: true, credentials_lifetime, ..Options::default() };
+    let (server, _) = fill(options);
+    let token_file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(token_file.path(), "container").unwrap();
+    let mut builder = AmazonS3Builder::new().with_bucket_name("models");
+    for (name, value) in server.environment_of_role(token_file.path()) {
+        builder = builder.with_config(name.to_lowercase().parse().unwrap(), value);
+    }
+    let role = builder.with_retry(crate::common::no_retries()).build().unwrap();
+    let path = Path::from("model/config.json");
+    blocking(async {
+        let first = role.credentials().get_credential().await.unwrap();
+        let kept = builder_with(&server, &first).build().unwrap();
+        kept.get(&path).await.unwrap();
+        let until = std::time::Instant::now() + Duration::from_secs(20);
+        let error = loop {
+            role.get(&path).await.unwrap();
+            match kept.get(&path).await {
+                Ok(_) if std::time::Instant::now() < until => {}
+                result => break client_error(result.map(|_| ())),
+            }
+        };
+        assert!(error.contains("ExpiredToken"), "{error}");
+        role.get(&path).await.unwrap();
+        let without_token = builder_with(&server, &first).with_token("other").build().unwrap();
+        let error = client_error(without_token.get(&path).await.map(|_| ()));
+        assert!(error.contains("InvalidToken"), "{error}");
+    });
+}
+
+fn builder_with(server: &Server, credential: &AwsCredential) -> AmazonS3Builder {
+    builder(server, true)
+        .with_access_key_id(&credential.key_id)
+        .with_secret_access_key(&credential.secret_key)
+        .with_token(credential.token.as_deref().unwrap_or(""))
 }
 
 #[test]
