@@ -266,3 +266,61 @@ fn no_secret_is_printed() {
         }
     }
 }
+
+/// `--download`: read from local storage, now and later, as long as it is in the same state.
+#[test]
+fn a_downloaded_checkpoint_is_read_from_the_cache() {
+    let server = Server::start(Options::default());
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    server.serve("org/model", &dir);
+    let sent = |object: &str| server.sent_bytes("org/model", object);
+    let file = "model-00002-of-00004.safetensors";
+    let bytes = std::fs::metadata(dir.join(file)).unwrap().len();
+    let local = {
+        let mut command = longshore(&server, Dialect::Hub, &scratch);
+        json(command.args(["load", "--json", "--log-level", "error", "--tp", "2"]).arg(&dir))
+    };
+    for (extra, times) in [(&["--download"][..], 1), (&[], 1), (&["--download"], 1)] {
+        let mut command = longshore(&server, Dialect::Hub, &scratch);
+        command.args(["load", "--json", "--log-level", "error", "--tp", "2", "org/model"]);
+        assert_eq!(json(command.args(extra))["digest"], local["digest"]);
+        assert_eq!(sent(file), times * bytes, "{extra:?}");
+    }
+}
+
+/// A process that is killed while it fills the cache, wherever, leaves nothing that a later one takes for complete.
+#[test]
+fn a_killed_download_leaves_nothing_half() {
+    let server = Server::start(Options::default());
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    serve(&server, Dialect::S3, "models", &dir);
+    let load = |extra: &[&str]| {
+        let mut command = longshore(&server, Dialect::S3, &scratch);
+        command.args(["load", "--json", "--log-level", "error", "--tp", "2"]).args(extra);
+        command.arg("s3://models/some/model");
+        command
+    };
+    let slow = Rule::new(Action::Delay(std::time::Duration::from_millis(15)));
+    server.fault(slow.operation(Operation::Get));
+    for after in 0..20 {
+        let mut child = load(&["--download"])
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(10 * after));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    server.clear_faults();
+    let mut command = longshore(&server, Dialect::S3, &scratch);
+    let local =
+        json(command.args(["load", "--json", "--log-level", "error", "--tp", "2"]).arg(&dir));
+    for extra in [&[][..], &["--download"], &[]] {
+        assert_eq!(json(&mut load(extra))["digest"], local["digest"], "{extra:?}");
+    }
+}
