@@ -8,7 +8,7 @@ use std::{
     net::TcpListener,
     os::unix::fs::FileExt,
     path::Path,
-    process::Command,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -177,6 +177,48 @@ fn nccl_that_is_asked_for_is_used_or_refused_in_one_line() {
         assert!(line.contains(want), "{line}");
         assert_eq!(code, 2, "{line}");
     }
+}
+
+/// Without the library, what has not been asked for is done without it, and one rank says so.
+#[test]
+fn ranks_without_nccl_go_on_with_one_warning() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    let scratch = Scratch::new().unwrap();
+    let dir = llama(&scratch);
+    let mut command = cuda.longshore(&late(6));
+    command.env("LONGSHORE_NCCL_LIB", scratch.join("nothing"));
+    command.args(["load", "--json", "--log-level", "warn", "--tp", "4", "--device", "cuda"]);
+    let ran =
+        command.args(["--ranks", "processes", "--exchange", "on"]).arg(&dir).output().unwrap();
+    let told = String::from_utf8_lossy(&ran.stderr).into_owned();
+    assert!(ran.status.success(), "{told}");
+    assert!(told.contains("ranks exchange through host memory: no NCCL library"), "{told}");
+    assert_eq!(told.lines().count(), 1, "{told}");
+}
+
+/// Launchers may show each rank its own device alone: then all of them have the same number.
+#[test]
+fn ranks_that_see_one_device_each_exchange_over_nccl() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    let scratch = Scratch::new().unwrap();
+    let (dir, record) = (llama(&scratch), scratch.join("log"));
+    let options = Options { log: Some(record.clone()), ..late(6) };
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let start = |rank: &str| {
+        let mut command = cuda.longshore(&options);
+        command.env("CUDA_VISIBLE_DEVICES", rank).env("RANK", rank).env("LOCAL_RANK", rank);
+        command.env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
+        command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port);
+        command.args(["rank", "--log-level", "error", "--device", "cuda", "--exchange", "on"]);
+        command.arg(&dir).stdout(Stdio::null()).spawn().unwrap()
+    };
+    for mut rank in [start("0"), start("1")] {
+        assert!(rank.wait().unwrap().success());
+    }
+    let lines = log::read(&record).unwrap();
+    let over_nccl =
+        |device| log::operations(&lines).any(|op| op.kind == "nccl" && op.device == device);
+    assert!(over_nccl(0) && over_nccl(1));
 }
 
 /// Device memory that this process has taken and not given back.
