@@ -251,6 +251,61 @@ fn nothing_but_parameters_is_left_of_a_load_on_its_devices() {
     }
 }
 
+/// Threads of this process; a stream of the emulated driver is one as well.
+fn threads() -> usize {
+    fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// However loads end, in whatever order and on whatever thread what they gave is dropped: in the end nothing is left of them.
+#[test]
+fn many_loads_in_a_row_leave_no_memory_threads_or_streams() {
+    let Some(cuda) = Cuda::find() else { return };
+    if !cuda.is_inside("many_loads_in_a_row_leave_no_memory_threads_or_streams", &late(7)) {
+        return;
+    }
+    let scratch = Scratch::new().unwrap();
+    let dirs = ["good", "bad"].map(|name| scratch.join(name));
+    for dir in &dirs {
+        with_scales(dir, dir.ends_with("bad"));
+    }
+    let source = |dir: &Path| dir.to_str().unwrap().to_owned();
+    let load = |dir: &Path| {
+        let load = Load::from(source(dir)).tensor_parallel(2).device(DeviceChoice::Cuda);
+        load.memory_limit(1 << 20)
+    };
+    let settle = |threads_most: usize| {
+        let begun = Instant::now();
+        while allocated() > 0 || threads() > threads_most {
+            let (bytes, threads) = (allocated(), threads());
+            assert!(begun.elapsed() < Duration::from_secs(20), "{bytes} bytes, {threads} threads");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let mut kept = Vec::new();
+    let mut threads_most = usize::MAX;
+    for round in 0..12 {
+        match round % 4 {
+            0 => {
+                let mut loaded = load(&dirs[0]).start().unwrap().wait().unwrap();
+                let failed = loaded.reload(source(&dirs[1])).unwrap_err();
+                assert!(failed.line().contains("needs a positive k_scale"), "{}", failed.line());
+                assert!(loaded.ranks().is_ok(), "the old weights are back");
+                kept.push(loaded);
+            }
+            1 => drop(load(&dirs[1]).start().unwrap().wait().unwrap_err()),
+            2 => drop(load(&dirs[0]).start().unwrap()),
+            _ => {
+                let loaded = load(&dirs[0]).start().unwrap().wait().unwrap();
+                std::thread::scope(|scope| scope.spawn(|| drop(loaded)).join().unwrap());
+                kept.clear();
+                settle(threads_most);
+                // those of the process itself, once it has loaded
+                threads_most = threads_most.min(threads());
+            }
+        }
+    }
+}
+
 /// The same of ranks that are processes, here with a thread in the place of each, while they stay in touch.
 #[test]
 fn ranks_that_stay_in_touch_hold_nothing_but_parameters_on_their_devices() {
@@ -512,19 +567,28 @@ fn a_device_that_hangs_is_found() {
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
 }
 
-/// Scales that contradict each other are refused in the words of the host.
-#[test]
-fn values_are_refused_as_on_the_host() {
-    let Some(cuda) = Cuda::find() else { return };
-    let scratch = Scratch::new().unwrap();
+/// Writes a model with scales of its KV cache, which contradict each other or do not.
+fn with_scales(dir: &Path, contradict: bool) {
     let kv = Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4).set("quant_style", "v31");
-    let dir = written(&scratch, &kv);
-    let whole = plan(&dir, &oracle::Options::tp(2), Exchange::On).unwrap();
+    kv.write(dir).unwrap();
+    if !contradict {
+        return;
+    }
+    let whole = plan(dir, &oracle::Options::tp(2), Exchange::On).unwrap();
     let scale = |t: &&Tensor| t.name.ends_with("k_proj.k_scale");
     let tensor = whole.checkpoint().tensors.iter().find(scale).unwrap();
     let path = dir.join(whole.checkpoint().file_name(tensor));
     let file = fs::OpenOptions::new().write(true).open(path).unwrap();
     file.write_all_at(&(-1.0f32).to_le_bytes(), tensor.file_range.start).unwrap();
+}
+
+/// Scales that contradict each other are refused in the words of the host.
+#[test]
+fn values_are_refused_as_on_the_host() {
+    let Some(cuda) = Cuda::find() else { return };
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    with_scales(&dir, true);
     let load = |device: &str| {
         let mut command = cuda.longshore(&late(3));
         command.args(["load", "--log-level", "error", "--tp", "1", "--device", device]).arg(&dir);
