@@ -167,11 +167,8 @@ pub(crate) fn prepare_process(
     };
     let local = place.local_rank;
     let homes = device::homes(options.device, [local], here.max(local + 1))?;
-    let nccl = match transport {
-        Transport::Nccl => true,
-        Transport::Auto => !device::are_shared(options.device, here),
-        Transport::Host | Transport::Tcp => false,
-    };
+    // whether ranks share devices is known once all have said which theirs are
+    let nccl = matches!(transport, Transport::Auto | Transport::Nccl);
     let here = Here { ranks: here, first: place.rank, homes, held: false, nccl };
     let prepared = prepare_ranks(plan, options, here, |concurrency, slabs| {
         exchange_staging(plan, concurrency, slabs, distant).map(Some)
@@ -394,7 +391,7 @@ pub(crate) async fn given_back(ranks: &[ReadyParams]) {
 }
 
 /// Threads that have nothing to do end at once; a communicator takes as long as NCCL lets it.
-const GIVEN_BACK_LIMIT: Duration = Duration::from_secs(10);
+const GIVEN_BACK_LIMIT: Duration = Duration::from_secs(5);
 
 /// The files are what they were when they were opened: bytes of a file that was written meanwhile may be half old, half
 /// new.
