@@ -3,9 +3,10 @@
 #
 #   scripts/build_ptx.sh           rebuilds all of it
 #   scripts/build_ptx.sh --check   rebuilds into target/ and fails where anything differs from what is committed
+#   scripts/build_ptx.sh --fresh   compiles nothing: fails where sources or compiler are others than those of the last build
 #
-# Needs Python 3 and pip's default index, once: the pinned compiler goes to target/cuda-compiler (0.5 GB). No GPU, no CUDA
-# toolkit. Each PTX is assembled for several chips afterwards, with the registers and spills of its kernels printed; what is
+# Needs Python 3 and pip's default index, once: the pinned compiler goes to target/cuda-compiler (0.5 GB). Exit code 3: it
+# cannot be had. No GPU, no CUDA toolkit. Each PTX is assembled for several chips afterwards, with the registers and spills of its kernels printed; what is
 # committed is the PTX of the oldest, compute_75, which every newer driver compiles for its own chip.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,8 +16,23 @@ version=12.8.93
 oldest=compute_75
 chips=(sm_75 sm_80 sm_90 sm_100)
 
+# What the PTX is made of, kept beside it.
+origin() {
+    # the same order everywhere
+    local LC_ALL=C
+    sha256sum crates/kernels/cu/* scripts/ptx/nvrtc.py
+    echo "compiler $version for $oldest"
+}
+
 case ${1:-} in
 '' | --check) check=${1:-} ;;
+--fresh)
+    diff <(origin) crates/kernels/ptx/origin.txt || {
+        echo "the committed PTX was made of other sources: run scripts/build_ptx.sh" >&2
+        exit 1
+    }
+    exit
+    ;;
 *)
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"
     [[ $1 == --help ]] && exit 0 || exit 2
@@ -25,9 +41,13 @@ esac
 
 compiler=${LONGSHORE_CUDA_COMPILER:-target/cuda-compiler}
 if [[ ! -e $compiler/$version ]]; then
-    python3 -m venv "$compiler"
-    "$compiler/bin/pip" install --quiet --disable-pip-version-check \
-        "nvidia-cuda-nvrtc-cu12==$version" "nvidia-cuda-nvcc-cu12==$version"
+    {
+        python3 -m venv "$compiler" && "$compiler/bin/pip" install --quiet --disable-pip-version-check \
+            "nvidia-cuda-nvrtc-cu12==$version" "nvidia-cuda-nvcc-cu12==$version"
+    } || {
+        echo "compiler $version cannot be had: it takes python3 with venv, and pip's index" >&2
+        exit 3
+    }
     touch "$compiler/$version"
 fi
 packages=$("$compiler/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -62,14 +82,15 @@ for ptx in "$built"/*.ptx; do
     done
 done
 rm -f "$built/assembled"
+origin >"$built/origin.txt"
 
 if [[ $check ]]; then
     diff --recursive --brief "$committed" "$built" || {
         echo "the committed PTX is not what $oldest and compiler $version make of the sources: run scripts/build_ptx.sh" >&2
         exit 1
     }
-    echo "PTX equals its sources: $(ls "$built" | wc -l) files"
+    echo "PTX equals its sources: $(ls "$built"/*.ptx | wc -l) files"
 else
-    rm -f "$committed"/*.ptx
-    cp "$built"/*.ptx "$committed"
+    rm -f "$committed"/*
+    cp "$built"/* "$committed"
 fi

@@ -1,7 +1,7 @@
 //! The conformance cases: how each checkpoint is generated, and the options of its load.
 
-use std::fs;
 use std::path::PathBuf;
+use std::{env, fs};
 
 use serde_json::Value;
 
@@ -9,6 +9,9 @@ use crate::generator::Checkpoint;
 use crate::oracle::Options;
 
 const CASES: &str = include_str!("../fixtures/conformance/cases.json");
+
+/// Names the directory that holds `conformance/`, for tests that run where they were not built.
+const FIXTURES_VARIABLE: &str = "LONGSHORE_TEST_FIXTURES";
 
 /// One conformance case.
 #[derive(Clone, Debug)]
@@ -24,8 +27,9 @@ pub struct Case {
 impl Case {
     /// The file that says what every rank must hold.
     pub fn expected_json(&self) -> PathBuf {
-        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/conformance/expected");
-        PathBuf::from(directory).join(format!("{}.json", self.name))
+        let fixtures = env::var_os(FIXTURES_VARIABLE)
+            .map_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures").into(), PathBuf::from);
+        fixtures.join("conformance/expected").join(format!("{}.json", self.name))
     }
 
     /// The contents of that file.

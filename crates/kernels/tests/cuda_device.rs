@@ -20,30 +20,41 @@ use longshore_kernels::{
     cuda::{
         driver::{CudaError, Device, DeviceMemory, Stream, probe},
         launch::{
-            self, MlaWeight, Permutations, Reorder, Workspace, kv_scales, linear_scalars,
-            mla_split, swizzle_into,
+            self, DevicePermutation, MlaWeight, Permutation, Permutations, Reorder, Workspace,
+            expert_scalars, kv_scales, linear_scalars, mla_split, swizzle_into,
         },
         permute::Order,
         place::{PlaceSpan, Runs, SpanTable},
-        scalars::{KvScales, Linear},
+        scalars::{Experts, KvScales, Linear},
     },
     host::{
         kv,
         mla::{self, Dims, Weight},
-        nvfp4, swizzle,
+        nvfp4,
+        rows::permute_rows,
+        swizzle,
     },
 };
 use longshore_models::{
     Dtype,
     transform::{Matrices, Reordering, RowOrder, SwizzleInto},
 };
-use twins::{ROW_ORDERS, Random, assert_same, reorder_on_host};
+use twins::{
+    CASTS, ExpertScalars, ROW_ORDERS, Random, assert_same, bytes_of, elements,
+    expert_scalars_on_host, place_on_host, random_spans, reorder_on_host, scales,
+};
+
+/// Whether there has to be a real device: nothing is emulated, and none is a failure.
+fn device_is_asked_for() -> bool {
+    env::var_os("LONGSHORE_TEST_CUDA").is_some_and(|how| how == "device")
+}
 
 /// The first device, or `None`, said aloud once.
 fn device() -> Option<Arc<Device>> {
     match probe() {
         Ok(_) => Some(Device::open(0).unwrap()),
         Err(error) => {
+            assert!(!device_is_asked_for(), "a device is asked for: {error}");
             static SAID: Once = Once::new();
             // past the capture of passing tests' output
             let mut aloud = std::io::stderr();
@@ -57,6 +68,9 @@ fn device() -> Option<Arc<Device>> {
 #[test]
 fn all_of_it_works_on_an_emulated_driver() {
     const SELF: &str = "all_of_it_works_on_an_emulated_driver";
+    if device_is_asked_for() {
+        return;
+    }
     let Some(library) = library_dir(env!("CARGO_TARGET_TMPDIR")) else { return };
     for (seed, late_us) in [(0, 0), (1, 0), (0, 50_000)] {
         let mut tests = Command::new(env::current_exe().unwrap());
@@ -240,6 +254,28 @@ fn reorderings_equal_the_host() {
     assert!(tables.bytes() > 0);
 }
 
+/// No load asks for IL64; it is a kernel's order all the same.
+#[test]
+fn rows_are_interleaved_as_on_the_host() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    let (order, band, bands) = (Order::Interleaved64, 640, 3);
+    for row_bytes in [16, 272, 2048] {
+        let source = Random(6).bytes(band * bands * row_bytes);
+        let mut want = source.clone();
+        let on_host = |i| i / band * band + order.source(i % band, band);
+        permute_rows(&mut want, row_bytes, band, on_host, &mut Vec::new());
+        let permutation = Permutation::of_rows(order, band as u64, row_bytes as u64).unwrap();
+        let permutation = DevicePermutation::upload(&stream, permutation.segments()).unwrap();
+        let bands = bands as u64;
+        let workspace = device.allocate("a test", permutation.workspace(bands).most).unwrap();
+        let rows = uploaded(&stream, &source);
+        // SAFETY: rows, workspace and table stay until the stream is done.
+        unsafe { permutation.launch(&stream, rows.address(), bands, (&workspace).into()).unwrap() };
+        assert_same(&downloaded(&stream, &rows), &want, &format!("rows of {row_bytes}"));
+    }
+}
+
 #[test]
 fn padded_scales_are_swizzled_as_on_the_host() {
     let Some(device) = device() else { return };
@@ -307,10 +343,6 @@ fn mla_splits_as_on_the_host() {
     }
 }
 
-fn bytes_of(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
-}
-
 #[test]
 fn scalars_equal_the_host() {
     let Some(device) = device() else { return };
@@ -341,6 +373,125 @@ fn scalars_equal_the_host() {
         let refused = f32::from_bits(u32::from(settled.is_none()));
         let want = bytes_of(&[want_k, want_v, refused]);
         assert_same(&downloaded(&stream, &memory), &want, &format!("{k} {v}"));
+    }
+}
+
+#[test]
+fn scalars_of_many_layers_equal_the_host() {
+    let Some(device) = device() else { return };
+    let (stream, mut random) = (device.stream().unwrap(), Random(7));
+    for round in 0..40 {
+        let (a, b) = (scales(&mut random, round % 4), scales(&mut random, 1 + round % 3));
+        let memory = uploaded(&stream, &bytes_of(&[&[0.5; 2], &a[..], &b].concat()));
+        let linear = Linear {
+            scale_2: memory.address() + 8,
+            scale_2_count: a.len() as u32,
+            input_scale: memory.address() + 8 + 4 * a.len() as u64,
+            input_count: b.len() as u32,
+            alpha: memory.address(),
+            inverse_input: memory.address() + 4,
+        };
+        // SAFETY: the memory stays until the stream is done.
+        unsafe { linear_scalars(&stream, &linear).unwrap() };
+        let want = [nvfp4::alpha(&b, &a), nvfp4::inverse(nvfp4::maximum(&b))];
+        let got = &downloaded(&stream, &memory)[..8];
+        assert_same(got, &bytes_of(&want), &format!("{a:?} {b:?}"));
+    }
+}
+
+#[test]
+fn scalars_of_experts_equal_the_host() {
+    let Some(device) = device() else { return };
+    let (stream, mut random) = (device.stream().unwrap(), Random(8));
+    for round in 0..24 {
+        let ExpertScalars { kernel, inputs, want } = expert_scalars_on_host(&mut random, round);
+        let sources = inputs.each_ref().map(|values| uploaded(&stream, &bytes_of(values)));
+        let out = want.each_ref().map(|w| uploaded(&stream, &bytes_of(&vec![0.5; w.len()])));
+        let [w13_scale_2, w2_scale_2, w13_input, w2_input] =
+            sources.each_ref().map(DeviceMemory::address);
+        let [g1_alphas, g2_alphas, w13_quant, w2_quant, g1_scale_c] =
+            out.each_ref().map(DeviceMemory::address);
+        let kernel = Experts {
+            w13_scale_2,
+            w2_scale_2,
+            w13_input,
+            w2_input,
+            g1_alphas,
+            g2_alphas,
+            w13_quant,
+            w2_quant,
+            g1_scale_c,
+            ..kernel
+        };
+        // SAFETY: the memory stays until the stream is done.
+        unsafe { expert_scalars(&stream, &kernel).unwrap() };
+        for (number, (out, want)) in out.iter().zip(&want).enumerate() {
+            let what = format!("round {round}, result {number}");
+            assert_same(&downloaded(&stream, out), &bytes_of(want), &what);
+        }
+    }
+}
+
+/// Places `runs`, whose targets are relative to the target's start, from a slab on the device, and compares all of the target.
+fn check_placement(stream: &Stream, slab: &[u8], target_bytes: usize, runs: &[Runs], what: &str) {
+    let mut want = vec![0x3c; target_bytes];
+    let (source, target) = (uploaded(stream, slab), uploaded(stream, &want));
+    let mut table = SpanTable::default();
+    for runs in runs {
+        let runs = Runs { target: runs.target + target.address(), ..*runs };
+        place_on_host(slab, &mut want, target.address(), &runs);
+        assert!(table.push(runs), "{what}: {runs:?}");
+    }
+    let bytes = size_of_val(table.spans());
+    // SAFETY: spans have no padding; the slice ends before the table changes.
+    let spans = unsafe { std::slice::from_raw_parts(table.spans().as_ptr().cast(), bytes) };
+    let spans = uploaded(stream, spans);
+    // SAFETY: slab, spans and target stay until the stream is done, and nobody else has them.
+    unsafe { launch::place(stream, source.address(), spans.address(), &table).unwrap() };
+    assert_same(&downloaded(stream, &target), &want, what);
+}
+
+#[test]
+fn spans_of_all_kinds_are_placed_as_on_the_host() {
+    let Some(device) = device() else { return };
+    let (stream, mut random) = (device.stream().unwrap(), Random(9));
+    let slab = random.bytes(1 << 20);
+    for round in 0..24 {
+        let (count, widest) = [(1, 300), (12, 3000), (300, 40), (3, 1 << 16)][round % 4];
+        let (spans, bytes) = random_spans(&mut random, slab.len() as u64, count, widest);
+        check_placement(&stream, &slab, bytes as usize, &spans, &format!("round {round}"));
+    }
+}
+
+#[test]
+fn placed_elements_are_converted_as_on_the_host() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    for (from, to) in CASTS {
+        let all = elements(from);
+        let (size, to_size) = (from.bitsize() as u64 / 8, to.bitsize() as u64 / 8);
+        let count = all.len() as u64 / size;
+        // all at once, and as runs of 5 elements, two elements apart
+        let whole = Runs {
+            source_offset: 0,
+            target: 0,
+            rows: 1,
+            width: count * size,
+            source_stride: 0,
+            target_stride: 0,
+            cast: Some((from, to)),
+        };
+        let strided = Runs {
+            rows: count / 7,
+            width: 5 * size,
+            source_stride: 7 * size,
+            target_stride: 6 * to_size,
+            ..whole
+        };
+        for runs in [whole, strided] {
+            let bytes = (count * to_size) as usize;
+            check_placement(&stream, &all, bytes, &[runs], &format!("{from} → {to}"));
+        }
     }
 }
 

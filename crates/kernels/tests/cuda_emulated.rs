@@ -25,7 +25,6 @@ use longshore_kernels::{
     },
     host::{
         blocks::into_blocks,
-        cast::cast,
         kv,
         mla::{self, Dims, Weight},
         nvfp4,
@@ -37,7 +36,10 @@ use longshore_models::{
     Dtype,
     transform::{Matrices, Reordering, RowOrder, SwizzleInto},
 };
-use twins::{ROW_ORDERS, Random, assert_same, reorder_on_host};
+use twins::{
+    CASTS, ExpertScalars, ROW_ORDERS, Random, assert_same, bytes_of, elements,
+    expert_scalars_on_host, place_on_host, random_spans, reorder_on_host, scales,
+};
 
 /// A device of one multiprocessor, so that loops go round.
 const DEVICE: Device = Device { multiprocessors: 1 };
@@ -105,23 +107,6 @@ impl Memory {
 
 // ---- placement -------------------------------------------------------------------------------------------------------
 
-/// What the spans do on the host.
-fn place_on_host(slab: &[u8], target: &mut [u8], base: u64, runs: &Runs) {
-    for row in 0..runs.rows {
-        let from = (runs.source_offset + row * runs.source_stride) as usize;
-        let to = (runs.target - base + row * runs.target_stride) as usize;
-        let source = &slab[from..][..runs.width as usize];
-        match runs.cast {
-            None => target[to..][..source.len()].copy_from_slice(source),
-            Some((from, to_dtype)) => {
-                let size = |dtype: Dtype| dtype.bitsize() / 8;
-                let bytes = source.len() / size(from) * size(to_dtype);
-                assert!(cast(source, from, &mut target[to..][..bytes], to_dtype));
-            }
-        }
-    }
-}
-
 /// Places `runs`, whose targets are relative to the target's start, and compares all of the target.
 fn check_placement(
     emulator: &Emulator,
@@ -163,33 +148,6 @@ fn check_placement(
     assert_same(source.contents(), slab, "the slab");
 }
 
-/// Spans of all shapes and alignments, side by side in one target with gaps of their own.
-fn random_spans(
-    random: &mut Random,
-    slab_bytes: u64,
-    count: usize,
-    widest: u64,
-) -> (Vec<Runs>, u64) {
-    let (mut spans, mut end) = (Vec::new(), 0u64);
-    for _ in 0..count {
-        let grain = [1, 2, 4, 8, 16, 64][random.below(6) as usize];
-        let width = random.below(widest) / grain * grain;
-        let rows = if random.below(3) == 0 { 1 } else { random.below(40) };
-        let source_stride = width + random.below(5) * grain;
-        let target_stride = width + random.below(3) * grain;
-        let source_bytes = source_stride * rows.max(1) + width;
-        if source_bytes > slab_bytes {
-            continue;
-        }
-        let source_offset = random.below(slab_bytes - source_bytes + 1) / grain * grain;
-        let target = (end + random.below(4)).next_multiple_of(grain);
-        end = target + target_stride * rows.max(1);
-        let cast = None;
-        spans.push(Runs { source_offset, target, rows, width, source_stride, target_stride, cast });
-    }
-    (spans, end)
-}
-
 #[test]
 fn placement_equals_strided_copies() {
     let Some(emulator) = emulator() else { return };
@@ -225,51 +183,10 @@ fn placement_takes_the_huge_and_the_tiny() {
     check_placement(emulator, &slab, 100, 0, &[run(0, 0, 0)], "an empty span");
 }
 
-/// All halves, floats and doubles of all exponents with what decides a rounding below them, NaNs included.
-fn elements(dtype: Dtype) -> Vec<u8> {
-    let lows = [0u64, 1, 0xfff, 0x1000, 0x1001, 0x2000, 0x7fff, 0x8000, 0x8001, 0xffff];
-    let highs = || (0..=0xffffu64).step_by(3).chain(0x7f7e..0x7fc2).chain(0xff7e..0xffc2);
-    let with_lows = |shift: u32| {
-        let near = move |high: u64| lows.map(|low| high << 48 | low << shift | (low & 1));
-        highs().flat_map(near).collect::<Vec<u64>>()
-    };
-    match dtype {
-        Dtype::BF16 | Dtype::F16 => (0..=u16::MAX).flat_map(u16::to_le_bytes).collect(),
-        Dtype::F32 | Dtype::I32 => {
-            let all = highs().flat_map(|high| lows.map(|low| (high << 16 | low) as u32));
-            all.flat_map(u32::to_le_bytes).collect()
-        }
-        _ => {
-            let mut random = Random(3);
-            // where F32 and the halves round: bits 29 and up; and exponents within their ranges
-            let mut all = with_lows(29);
-            all.extend(with_lows(16));
-            all.extend((0..100_000).map(|_| {
-                let (sign, exponent) = (random.below(2) << 63, 1023 - 160 + random.below(300));
-                sign | exponent << 52 | random.next() >> 12
-            }));
-            all.into_iter().flat_map(u64::to_le_bytes).collect()
-        }
-    }
-}
-
 #[test]
 fn placement_converts_as_the_host_does() {
-    use Dtype::{BF16, F16, F32, F64, I32, I64};
     let Some(emulator) = emulator() else { return };
-    let pairs = [
-        (BF16, F16),
-        (BF16, F32),
-        (F16, BF16),
-        (F16, F32),
-        (F32, BF16),
-        (F32, F16),
-        (F64, BF16),
-        (F64, F16),
-        (F64, F32),
-        (I32, I64),
-    ];
-    for (from, to) in pairs {
+    for (from, to) in CASTS {
         let all = elements(from);
         let (size, to_size) = (from.bitsize() as u64 / 8, to.bitsize() as u64 / 8);
         let count = all.len() as u64 / size;
@@ -780,20 +697,6 @@ fn every_code_is_dequantised_as_on_the_host() {
 
 // ---- scalars ---------------------------------------------------------------------------------------------------------
 
-/// Scales as they are stored, and now and then what no sound checkpoint has.
-fn scales(random: &mut Random, count: usize) -> Vec<f32> {
-    let odd = [f32::NAN, -f32::NAN, 0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, 1e-40, -3.0];
-    let value = |_| match random.below(12) as usize {
-        i if i < odd.len() => odd[i],
-        _ => f32::from_bits((random.next() >> 32) as u32),
-    };
-    (0..count).map(value).collect()
-}
-
-fn bytes_of(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
-}
-
 #[test]
 fn scalars_of_linear_layers_equal_the_host() {
     let Some(emulator) = emulator() else { return };
@@ -823,29 +726,7 @@ fn scalars_of_experts_equal_the_host() {
     let Some(emulator) = emulator() else { return };
     let mut random = Random(11);
     for round in 0..60 {
-        let (per_expert, fused) = (round % 2 == 0, round % 3 == 0);
-        let (per_group, routed, group) = (5usize, 20, round % 4);
-        let slots = per_group + usize::from(fused);
-        let experts = routed + usize::from(fused);
-        let inputs = [2 * slots, slots, 2 * experts, experts].map(|n| scales(&mut random, n));
-        let [w13_2, w2_2, w13_in, w2_in] = &inputs;
-        let expert = |slot| {
-            if slot < per_group { group * per_group + slot } else { routed + slot - per_group }
-        };
-        let a = |slot: usize| match per_expert {
-            true => (nvfp4::maximum(&w13_in[2 * expert(slot)..][..2]), w2_in[expert(slot)]),
-            false => (nvfp4::maximum(w13_in), nvfp4::maximum(w2_in)),
-        };
-        let per_slot = |value: &dyn Fn(usize) -> f32| (0..slots).map(value).collect::<Vec<f32>>();
-        let g1 = per_slot(&|slot| nvfp4::product(a(slot).0, w13_2[2 * slot]));
-        let quants = if per_expert { slots } else { 1 };
-        let want = [
-            g1.clone(),
-            per_slot(&|slot| nvfp4::product(a(slot).1, w2_2[slot])),
-            per_slot(&|slot| nvfp4::inverse(a(slot).0))[..quants].to_vec(),
-            per_slot(&|slot| nvfp4::inverse(a(slot).1))[..quants].to_vec(),
-            per_slot(&|slot| nvfp4::product(nvfp4::inverse(a(slot).1), g1[slot])),
-        ];
+        let ExpertScalars { kernel, inputs, want } = expert_scalars_on_host(&mut random, round);
         let mut sources = inputs.each_ref().map(|values| Memory::floats(values));
         let mut out = want.each_ref().map(|values| Memory::floats(&vec![0.5; values.len()]));
         let [w13_scale_2, w2_scale_2, w13_input, w2_input] =
@@ -863,13 +744,7 @@ fn scalars_of_experts_equal_the_host() {
             w13_quant,
             w2_quant,
             g1_scale_c: if wanted { g1_scale_c } else { 0 },
-            slots: slots as u32,
-            experts: experts as u32,
-            first_expert: (group * per_group) as u32,
-            per_group: per_group as u32,
-            routed: routed as u32,
-            per_expert: u32::from(per_expert),
-            quants: quants as u32,
+            ..kernel
         };
         let on = Host { emulator, turns: TURNS[round % 2] };
         // SAFETY: the memory is there, of these sizes.
