@@ -26,6 +26,12 @@ pub trait RemoteFiles: fmt::Debug + Send + Sync {
     /// The storage does not answer.
     fn names(&self) -> Result<Vec<String>, LoadError>;
 
+    /// The beginning of a weight file in that state, at least its header; `None` where there is no such file.
+    ///
+    /// # Errors
+    /// The copy cannot be read.
+    fn header(&self, name: &str) -> Result<Option<Vec<u8>>, LoadError>;
+
     /// A file in the state that it has now; `None` where there is none of that name.
     ///
     /// # Errors
@@ -90,6 +96,11 @@ impl Origin {
     /// The SHA-256 of a weight file that where it is publishes.
     pub(crate) fn published(&self, name: &str) -> Result<Option<Sha256Digest>, LoadError> {
         self.remote.as_ref().map_or(Ok(None), |remote| remote.published(name))
+    }
+
+    /// The beginning of a weight file that is elsewhere, at least its header, where that is known without asking for it.
+    pub(crate) fn header(&self, name: &str) -> Result<Option<Vec<u8>>, LoadError> {
+        self.remote.as_ref().map_or(Ok(None), |remote| remote.header(name))
     }
 
     /// Opens a weight file.

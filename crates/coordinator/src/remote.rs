@@ -1,9 +1,18 @@
 //! A checkpoint in object storage or on the Hugging Face hub: its weights are read by ranges, the rest is copied to the cache
 //! directory once.
 
-use std::{fs::File, io::Write, path::Path, sync::Arc, time::Duration};
+use std::{
+    fs::File,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
-use longshore_models::byte_range::ByteRange;
+use longshore_models::{byte_range::ByteRange, header::HEADER_BYTES_MAX};
 use longshore_rank::{
     error::RankError,
     storage::{FileIdentity, RemoteFile, RemoteRead},
@@ -65,7 +74,8 @@ pub(crate) fn open(location: &Location, download: bool) -> Result<Origin, LoadEr
     }
     let fetch = |files: &[FileState], dir: &Path| {
         let found = |file: &FileState| objects.iter().find(|object| object.name == file.name);
-        files.iter().filter_map(found).try_for_each(|object| copy(&store, object, dir))
+        let wanted: Vec<ObjectInfo> = files.iter().filter_map(found).cloned().collect();
+        in_parallel(&wanted, |object| copy(&store, object, dir))
     };
     if download {
         let dir = cache::model_files(&cache, &key, &wanted, |dir| fetch(&wanted, dir))?;
@@ -73,8 +83,12 @@ pub(crate) fn open(location: &Location, download: bool) -> Result<Origin, LoadEr
     }
     let others: Vec<FileState> = objects.iter().filter(|o| !is_weights(o)).map(state).collect();
     let metadata = cache::model_files(&cache, &key, &others, |dir| fetch(&others, dir))?;
-    objects.retain(is_weights);
-    let weights = Files { store, weights: objects };
+    objects.retain(|object| object.name.ends_with(WEIGHTS[0]));
+    let states: Vec<FileState> = objects.iter().map(state).collect();
+    let headers = cache::model_files(&cache, &key, &states, |dir| {
+        in_parallel(&objects, |object| copy_header(&store, object, dir))
+    })?;
+    let weights = Files { store, weights: objects, headers };
     Ok(Origin::remote(location.to_string(), metadata, Arc::new(weights)))
 }
 
@@ -83,7 +97,7 @@ fn is_weights(object: &ObjectInfo) -> bool {
 }
 
 /// Bytes that are in memory at a time while an object is copied; a store asks for them in several requests at once.
-const COPY_BYTES: u64 = 64 << 20;
+const COPY_BYTES: u64 = 16 << 20;
 
 /// Copies an object, in the state that was listed, to a directory.
 fn copy(store: &Store, object: &ObjectInfo, dir: &Path) -> Result<(), LoadError> {
@@ -110,16 +124,74 @@ fn state(object: &ObjectInfo) -> FileState {
     }
 }
 
+/// Copies the header of a weight file; whether it is one is seen by whoever reads it.
+fn copy_header(store: &Store, object: &ObjectInfo, dir: &Path) -> Result<(), LoadError> {
+    let reader = store.object(object);
+    let mut start = vec![0; object.bytes.min(header_guess(object.bytes)) as usize];
+    reader.read(0..start.len() as u64, &mut start)?;
+    let told = start.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+    let end = told.saturating_add(8).min(object.bytes);
+    if told <= HEADER_BYTES_MAX && end > start.len() as u64 {
+        let there = start.len();
+        start.resize(end as usize, 0);
+        reader.read(there as u64..end, &mut start[there..])?;
+    } else {
+        start.truncate(end.max(8) as usize);
+    }
+    let path = dir.join(&object.name);
+    std::fs::write(&path, start).map_err(|source| LoadError::Io { path, action: "writing", source })
+}
+
+/// What is read at once of a file whose header is as long as nobody knows yet: more than most have, as each request takes a while,
+/// but no more than a 128th of the file, as what is not header will be read once more.
+fn header_guess(bytes: u64) -> u64 {
+    (bytes / 128).clamp(8, 512 << 10)
+}
+
+/// Calls `each` for all of `objects`, several at a time; the first error that is met ends it.
+fn in_parallel(
+    objects: &[ObjectInfo],
+    each: impl Fn(&ObjectInfo) -> Result<(), LoadError> + Sync,
+) -> Result<(), LoadError> {
+    /// Enough to hide the time that a request takes.
+    const AT_A_TIME: usize = 16;
+    let (next, failed) = (AtomicUsize::new(0), Mutex::new(None));
+    std::thread::scope(|scope| {
+        for _ in 0..AT_A_TIME.min(objects.len()) {
+            scope.spawn(|| {
+                while let Some(object) = objects.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(e) = each(object) {
+                        next.store(objects.len(), Ordering::Relaxed);
+                        failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
+                    }
+                }
+            });
+        }
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
 /// The weights of a checkpoint elsewhere.
 #[derive(Debug)]
 struct Files {
     store: Store,
     weights: Vec<ObjectInfo>,
+    /// A directory with the header of each.
+    headers: PathBuf,
 }
 
 impl RemoteFiles for Files {
     fn names(&self) -> Result<Vec<String>, LoadError> {
         Ok(self.weights.iter().map(|object| object.name.clone()).collect())
+    }
+
+    fn header(&self, name: &str) -> Result<Option<Vec<u8>>, LoadError> {
+        let path = self.headers.join(name);
+        match std::fs::read(&path) {
+            Ok(header) => Ok(Some(header)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(LoadError::Io { path, action: "reading", source }),
+        }
     }
 
     fn open(&self, name: &str) -> Result<Option<Arc<dyn RemoteFile>>, LoadError> {
