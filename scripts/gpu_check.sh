@@ -69,7 +69,8 @@ build() {
 
 # Before anything is built for it: whether the system shows a GPU at all.
 shows_gpu() {
-  nvidia-smi -L 2>/dev/null | grep -q GPU || compgen -G '/dev/nvidia[0-9]*' >/dev/null ||
+  # grep reads to the end: a pipe that breaks would count as a failure
+  nvidia-smi -L 2>/dev/null | grep GPU >/dev/null || compgen -G '/dev/nvidia[0-9]*' >/dev/null ||
     [[ -e /dev/nvidiactl || -e /dev/dxg ]]
 }
 
@@ -82,15 +83,16 @@ no_gpu() {
 # Some containers mount the driver where the linker does not look.
 find_driver() {
   local place
-  ldconfig -p 2>/dev/null | grep -q 'libcuda\.so\.1 ' && return
+  ldconfig -p 2>/dev/null | grep 'libcuda\.so\.1 ' >/dev/null && return
   for place in /usr/local/nvidia/lib64 /usr/lib/wsl/lib; do
     [[ -e $place/libcuda.so.1 ]] && export LD_LIBRARY_PATH=$place${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} && return
   done
 }
 
 find_nccl() {
-  local found=${LONGSHORE_NCCL_LIB:-}
-  [[ $found ]] || found=$(ldconfig -p 2>/dev/null | sed -n 's/.*libnccl\.so\.2 .*=> //p' | head -1)
+  [[ ! ${LONGSHORE_NCCL_LIB:-} ]] || return 0
+  local found
+  found=$(ldconfig -p 2>/dev/null | sed -n 's/.*libnccl\.so\.2 .*=> //p' | head -1)
   [[ $found ]] || found=$(python3 -c 'import importlib.util as u
 print(u.find_spec("nvidia.nccl").submodule_search_locations[0] + "/lib/libnccl.so.2")' 2>/dev/null)
   [[ -e $found ]] && export LONGSHORE_NCCL_LIB=$found
@@ -105,8 +107,10 @@ cpu() { sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -1; }
 gib_of_memory() { awk '/^MemTotal/ { printf "%.0f", $2 / 1048576 }' /proc/meminfo; }
 
 driver_version() {
-  nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1 | grep . ||
-    sed -n 's/.*Kernel Module[^0-9]*\([0-9.]*\).*/\1/p' /proc/driver/nvidia/version 2>/dev/null | grep . || echo unknown
+  local version
+  version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1)
+  [[ $version ]] || version=$(grep -o '[0-9]\{3\}\.[0-9.]*' /proc/driver/nvidia/version 2>/dev/null | head -1)
+  echo "${version:-unknown}"
 }
 
 # ---- steps and the table ---------------------------------------------------------------------------------------------
@@ -115,6 +119,7 @@ rows=() run=0 failed=0 skipped=0 child=''
 
 # row CHECK RESULT FIGURE BESIDE RATIO WANTED VERDICT; "-" where there is none
 row() {
+  set -- "${@//[|$'\t\n']/ }"
   rows+=("$(printf '%s\t%s\t%s\t%s\t%s\t%s\t%s' "$@")")
   printf '   %s: %s%s\n' "$1" "$2" "$([[ $7 == ok || $7 == - ]] || printf ' (%s)' "$7")" >&2
   case $7 in
@@ -151,7 +156,9 @@ step() {
 # fail CHECK WHY: with the end of what the step printed
 fail() {
   row "$1" "failed: $2" - - - - FAILED
-  { tail -n 12 "$out"; tail -n 12 "$err"; } | cut -c1-400 | sed 's/^/   | /' >&2
+  # the sanitizer's first findings say more than its last
+  { grep -h '^=========' "$out" "$err" | head -n 16; tail -n 12 "$out"; tail -n 12 "$err"; } |
+    cut -c1-400 | sed 's/^/   | /' >&2
 }
 
 # tests CHECK SECONDS BINARY ARGUMENTS...: tests that compare bytes; none of them may have been ignored
@@ -223,12 +230,11 @@ check_rates() {
 
 # Beyond 4 GiB, where 32 bits no longer count bytes: the same kernels, compared at that size.
 check_sizes() {
-  local free=0
-  [[ $mode == rehearsal ]] || free=$(awk '/^MemAvailable/ { printf "%d", $2 / 1048576 }' /proc/meminfo)
-  if ((free < 18)); then
-    skip 'beyond 4 GiB' "$([[ $mode == rehearsal ]] && echo 'a rehearsal is short' || echo 'takes 18 GiB of memory')"
-    return
-  fi
+  local free
+  [[ $mode == device ]] || { skip 'beyond 4 GiB' 'a rehearsal is short'; return; }
+  free=$(awk '/^MemAvailable/ { printf "%d", $2 / 1048576 }' /proc/meminfo)
+  ((free >= 18)) || { skip 'beyond 4 GiB' "takes 18 GiB of memory, $free are there"; return; }
+  ((device_gib >= 12)) || { skip 'beyond 4 GiB' "takes 12 GiB of the device's $device_gib"; return; }
   local pattern
   for pattern in placement 'rows W31PERM' 'swizzle in place, W31PERM'; do
     rates_of "beyond 4 GiB, $pattern" 60 --mib 4608 --samples 3 "$pattern"
@@ -237,7 +243,7 @@ check_sizes() {
 
 # rates_of CHECK SECONDS ARGUMENTS...: a row for each that the benchmark prints
 rates_of() {
-  local check=$1 cells before=${#rows[@]} what figure limit ratio wanted bytes verdict
+  local check=$1 cells before=${#rows[@]} different='' what figure limit ratio wanted bytes verdict
   step "$1" "$2" "$dir/rates" "${@:3}" || return 0
   while IFS='|' read -ra cells; do
     [[ ${#cells[@]} -ge 8 && ${cells[1]} != ' what ' && ${cells[1]} != ---* ]] || continue
@@ -250,7 +256,7 @@ rates_of() {
     [[ $limit == – ]] && limit=- || limit="$limit GB/s"
     [[ $ratio == – ]] && ratio=-
     case $bytes,$wanted in
-      DIFFERENT,*) verdict=FAILED ;;
+      DIFFERENT,*) verdict=FAILED different=yes ;;
       *,–) verdict=- ;;
       *) verdict=$(judged "$ratio" "$wanted") ;;
     esac
@@ -258,7 +264,8 @@ rates_of() {
     [[ $bytes == – ]] && bytes=-
     row "$what" "$bytes" "$figure GB/s" "$limit" "$ratio" "$wanted" "$verdict"
   done <"$out"
-  ((status == 0 && ${#rows[@]} > before)) || fail "$check" "$why"
+  # bytes that differ have their rows
+  [[ $different ]] || ((status == 0 && ${#rows[@]} > before)) || fail "$check" "$why"
 }
 
 trim() { local text=${1# }; printf '%s' "${text% }"; }
@@ -271,10 +278,8 @@ check_load() {
   [[ $mode == rehearsal ]] && layers=(--scale small --layers 4) needed=1 rounds=1
   local free
   free=$(df -P -B 1G "$scratch" | awk 'NR == 2 { print $4 }')
-  if ((free < needed)); then
-    skip 'load of 10 GiB' "$needed GB are needed in $scratch"
-    return
-  fi
+  ((free >= needed)) || { skip 'load of 10 GiB' "takes $needed GB in $scratch, $free are free"; return; }
+  ((device_gib >= needed)) || { skip 'load of 10 GiB' "takes $needed GiB of the device's $device_gib"; return; }
   [[ ${host_to_device:-} ]] || rates_of 'host to device' 60 --mib 1024 'host to device'
   step 'writing a checkpoint' 120 \
     "$dir/longshore" synth "$checkpoint" --model llama --quant bf16 "${layers[@]}" --json || return 0
@@ -490,6 +495,7 @@ case $? in
   3) no_gpu "$(sed 's/^no CUDA device: //' "$err")" ;;
   *) echo "gpu_check.sh: the device cannot be opened: $(cat "$err")" >&2; exit 1 ;;
 esac
+device_gib=$(sed -n '1s/.*, \([0-9]*\) GiB$/\1/p' <<<"$device")
 if [[ $mode == rehearsal ]]; then
   heading="REHEARSAL on an emulated driver: no device was used, and rates mean nothing."
 else

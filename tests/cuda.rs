@@ -8,7 +8,7 @@ use std::{
     net::TcpListener,
     os::unix::fs::FileExt,
     path::Path,
-    process::Command,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -179,6 +179,48 @@ fn nccl_that_is_asked_for_is_used_or_refused_in_one_line() {
     }
 }
 
+/// Without the library, what has not been asked for is done without it, and one rank says so.
+#[test]
+fn ranks_without_nccl_go_on_with_one_warning() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    let scratch = Scratch::new().unwrap();
+    let dir = llama(&scratch);
+    let mut command = cuda.longshore(&late(6));
+    command.env("LONGSHORE_NCCL_LIB", scratch.join("nothing"));
+    command.args(["load", "--json", "--log-level", "warn", "--tp", "4", "--device", "cuda"]);
+    let ran =
+        command.args(["--ranks", "processes", "--exchange", "on"]).arg(&dir).output().unwrap();
+    let told = String::from_utf8_lossy(&ran.stderr).into_owned();
+    assert!(ran.status.success(), "{told}");
+    assert!(told.contains("ranks exchange through host memory: no NCCL library"), "{told}");
+    assert_eq!(told.lines().count(), 1, "{told}");
+}
+
+/// Launchers may show each rank its own device alone: then all of them have the same number.
+#[test]
+fn ranks_that_see_one_device_each_exchange_over_nccl() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    let scratch = Scratch::new().unwrap();
+    let (dir, record) = (llama(&scratch), scratch.join("log"));
+    let options = Options { log: Some(record.clone()), ..late(6) };
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let start = |rank: &str| {
+        let mut command = cuda.longshore(&options);
+        command.env("CUDA_VISIBLE_DEVICES", rank).env("RANK", rank).env("LOCAL_RANK", rank);
+        command.env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
+        command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port);
+        command.args(["rank", "--log-level", "error", "--device", "cuda", "--exchange", "on"]);
+        command.arg(&dir).stdout(Stdio::null()).spawn().unwrap()
+    };
+    for mut rank in [start("0"), start("1")] {
+        assert!(rank.wait().unwrap().success());
+    }
+    let lines = log::read(&record).unwrap();
+    let over_nccl =
+        |device| log::operations(&lines).any(|op| op.kind == "nccl" && op.device == device);
+    assert!(over_nccl(0) && over_nccl(1));
+}
+
 /// Device memory that this process has taken and not given back.
 fn allocated() -> u64 {
     let devices = 0..driver::probe().unwrap().devices;
@@ -206,6 +248,61 @@ fn nothing_but_parameters_is_left_of_a_load_on_its_devices() {
         assert_eq!(allocated(), parameters);
         drop(group);
         assert_eq!(allocated(), 0);
+    }
+}
+
+/// Threads of this process; a stream of the emulated driver is one as well.
+fn threads() -> usize {
+    fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// However loads end, in whatever order and on whatever thread what they gave is dropped: in the end nothing is left of them.
+#[test]
+fn many_loads_in_a_row_leave_no_memory_threads_or_streams() {
+    let Some(cuda) = Cuda::find() else { return };
+    if !cuda.is_inside("many_loads_in_a_row_leave_no_memory_threads_or_streams", &late(7)) {
+        return;
+    }
+    let scratch = Scratch::new().unwrap();
+    let dirs = ["good", "bad"].map(|name| scratch.join(name));
+    for dir in &dirs {
+        with_scales(dir, dir.ends_with("bad"));
+    }
+    let source = |dir: &Path| dir.to_str().unwrap().to_owned();
+    let load = |dir: &Path| {
+        let load = Load::from(source(dir)).tensor_parallel(2).device(DeviceChoice::Cuda);
+        load.memory_limit(1 << 20)
+    };
+    let settle = |threads_most: usize| {
+        let begun = Instant::now();
+        while allocated() > 0 || threads() > threads_most {
+            let (bytes, threads) = (allocated(), threads());
+            assert!(begun.elapsed() < Duration::from_secs(20), "{bytes} bytes, {threads} threads");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let mut kept = Vec::new();
+    let mut threads_most = usize::MAX;
+    for round in 0..12 {
+        match round % 4 {
+            0 => {
+                let mut loaded = load(&dirs[0]).start().unwrap().wait().unwrap();
+                let failed = loaded.reload(source(&dirs[1])).unwrap_err();
+                assert!(failed.line().contains("needs a positive k_scale"), "{}", failed.line());
+                assert!(loaded.ranks().is_ok(), "the old weights are back");
+                kept.push(loaded);
+            }
+            1 => drop(load(&dirs[1]).start().unwrap().wait().unwrap_err()),
+            2 => drop(load(&dirs[0]).start().unwrap()),
+            _ => {
+                let loaded = load(&dirs[0]).start().unwrap().wait().unwrap();
+                std::thread::scope(|scope| scope.spawn(|| drop(loaded)).join().unwrap());
+                kept.clear();
+                settle(threads_most);
+                // those of the process itself, once it has loaded
+                threads_most = threads_most.min(threads());
+            }
+        }
     }
 }
 
@@ -470,19 +567,28 @@ fn a_device_that_hangs_is_found() {
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
 }
 
-/// Scales that contradict each other are refused in the words of the host.
-#[test]
-fn values_are_refused_as_on_the_host() {
-    let Some(cuda) = Cuda::find() else { return };
-    let scratch = Scratch::new().unwrap();
+/// Writes a model with scales of its KV cache, which contradict each other or do not.
+fn with_scales(dir: &Path, contradict: bool) {
     let kv = Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4).set("quant_style", "v31");
-    let dir = written(&scratch, &kv);
-    let whole = plan(&dir, &oracle::Options::tp(2), Exchange::On).unwrap();
+    kv.write(dir).unwrap();
+    if !contradict {
+        return;
+    }
+    let whole = plan(dir, &oracle::Options::tp(2), Exchange::On).unwrap();
     let scale = |t: &&Tensor| t.name.ends_with("k_proj.k_scale");
     let tensor = whole.checkpoint().tensors.iter().find(scale).unwrap();
     let path = dir.join(whole.checkpoint().file_name(tensor));
     let file = fs::OpenOptions::new().write(true).open(path).unwrap();
     file.write_all_at(&(-1.0f32).to_le_bytes(), tensor.file_range.start).unwrap();
+}
+
+/// Scales that contradict each other are refused in the words of the host.
+#[test]
+fn values_are_refused_as_on_the_host() {
+    let Some(cuda) = Cuda::find() else { return };
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    with_scales(&dir, true);
     let load = |device: &str| {
         let mut command = cuda.longshore(&late(3));
         command.args(["load", "--log-level", "error", "--tp", "1", "--device", device]).arg(&dir);

@@ -11,6 +11,7 @@ use longshore_harness::{
 };
 use longshore_storage_server::{Action, Dialect, Operation, Options, Rule, Server};
 use serde_json::Value;
+use sha2::Digest;
 
 /// The program in an environment that leads to the server and to a cache of the test's own, and to nothing else.
 fn longshore(server: &Server, dialect: Dialect, scratch: &Scratch) -> Command {
@@ -115,8 +116,10 @@ fn processes_that_start_together_fetch_metadata_once() {
     );
     assert_eq!(told["storage_bytes_read"], told["needed_bytes"]);
     let mut gets: BTreeMap<String, u32> = BTreeMap::new();
-    for request in server.requests() {
-        if request.operation == Operation::Get && !request.object.ends_with(".safetensors") {
+    for request in server.requests().into_iter().filter(|r| r.operation == Operation::Get) {
+        // a file's header begins it, and nothing else does
+        let of_header = request.range.as_ref().is_some_and(|range| range.starts_with("bytes=0-"));
+        if of_header || !request.object.ends_with(".safetensors") {
             *gets.entry(request.object).or_default() += 1;
         }
     }
@@ -191,5 +194,135 @@ fn what_the_user_can_mend_is_refused() {
             failure(command.args(["load", "--log-level", "error", "--tp", "1", uri]));
         assert!(line.contains(want), "{line}");
         assert_eq!(code, 2, "{line}");
+    }
+}
+
+/// `--verify`: what is published is compared, by the hub and by files beside the weights; what is not is named.
+#[test]
+fn weights_are_verified_against_what_is_published() {
+    let server = Server::start(Options::default());
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    server.serve("org/model", &dir);
+    serve(&server, Dialect::S3, "models", &dir);
+    let load = |dialect: Dialect, uri: &str, ranks: &str| {
+        let mut command = longshore(&server, dialect, &scratch);
+        command.args(["load", "--json", "--log-level", "error", "--tp", "2", "--verify"]);
+        command.args(["--ranks", ranks, uri]);
+        command
+    };
+    let files = |told: &Value, key: &str| told["verified"][key].as_array().unwrap().len();
+    for ranks in ["threads", "processes"] {
+        // small files of the hub are in git, which publishes no SHA-256
+        let told = json(&mut load(Dialect::Hub, "org/model", ranks));
+        assert_eq!(files(&told, "verified") + files(&told, "unpublished"), 4, "{told}");
+        let told = json(&mut load(Dialect::S3, "s3://models/some/model", ranks));
+        assert_eq!((files(&told, "verified"), files(&told, "unpublished")), (0, 4));
+    }
+    let name = "model-00002-of-00004.safetensors";
+    let mut bytes = std::fs::read(dir.join(name)).unwrap();
+    let digest: String =
+        sha2::Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    server.put("models", "some/model/SHA256SUMS", format!("{digest}  {name}\n"));
+    let told = json(&mut load(Dialect::S3, "s3://models/some/model", "threads"));
+    assert_eq!((files(&told, "verified"), files(&told, "unpublished")), (1, 3));
+    // one bit, of which nothing else tells
+    *bytes.last_mut().unwrap() ^= 1;
+    server.put("models", &format!("some/model/{name}"), bytes);
+    for ranks in ["threads", "processes"] {
+        let (line, code) = failure(&mut load(Dialect::S3, "s3://models/some/model", ranks));
+        assert!(line.contains(name) && line.contains(&digest), "{line}");
+        assert_eq!(code, 2, "{line}");
+    }
+}
+
+/// Nothing secret is printed, however much is.
+#[test]
+fn no_secret_is_printed() {
+    let server = Server::start(Options { private: true, ..Options::default() });
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    server.serve("org/model", &dir);
+    for dialect in [Dialect::S3, Dialect::Gcs, Dialect::Azure] {
+        serve(&server, dialect, "models", &dir);
+    }
+    // some of what goes wrong is printed too
+    server.fault(Rule::new(Action::status(503)).operation(Operation::Get).share(0.2));
+    for dialect in [Dialect::S3, Dialect::Gcs, Dialect::Azure, Dialect::Hub] {
+        let uri = if dialect == Dialect::Hub { "org/model".into() } else { uri(dialect, "models") };
+        for uri in [uri.clone(), format!("{uri}-of-another-name")] {
+            let mut command = longshore(&server, dialect, &scratch);
+            command.envs(server.environment_with(dialect, true));
+            let told = command
+                .args(["load", "--log-level", "trace", "--tp", "2", "--ranks", "processes", &uri])
+                .output()
+                .unwrap();
+            let told = [&told.stdout[..], &told.stderr[..]].concat();
+            let told = String::from_utf8_lossy(&told);
+            assert!(!told.is_empty());
+            for secret in server.secrets() {
+                assert!(!told.contains(&secret), "{dialect:?} {uri}: {secret} in\n{told}");
+            }
+        }
+    }
+}
+
+/// `--download`: read from local storage, now and later, as long as it is in the same state.
+#[test]
+fn a_downloaded_checkpoint_is_read_from_the_cache() {
+    let server = Server::start(Options::default());
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    server.serve("org/model", &dir);
+    let sent = |object: &str| server.sent_bytes("org/model", object);
+    let file = "model-00002-of-00004.safetensors";
+    let bytes = std::fs::metadata(dir.join(file)).unwrap().len();
+    let local = {
+        let mut command = longshore(&server, Dialect::Hub, &scratch);
+        json(command.args(["load", "--json", "--log-level", "error", "--tp", "2"]).arg(&dir))
+    };
+    for (extra, times) in [(&["--download"][..], 1), (&[], 1), (&["--download"], 1)] {
+        let mut command = longshore(&server, Dialect::Hub, &scratch);
+        command.args(["load", "--json", "--log-level", "error", "--tp", "2", "org/model"]);
+        assert_eq!(json(command.args(extra))["digest"], local["digest"]);
+        assert_eq!(sent(file), times * bytes, "{extra:?}");
+    }
+}
+
+/// A process that is killed while it fills the cache, wherever, leaves nothing that a later one takes for complete.
+#[test]
+fn a_killed_download_leaves_nothing_half() {
+    let server = Server::start(Options::default());
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    Checkpoint::new(Family::Llama, Scheme::Bf16).write(&dir).unwrap();
+    serve(&server, Dialect::S3, "models", &dir);
+    let load = |extra: &[&str]| {
+        let mut command = longshore(&server, Dialect::S3, &scratch);
+        command.args(["load", "--json", "--log-level", "error", "--tp", "2"]).args(extra);
+        command.arg("s3://models/some/model");
+        command
+    };
+    let slow = Rule::new(Action::Delay(std::time::Duration::from_millis(15)));
+    server.fault(slow.operation(Operation::Get));
+    for after in 0..20 {
+        let mut child = load(&["--download"])
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(10 * after));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    server.clear_faults();
+    let mut command = longshore(&server, Dialect::S3, &scratch);
+    let local =
+        json(command.args(["load", "--json", "--log-level", "error", "--tp", "2"]).arg(&dir));
+    for extra in [&[][..], &["--download"], &[]] {
+        assert_eq!(json(&mut load(extra))["digest"], local["digest"], "{extra:?}");
     }
 }

@@ -144,6 +144,12 @@ impl Load {
         self
     }
 
+    /// After every weight file was verified against what its source publishes, which reads it once more.
+    pub fn verify(mut self) -> Self {
+        self.run.verify = true;
+        self
+    }
+
     /// With parameters on devices rather than in the host's memory, where they live unless this is asked for.
     pub fn device(mut self, choice: DeviceChoice) -> Self {
         self.run.device = choice;

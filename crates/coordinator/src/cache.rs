@@ -6,8 +6,9 @@
 //!     └── 3f9a…  one per model: the first 16 hex digits of the SHA-256 of its URI
 //!         ├── uri         the URI, for people and `longshore cache`
 //!         ├── lock        held by whoever fetches
-//!         └── 77c0…  one per state of the files: the same of their names, lengths and versions
-//!             ├── config.json, tokenizer.json, …
+//!         ├── 77c0…  one per state of the files: the same of their names, lengths and versions
+//!         │   └── config.json, tokenizer.json, …
+//!         └── 02b1…  the headers of the weight files, likewise
 //! ```
 //!
 //! A state's directory gets its name when it is complete, and never changes after that: whoever finds it may use it, whoever
@@ -51,7 +52,17 @@ pub(crate) struct FileState {
     pub(crate) version: String,
 }
 
-/// The directory that holds `files` of the model `uri`, which is fetched by `fetch` unless it is there.
+/// The directory that holds `files` of the model `uri`, if it is complete.
+pub(crate) fn existing_files(cache: &Path, uri: &str, files: &[FileState]) -> Option<PathBuf> {
+    let state = cache.join("models").join(short_hash(uri.as_bytes())).join(state_name(files));
+    state.is_dir().then(|| {
+        touch(&state);
+        state
+    })
+}
+
+/// The directory that holds `files` of the model `uri`; unless it is there, `fetch` fills one with them, which has no other name
+/// until it is complete.
 ///
 /// Processes that ask for it at the same time wait for one of them to fetch it. One that is ended in the middle leaves a
 /// temporary directory that nobody takes for a complete one, and that goes with the next fetch.
@@ -62,14 +73,13 @@ pub(crate) fn model_files(
     cache: &Path,
     uri: &str,
     files: &[FileState],
-    fetch: impl Fn(&FileState) -> Result<Vec<u8>, LoadError>,
+    fetch: impl Fn(&Path) -> Result<(), LoadError>,
 ) -> Result<PathBuf, LoadError> {
-    let model = cache.join("models").join(short_hash(uri.as_bytes()));
-    let state = model.join(state_name(files));
-    if state.is_dir() {
-        touch(&state);
+    if let Some(state) = existing_files(cache, uri, files) {
         return Ok(state);
     }
+    let model = cache.join("models").join(short_hash(uri.as_bytes()));
+    let state = model.join(state_name(files));
     let failed = |path: &Path, action| {
         let path = path.to_owned();
         move |source| LoadError::Io { path, action, source }
@@ -78,7 +88,6 @@ pub(crate) fn model_files(
     let _lock = Lock::take(&model.join("lock")).map_err(failed(&model, "locking"))?;
     // another process may have fetched it meanwhile
     if state.is_dir() {
-        touch(&state);
         return Ok(state);
     }
     remove_unfinished(&model);
@@ -86,14 +95,10 @@ pub(crate) fn model_files(
     fs::write(&uri_file, uri).map_err(failed(&uri_file, "writing"))?;
     let aside = model.join(format!("{}{UNFINISHED}", state_name(files)));
     fs::create_dir(&aside).map_err(failed(&aside, "creating the directory"))?;
+    fetch(&aside)?;
     for file in files {
         let path = aside.join(&file.name);
-        let bytes = fetch(file)?;
-        let write = || {
-            fs::write(&path, &bytes)?;
-            File::open(&path)?.sync_all()
-        };
-        write().map_err(failed(&path, "writing"))?;
+        File::open(&path).and_then(|f| f.sync_all()).map_err(failed(&path, "writing"))?;
     }
     fs::rename(&aside, &state).map_err(failed(&state, "renaming"))?;
     Ok(state)
@@ -256,26 +261,35 @@ mod tests {
         FileState { name: name.into(), bytes: 2, version: version.into() }
     }
 
+    /// Fills a directory with files that tell their state.
+    fn fill(dir: &Path, files: &[FileState]) -> Result<(), LoadError> {
+        for file in files {
+            fs::write(dir.join(&file.name), format!("v{}", file.version)).unwrap();
+        }
+        Ok(())
+    }
+
     #[test]
     fn files_are_fetched_once_for_each_state() {
         let cache = tempfile::tempdir().unwrap();
         let fetched = Cell::new(0);
-        let fetch = |file: &FileState| {
-            fetched.set(fetched.get() + 1);
-            Ok(format!("{}{}", file.name, file.version).into_bytes())
-        };
         let [old, new] = ["1", "2"].map(|v| vec![file("config.json", v), file("b", "1")]);
-        let get =
-            |files: &[FileState]| model_files(cache.path(), "s3://a/b", files, fetch).unwrap();
+        let get = |files: &[FileState]| {
+            let fetch = |dir: &Path| {
+                fetched.set(fetched.get() + 1);
+                fill(dir, files)
+            };
+            model_files(cache.path(), "s3://a/b", files, fetch).unwrap()
+        };
         let first = get(&old);
-        assert_eq!(fs::read(first.join("config.json")).unwrap(), b"config.json1");
-        assert_eq!((get(&old), fetched.get()), (first.clone(), 2));
+        assert_eq!(fs::read(first.join("config.json")).unwrap(), b"v1");
+        assert_eq!((get(&old), fetched.get()), (first.clone(), 1));
         let second = get(&new);
-        assert_eq!((second == first, fetched.get()), (false, 4));
+        assert_eq!((second == first, fetched.get()), (false, 2));
         // whoever has the old state goes on with it
         assert!(first.join("b").is_file());
         let reversed: Vec<FileState> = new.iter().rev().cloned().collect();
-        assert_eq!((get(&reversed), fetched.get()), (second, 4));
+        assert_eq!((get(&reversed), fetched.get()), (second, 2));
         assert_eq!(list(cache.path()).unwrap().len(), 2);
     }
 
@@ -283,14 +297,15 @@ mod tests {
     fn what_fails_halfway_is_not_there() {
         let cache = tempfile::tempdir().unwrap();
         let files = [file("a", "1"), file("b", "1")];
-        let fail = |file: &FileState| match file.name.as_str() {
-            "a" => Ok(vec![1]),
-            _ => Err(LoadError::Runtime("no".into())),
+        let fail = |dir: &Path| {
+            fill(dir, &files[..1])?;
+            Err(LoadError::Runtime("no".into()))
         };
         assert!(model_files(cache.path(), "gs://x", &files, fail).is_err());
         assert!(list(cache.path()).unwrap().is_empty());
-        let done = model_files(cache.path(), "gs://x", &files, |_| Ok(vec![2])).unwrap();
-        assert_eq!(fs::read(done.join("a")).unwrap(), [2]);
+        assert_eq!(existing_files(cache.path(), "gs://x", &files), None);
+        let done = model_files(cache.path(), "gs://x", &files, |dir| fill(dir, &files)).unwrap();
+        assert_eq!(existing_files(cache.path(), "gs://x", &files), Some(done.clone()));
         let left = fs::read_dir(done.parent().unwrap()).unwrap().flatten();
         let left = left.filter(|e| e.file_name().to_string_lossy().ends_with(UNFINISHED));
         assert_eq!(left.count(), 0);
@@ -300,14 +315,15 @@ mod tests {
     fn what_was_not_used_for_long_is_removed() {
         let cache = tempfile::tempdir().unwrap();
         let get = |uri, version| {
-            model_files(cache.path(), uri, &[file("a", version)], |_| Ok(vec![1])).unwrap()
+            let files = [file("a", version)];
+            model_files(cache.path(), uri, &files, |dir| fill(dir, &files)).unwrap()
         };
         let (old, new) = (get("s3://old", "1"), get("s3://new", "1"));
         let long_ago = SystemTime::now() - Duration::from_secs(1000);
         File::open(&old).unwrap().set_modified(long_ago).unwrap();
         let removed = prune(cache.path(), Duration::from_secs(500)).unwrap();
         assert_eq!(removed.len(), 1);
-        assert_eq!((removed[0].uri.as_str(), removed[0].bytes), ("s3://old", 1));
+        assert_eq!((removed[0].uri.as_str(), removed[0].bytes), ("s3://old", 2));
         assert!(!old.exists() && new.exists());
         assert_eq!(prune(cache.path(), Duration::ZERO).unwrap().len(), 1);
     }
@@ -320,10 +336,11 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
-                    model_files(cache.path(), "az://m", &[file("a", "1")], |_| {
+                    let files = [file("a", "1")];
+                    model_files(cache.path(), "az://m", &files, |dir| {
                         fetched.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                         std::thread::sleep(Duration::from_millis(50));
-                        Ok(vec![1])
+                        fill(dir, &files)
                     })
                     .unwrap();
                 });

@@ -147,7 +147,10 @@ fn make_plan(
     source: &str,
     phases: &mut Phases,
 ) -> Result<Plan, LoadError> {
-    let origin = phases.measure("source", || source::resolve(source))?;
+    let origin = phases.measure("source", || match arguments.download {
+        false => source::resolve(source),
+        true => source::download(source),
+    })?;
     let discovered = phases.measure("headers", || discover(origin))?;
     let options = arguments.plan_options(tp)?;
     phases.measure("plan", || Plan::new(discovered, &options))
@@ -239,6 +242,7 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
     let done = Done {
         reports: &group.reports,
         warnings: &group.warnings,
+        verified: group.verified.as_ref(),
         generation: group.generation(),
         ranks_as: RanksAs::Threads,
         peak_rss_bytes: None,

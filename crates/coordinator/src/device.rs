@@ -64,6 +64,17 @@ fn refusal(e: &CudaError) -> LoadError {
     LoadError::Option { option: "--device cuda", reason: e.to_string() }
 }
 
+/// Of devices that were chosen for the user, who may not know of them.
+fn refusal_of(choice: DeviceChoice, e: &CudaError) -> LoadError {
+    match choice {
+        DeviceChoice::Auto => {
+            let reason = format!("{e}; --device cpu does without");
+            LoadError::Option { option: "default --device cuda", reason }
+        }
+        DeviceChoice::Cpu | DeviceChoice::Cuda => refusal(e),
+    }
+}
+
 /// The devices that are visible, at least one.
 fn devices() -> Result<u32, LoadError> {
     match driver::probe().map_err(|e| refusal(&e))?.devices {
@@ -95,15 +106,15 @@ pub(crate) fn homes(
             let devices = devices()?;
             // once on this host
             if devices < ranks && locals.peek() == Some(&0) {
-                warn!("{ranks} ranks share {devices} device(s)");
+                warn!("{ranks} ranks of this host, and {devices} device(s) visible");
             }
             devices
         }
     };
     let open = |local: u32| {
-        let device = Device::open(local % devices).map_err(|e| refusal(&e))?;
+        let device = Device::open(local % devices).map_err(|e| refusal_of(choice, &e))?;
         // the driver compiles them here, once, rather than in the middle of the load
-        device.load_all().map_err(|e| refusal(&e))?;
+        device.load_all().map_err(|e| refusal_of(choice, &e))?;
         Ok(Home::Device(device))
     };
     locals.map(open).collect()

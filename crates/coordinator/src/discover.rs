@@ -174,12 +174,6 @@ fn read_headers(origin: &Origin, names: &[String]) -> Result<Vec<Header>, LoadEr
     results.into_iter().map(|(_, header)| header).collect()
 }
 
-/// What is read at once of a file that each request takes a while to get at: more than most headers have, but no more than a
-/// 128th of the file, as what is not header will be read once more.
-fn remote_header_bytes(bytes: u64) -> u64 {
-    (bytes / 128).clamp(8, 512 << 10)
-}
-
 fn read_header(origin: &Origin, name: &str) -> Result<Header, LoadError> {
     const ACTION: &str = "reading the header";
     let source = origin.open(name, IoChoice::Buffered, ACTION)?;
@@ -191,10 +185,15 @@ fn read_header(origin: &Origin, name: &str) -> Result<Header, LoadError> {
     let damaged = |source| LoadError::Checkpoint { path: origin.shown().into(), source };
     let identity = source.identity.clone();
     let bytes = identity.bytes;
-    let at_once = if source.is_remote() { remote_header_bytes(bytes) } else { 8 };
-    let mut start = vec![0; bytes.min(at_once) as usize];
-    source.read_full(ByteRange::new(0, start.len() as u64), &mut start).map_err(failed)?;
-    let prefix = if bytes < 8 { &[] } else { &start[..8] };
+    let start = match origin.header(name)? {
+        Some(start) => start,
+        None => {
+            let mut start = vec![0; bytes.min(8) as usize];
+            source.read_full(ByteRange::new(0, start.len() as u64), &mut start).map_err(failed)?;
+            start
+        }
+    };
+    let prefix = start.get(..8).unwrap_or_default();
     let json_bytes = header_bytes(name, prefix, bytes).map_err(damaged)?;
     let header_bytes = 8 + json_bytes;
     let there = start.len().min(header_bytes as usize);

@@ -184,6 +184,16 @@ pub enum LoadError {
         #[source]
         source: RankError,
     },
+    /// A file is not the one that its source published a digest of.
+    #[error("{}: its SHA-256 is {found}, published is {expected}", .path.display())]
+    Digest {
+        /// The file.
+        path: PathBuf,
+        /// What its bytes have.
+        found: String,
+        /// What was published.
+        expected: String,
+    },
     /// A rank's actor or process is gone, or was not heard of.
     #[error("rank {rank} was lost: {reason}")]
     RankLost {
@@ -275,6 +285,7 @@ impl LoadError {
             | LoadError::NotReady { .. }
             | LoadError::Runtime(_) => 1,
             LoadError::Io { .. }
+            | LoadError::Digest { .. }
             | LoadError::FileChanged { .. }
             | LoadError::Source { .. }
             | LoadError::Checkpoint { .. }

@@ -23,6 +23,7 @@ use crate::{
     error::LoadError,
     load::{Finished, Prepared, RunOptions, attempt, given_back, prepare_into, progress_of},
     plan::Plan,
+    verify::Verified,
 };
 
 /// How long a reload waits for the reads of an earlier attempt that failed; a read from local storage takes far less.
@@ -40,6 +41,8 @@ pub struct Group {
     pub reports: Vec<RankReport>,
     /// What looked odd in their values.
     pub warnings: Vec<String>,
+    /// Which of the files were verified, where that was asked for.
+    pub verified: Option<Verified>,
     /// Seconds that it took, from opening the files until every rank was ready.
     pub seconds: f64,
 }
@@ -61,6 +64,7 @@ impl Group {
             weights: Weights::Ready(finished.ranks),
             reports: finished.reports,
             warnings: prepared.warnings,
+            verified: prepared.verified,
             seconds: finished.seconds,
         }
     }
@@ -152,6 +156,7 @@ impl Group {
         let finished = attempt(prepared, self.generation, Some(reuse), progress).await?;
         self.reports = finished.reports;
         self.warnings.clone_from(&prepared.warnings);
+        self.verified.clone_from(&prepared.verified);
         self.seconds = finished.seconds;
         self.weights = Weights::Ready(finished.ranks);
         given_back(self.ranks()?).await;

@@ -62,6 +62,7 @@ pub mod source;
 mod supervisor;
 pub mod synth;
 pub mod tensors;
+pub mod verify;
 
 pub use longshore_models::{
     Dtype,

@@ -31,6 +31,7 @@ use crate::{
     processes::{STUCK_AFTER, Transport},
     report::bytes_text,
     supervisor::{Member, Supervisor, SupervisorArguments, SupervisorMessage},
+    verify::{Verified, verify},
 };
 
 /// How a planned load is carried out.
@@ -44,13 +45,15 @@ pub struct RunOptions {
     pub stuck_after: Duration,
     /// Where parameters live.
     pub device: DeviceChoice,
+    /// Whether every weight file is verified first against what its source publishes.
+    pub verify: bool,
 }
 
 impl Default for RunOptions {
     /// What the command line has by default, with parameters in the host's memory.
     fn default() -> Self {
         let (io, device) = (IoChoice::Auto, DeviceChoice::Cpu);
-        Self { io, concurrency: None, stuck_after: STUCK_AFTER, device }
+        Self { io, concurrency: None, stuck_after: STUCK_AFTER, device, verify: false }
     }
 }
 
@@ -66,6 +69,8 @@ pub struct Prepared {
     pub(crate) options: RunOptions,
     /// What looked odd in the values that validation reads.
     pub(crate) warnings: Vec<String>,
+    /// Which files were verified, where that was asked for.
+    pub(crate) verified: Option<Verified>,
     sources: Arc<Vec<CheckpointSource>>,
     concurrency: usize,
     /// Where the parameters of each rank of this process live.
@@ -162,11 +167,8 @@ pub(crate) fn prepare_process(
     };
     let local = place.local_rank;
     let homes = device::homes(options.device, [local], here.max(local + 1))?;
-    let nccl = match transport {
-        Transport::Nccl => true,
-        Transport::Auto => !device::are_shared(options.device, here),
-        Transport::Host | Transport::Tcp => false,
-    };
+    // whether ranks share devices is known once all have said which theirs are
+    let nccl = matches!(transport, Transport::Auto | Transport::Nccl);
     let here = Here { ranks: here, first: place.rank, homes, held: false, nccl };
     let prepared = prepare_ranks(plan, options, here, |concurrency, slabs| {
         exchange_staging(plan, concurrency, slabs, distant).map(Some)
@@ -223,6 +225,7 @@ fn prepare_ranks(
     exchange: impl FnOnce(&mut usize, &mut u64) -> Result<Option<ExchangeStaging>, LoadError>,
 ) -> Result<Prepared, LoadError> {
     let started = Instant::now();
+    let share = (here.first as usize, plan.load.reads.len() / here.homes.len().max(1));
     let sources = open_sources(&plan.origin, plan.checkpoint(), &plan.identities, options.io)?;
     let mut concurrency = concurrency(plan, options, &sources, here.ranks);
     let on_device = here.homes.iter().any(|home| matches!(home, Home::Device(_)));
@@ -248,8 +251,13 @@ fn prepare_ranks(
     let device_form = Form::within(plan.memory_limit - for_nccl, slabs as u32, slab);
     let on_device = device_form.device_bytes() + for_nccl;
     device::check_memory(&homes, first, plan.placement(), on_device, held)?;
+    let verified = match options.verify {
+        true => Some(verify(&plan.origin, &sources, share)?),
+        false => None,
+    };
     Ok(Prepared {
         warnings: discarded_scalars(plan, &sources)?,
+        verified,
         plan: plan.clone(),
         options: *options,
         sources: Arc::new(sources),
@@ -383,7 +391,7 @@ pub(crate) async fn given_back(ranks: &[ReadyParams]) {
 }
 
 /// Threads that have nothing to do end at once; a communicator takes as long as NCCL lets it.
-const GIVEN_BACK_LIMIT: Duration = Duration::from_secs(10);
+const GIVEN_BACK_LIMIT: Duration = Duration::from_secs(5);
 
 /// The files are what they were when they were opened: bytes of a file that was written meanwhile may be half old, half
 /// new.

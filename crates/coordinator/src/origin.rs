@@ -8,7 +8,7 @@ use std::{
 
 use longshore_rank::storage::{CheckpointSource, IoChoice, RemoteFile};
 
-use crate::error::LoadError;
+use crate::{error::LoadError, verify::Sha256Digest};
 
 /// Where a checkpoint's files are.
 #[derive(Debug, Clone)]
@@ -26,11 +26,23 @@ pub trait RemoteFiles: fmt::Debug + Send + Sync {
     /// The storage does not answer.
     fn names(&self) -> Result<Vec<String>, LoadError>;
 
+    /// The beginning of a weight file in that state, at least its header; `None` where there is no such file.
+    ///
+    /// # Errors
+    /// The copy cannot be read.
+    fn header(&self, name: &str) -> Result<Option<Vec<u8>>, LoadError>;
+
     /// A file in the state that it has now; `None` where there is none of that name.
     ///
     /// # Errors
     /// The storage does not answer.
     fn open(&self, name: &str) -> Result<Option<Arc<dyn RemoteFile>>, LoadError>;
+
+    /// The SHA-256 of a file that the storage itself publishes, if it does.
+    ///
+    /// # Errors
+    /// The storage does not answer.
+    fn published(&self, name: &str) -> Result<Option<Sha256Digest>, LoadError>;
 }
 
 impl Origin {
@@ -79,6 +91,16 @@ impl Origin {
             return Ok(names.map_err(failed)?.into_iter().flatten().collect());
         };
         remote.names()
+    }
+
+    /// The SHA-256 of a weight file that where it is publishes.
+    pub(crate) fn published(&self, name: &str) -> Result<Option<Sha256Digest>, LoadError> {
+        self.remote.as_ref().map_or(Ok(None), |remote| remote.published(name))
+    }
+
+    /// The beginning of a weight file that is elsewhere, at least its header, where that is known without asking for it.
+    pub(crate) fn header(&self, name: &str) -> Result<Option<Vec<u8>>, LoadError> {
+        self.remote.as_ref().map_or(Ok(None), |remote| remote.header(name))
     }
 
     /// Opens a weight file.

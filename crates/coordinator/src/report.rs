@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use longshore_rank::protocol::{Generation, RankReport};
 
-use crate::{load::staging_forecast, plan::Plan};
+use crate::{load::staging_forecast, plan::Plan, verify::Verified};
 
 /// What was loaded, for whom: the keys that manifest and JSON share.
 #[derive(Debug, Clone, Serialize)]
@@ -148,6 +148,9 @@ pub struct Report {
     pub ranks: Vec<RankEntry>,
     /// Tensors that no rank needs.
     pub skipped: Vec<SkippedEntry>,
+    /// Which files were verified, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verified: Option<Verified>,
     /// What looked odd.
     pub warnings: Vec<String>,
     /// Over all parameters of all ranks.
@@ -162,6 +165,8 @@ pub struct Done<'a> {
     pub reports: &'a [RankReport],
     /// What looked odd in the values.
     pub warnings: &'a [String],
+    /// Which files were verified, where that was asked for.
+    pub verified: Option<&'a Verified>,
     /// Its generation.
     pub generation: Generation,
     /// What the ranks are.
@@ -216,6 +221,7 @@ impl Report {
             restarts: 0,
             ranks: ranks.collect(),
             skipped: skipped.collect(),
+            verified: None,
             warnings: placement.warnings.clone(),
             digest: None,
         }
@@ -241,6 +247,7 @@ impl Report {
         this.device = if on_device { "cuda" } else { "cpu" };
         this.generation = done.generation;
         this.warnings.extend_from_slice(done.warnings);
+        this.verified = done.verified.cloned();
         this.storage_bytes_read = done.reports.iter().map(|r| r.storage_bytes_read).sum();
         this.padding_bytes_read = done.reports.iter().map(|r| r.padding_bytes_read).sum();
         this.retried_bytes = done.reports.iter().map(|r| r.retried_bytes).sum();
@@ -311,6 +318,17 @@ impl Report {
             }
             for (why, count) in by_reason {
                 let _ = write!(text, "; {count}: {why}");
+            }
+        }
+        if let Some(Verified { verified, unpublished }) = &self.verified {
+            let _ = write!(text, "\n{} files verified", verified.len());
+            if let Some(first) = unpublished.first() {
+                let count = unpublished.len();
+                let _ = write!(
+                    text,
+                    "; {count} have no published digest: {first}{}",
+                    if count > 1 { ", …" } else { "" }
+                );
             }
         }
         for warning in &self.warnings {

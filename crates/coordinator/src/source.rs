@@ -17,6 +17,19 @@ use crate::{
 /// # Errors
 /// None of these, or it cannot be reached.
 pub fn resolve(given: &str) -> Result<Origin, LoadError> {
+    find(given, false)
+}
+
+/// [`resolve`], for a load that reads from local storage in any case: what is elsewhere is copied to the cache directory first,
+/// unless it is there in its present state.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn download(given: &str) -> Result<Origin, LoadError> {
+    find(given, true)
+}
+
+fn find(given: &str, download: bool) -> Result<Origin, LoadError> {
     let refuse = |reason: &str| LoadError::Source { given: given.into(), reason: reason.into() };
     if let Some(model) = given.strip_prefix("synth:") {
         return synthetic(given, model).map(Origin::from);
@@ -28,7 +41,7 @@ pub fn resolve(given: &str) -> Result<Origin, LoadError> {
     if path.exists() {
         return Err(refuse("not a directory; give the directory that holds config.json"));
     }
-    match elsewhere(given)? {
+    match elsewhere(given, download)? {
         Some(origin) => Ok(origin),
         None => Err(refuse(
             "no such directory; expected one, s3://, gs://, az://, org/name of the Hugging Face hub, or synth:FAMILY-SCHEME",
@@ -37,12 +50,13 @@ pub fn resolve(given: &str) -> Result<Origin, LoadError> {
 }
 
 #[cfg(feature = "remote")]
-fn elsewhere(given: &str) -> Result<Option<Origin>, LoadError> {
-    longshore_store::Location::parse(given)?.map(|at| crate::remote::open(&at)).transpose()
+fn elsewhere(given: &str, download: bool) -> Result<Option<Origin>, LoadError> {
+    let location = longshore_store::Location::parse(given)?;
+    location.map(|location| crate::remote::open(&location, download)).transpose()
 }
 
 #[cfg(not(feature = "remote"))]
-fn elsewhere(given: &str) -> Result<Option<Origin>, LoadError> {
+fn elsewhere(given: &str, _download: bool) -> Result<Option<Origin>, LoadError> {
     match given.contains("://") {
         false => Ok(None),
         true => Err(LoadError::Source {

@@ -260,13 +260,13 @@ pub struct DeviceBytes {
     pub address: u64,
     /// How many there are.
     pub bytes: u64,
-    /// What keeps the memory.
-    pub keep: Box<dyn Send + Sync>,
+    /// What keeps the memory. Not for others to make up: what lies at the address is read without asking.
+    pub(crate) _keep: Box<dyn Send + Sync>,
 }
 
 impl fmt::Debug for DeviceBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { device, address, bytes, keep: _ } = self;
+        let Self { device, address, bytes, _keep: _ } = self;
         let mut shown = f.debug_struct("DeviceBytes");
         shown.field("device", device).field("address", address).field("bytes", bytes);
         shown.finish_non_exhaustive()

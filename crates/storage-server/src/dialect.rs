@@ -1,6 +1,6 @@
 //! How each service is asked and how it answers.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::content::{Bucket, Object, Tree};
 use crate::dialect::hub::Hub;
@@ -23,6 +23,8 @@ pub(crate) enum Subject {
     List { bucket: String, revision: Option<String> },
     /// The bucket itself.
     Bucket { bucket: String, revision: Option<String> },
+    /// Credentials of S3 that expire.
+    Credentials,
     /// Something that is not served.
     Other,
 }
@@ -39,7 +41,7 @@ impl Subject {
             Self::Object { bucket, .. }
             | Self::List { bucket, .. }
             | Self::Bucket { bucket, .. } => bucket,
-            Self::Other => "",
+            Self::Credentials | Self::Other => "",
         }
     }
 
@@ -54,7 +56,7 @@ impl Subject {
             Self::Object { revision, .. }
             | Self::List { revision, .. }
             | Self::Bucket { revision, .. } => revision.as_deref(),
-            Self::Other => None,
+            Self::Credentials | Self::Other => None,
         }
     }
 }
@@ -67,6 +69,14 @@ pub(crate) struct Site<'a> {
     pub(crate) cdn_url: String,
 }
 
+impl Site<'_> {
+    /// When something expires that is given out now, in seconds since 1970, rounded up.
+    fn expires(&self, lifetime: Duration) -> u64 {
+        let since_1970 = (self.now + lifetime).duration_since(UNIX_EPOCH).unwrap_or_default();
+        since_1970.as_secs() + 1
+    }
+}
+
 /// What a request is about.
 pub(crate) fn subject(ask: &Ask, options: &Options) -> Subject {
     match ask.dialect {
@@ -76,6 +86,11 @@ pub(crate) fn subject(ask: &Ask, options: &Options) -> Subject {
         Dialect::Hub => hub::subject(ask),
         Dialect::Cdn => hub::cdn_subject(ask),
     }
+}
+
+/// Whether a request for an object is not for its content.
+pub(crate) fn is_metadata(ask: &Ask) -> bool {
+    ask.head || ask.dialect == Dialect::Gcs && gcs::is_metadata(ask)
 }
 
 /// Whether a request may read a bucket that is private or not.
@@ -103,7 +118,7 @@ pub(crate) fn list(ask: &Ask, subject: &Subject, tree: &Tree, site: &Site<'_>) -
         Dialect::S3 => s3::list(ask, subject.bucket(), tree, site),
         Dialect::Gcs => gcs::list(ask, subject.bucket(), tree, site),
         Dialect::Azure => azure::list(ask, subject.bucket(), tree, site),
-        Dialect::Hub | Dialect::Cdn => hub::list(ask, subject, tree, site),
+        Dialect::Hub | Dialect::Cdn => hub::list(ask, tree, site),
     }
 }
 
@@ -131,7 +146,9 @@ pub(crate) fn instead_of_content(
     site: &Site<'_>,
 ) -> Result<Option<Reply>, Failure> {
     match ask.dialect {
-        Dialect::Gcs => gcs::check_generation(ask, object).map(|()| None),
+        Dialect::Gcs => {
+            gcs::check_generation(ask, object).map(|()| gcs::metadata(ask, subject, object))
+        }
         Dialect::Hub => Ok(hub::redirect(ask, subject, tree, object, site)),
         _ => Ok(None),
     }

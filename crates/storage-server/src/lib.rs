@@ -17,6 +17,18 @@
 //! }
 //! ```
 //!
+//! | module | from | to |
+//! |---|---|---|
+//! | `server` | [`Options`] | ports, threads, and what a test says and asks meanwhile |
+//! | `serve` | a request | what it is about, what happens to it, what is answered |
+//! | `dialect` | path, query, headers | a bucket and a name; headers, lists and errors as the service writes them |
+//! | `content` | a bucket and a name | an open file or bytes, an ETag, a generation |
+//! | `fault` | what is asked, how often before | actions |
+//! | `outgoing`, `connection` | an object, a range, actions | bytes on a socket, where and when they are to be |
+//! | `log` | all of it | [`Request`]s and [`Counters`] |
+//!
+//! The binary `storage-server` is the same for scripts: it serves one directory and prints the environment of clients.
+//!
 //! # What it does not show
 //!
 //! TLS, HTTP/2, signatures (that a request names the right key is all that is looked at), writing, and what services

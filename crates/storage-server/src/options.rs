@@ -46,6 +46,8 @@ pub struct Options {
     pub page_entries_max: usize,
     /// How far the server's clock is ahead. S3 refuses signatures that are off by more than 15 minutes.
     pub clock_ahead: Duration,
+    /// S3: for how long credentials of [`Server::environment_of_role`](crate::Server::environment_of_role) work.
+    pub credentials_lifetime: Duration,
     /// For how long the URLs work to which the hub redirects.
     pub redirect_lifetime: Duration,
     /// The hub publishes the SHA-256 of each large file, so its first mention reads the file. Without, a digest of
@@ -78,6 +80,7 @@ impl Default for Options {
             token: "hf_storageServerToken0123456789".to_owned(),
             page_entries_max: 1000,
             clock_ahead: Duration::ZERO,
+            credentials_lifetime: Duration::from_secs(3600),
             redirect_lifetime: Duration::from_secs(3600),
             content_digests: true,
         }

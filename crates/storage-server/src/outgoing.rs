@@ -5,55 +5,24 @@ use std::future::{Future, pending};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{sleep, sleep_until};
 
-use crate::connection::Connection;
+use crate::connection::{Connection, PIECE_BYTES_MAX};
 use crate::content::Body;
 use crate::fault::Action;
 use crate::log::Entry;
 
-/// The most bytes that are read and handed to the connection at once: half of what a core's own cache usually holds, so
-/// that the kernel copies them from there.
+/// The most bytes that are read at once, where they have to be.
 const CHUNK_BYTES: u64 = 256 << 10;
-
-/// Buffers that were used and can be used again: fresh ones would cost a page fault per 4 KiB.
-#[derive(Debug, Default)]
-pub(crate) struct Buffers(Mutex<Vec<Vec<u8>>>);
-
-/// A buffer on loan.
-struct Loan {
-    bytes: Vec<u8>,
-    length: usize,
-    buffers: Arc<Buffers>,
-}
-
-impl Loan {
-    fn new(buffers: &Arc<Buffers>) -> Self {
-        let kept = buffers.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let bytes = kept.unwrap_or_else(|| vec![0; CHUNK_BYTES as usize]);
-        Self { bytes, length: 0, buffers: Arc::clone(buffers) }
-    }
-}
-
-impl AsRef<[u8]> for Loan {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes[..self.length]
-    }
-}
-
-impl Drop for Loan {
-    fn drop(&mut self) {
-        let bytes = std::mem::take(&mut self.bytes);
-        self.buffers.0.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
-    }
-}
 
 /// What happens at a position of the body.
 #[derive(Debug)]
@@ -78,8 +47,7 @@ pub(crate) struct Outgoing {
     waiting: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
     /// What ends the body once the waiting is over.
     ending: Option<Ending>,
-    reading: Option<tokio::task::JoinHandle<io::Result<Loan>>>,
-    buffers: Arc<Buffers>,
+    reading: Option<JoinHandle<io::Result<Bytes>>>,
     connection: Arc<Connection>,
     entry: Entry,
 }
@@ -95,7 +63,6 @@ impl Outgoing {
         source: Body,
         range: Range<u64>,
         actions: &[Action],
-        buffers: &Arc<Buffers>,
         connection: &Arc<Connection>,
         entry: Entry,
     ) -> Self {
@@ -109,7 +76,6 @@ impl Outgoing {
             waiting: None,
             ending: None,
             reading: None,
-            buffers: Arc::clone(buffers),
             connection: Arc::clone(connection),
             entry,
             range: range.clone(),
@@ -160,7 +126,7 @@ impl Outgoing {
 
     /// How many bytes are sent next.
     fn chunk_bytes(&self) -> u64 {
-        let mut bytes = CHUNK_BYTES.min(self.range.end - self.range.start);
+        let mut bytes = PIECE_BYTES_MAX.min(self.range.end - self.range.start);
         if let Some((position, _)) = self.steps.last() {
             bytes = bytes.min(position - self.sent);
         }
@@ -225,35 +191,28 @@ impl HttpBody for Outgoing {
                 None => {}
             }
             if let Some(reading) = &mut this.reading {
-                let loan = ready!(Pin::new(reading).poll(context)).map_err(io::Error::other)??;
+                let bytes = ready!(Pin::new(reading).poll(context)).map_err(io::Error::other)??;
                 this.reading = None;
-                let bytes = this.send(Bytes::from_owner(loan));
+                let bytes = this.send(bytes);
                 return Poll::Ready(Some(Ok(Frame::data(bytes))));
             }
             if let Some((_, step)) = this.steps.pop_if(|(position, _)| *position == this.sent) {
                 this.begin(step);
                 continue;
             }
-            let length = this.chunk_bytes();
+            let (start, length) = (this.range.start, this.chunk_bytes());
             if length == 0 {
                 return Poll::Ready(None);
             }
             let bytes = match &this.source {
-                Body::Memory(bytes) => {
-                    let start = this.range.start as usize;
-                    bytes.slice(start..start + length as usize)
+                Body::Memory(bytes) => bytes.slice(start as usize..(start + length) as usize),
+                Body::File(file) if this.corrupt.is_empty() && is_cached(file, start, length)? => {
+                    this.connection.piece(file, start, length)
                 }
                 Body::File(file) => {
-                    let mut loan = Loan::new(&this.buffers);
-                    if !read_cached(file, &mut loan, this.range.start, length)? {
-                        let (file, offset) = (Arc::clone(file), this.range.start);
-                        this.reading = Some(tokio::task::spawn_blocking(move || {
-                            read(&file, &mut loan, offset, length, 0)?;
-                            Ok(loan)
-                        }));
-                        continue;
-                    }
-                    Bytes::from_owner(loan)
+                    let (file, length) = (Arc::clone(file), length.min(CHUNK_BYTES));
+                    this.reading = Some(spawn_blocking(move || read(&file, start, length)));
+                    continue;
                 }
             };
             let bytes = this.send(bytes);
@@ -270,32 +229,37 @@ impl HttpBody for Outgoing {
     }
 }
 
-/// Reads what of the bytes is in the page cache; `false` if nothing is. File systems that cannot tell are read at once.
-fn read_cached(file: &File, loan: &mut Loan, offset: u64, length: u64) -> io::Result<bool> {
-    match read(file, loan, offset, length, libc::RWF_NOWAIT) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-            read(file, loan, offset, length, 0).map(|()| true)
-        }
-        Err(error) => Err(error),
+/// Whether the first and the last of these bytes are in the page cache, so that sending them is not likely to wait for
+/// a disk. File systems that cannot tell have nothing to wait for.
+fn is_cached(file: &File, offset: u64, length: u64) -> io::Result<bool> {
+    Ok(is_byte_cached(file, offset)? && is_byte_cached(file, offset + length - 1)?)
+}
+
+fn is_byte_cached(file: &File, offset: u64) -> io::Result<bool> {
+    let mut byte = 0u8;
+    let vector = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: the vector is that of `byte`, which lives until after the call
+    let count = unsafe { libc::preadv2(file.as_raw_fd(), &vector, 1, offset, libc::RWF_NOWAIT) };
+    if count >= 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN) => Ok(false),
+        Some(libc::EOPNOTSUPP) => Ok(true),
+        _ => Err(error),
     }
 }
 
 /// Reads at least one byte.
-fn read(file: &File, loan: &mut Loan, offset: u64, length: u64, flags: i32) -> io::Result<()> {
-    let target = &mut loan.bytes[..length as usize];
-    let vector = libc::iovec { iov_base: target.as_mut_ptr().cast(), iov_len: target.len() };
-    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-    // SAFETY: the vector is that of `target`, which is borrowed until after the call
-    let count = unsafe { libc::preadv2(file.as_raw_fd(), &vector, 1, offset, flags) };
-    match usize::try_from(count) {
-        Err(_) => Err(io::Error::last_os_error()),
+fn read(file: &File, offset: u64, length: u64) -> io::Result<Bytes> {
+    let mut bytes = vec![0; length as usize];
+    let count = file.read_at(&mut bytes, offset)?;
+    if count == 0 {
         // the file has become shorter: what was promised cannot be sent
-        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-        Ok(count) => {
-            loan.length = count;
-            Ok(())
-        }
+        return Err(io::ErrorKind::UnexpectedEof.into());
     }
+    bytes.truncate(count);
+    Ok(bytes.into())
 }

@@ -19,7 +19,7 @@ use crate::dialect::{self, Site, Subject};
 use crate::fault::{self, Action, Faults, Operation};
 use crate::log::{Entry, Log, Request};
 use crate::options::{Dialect, Options};
-use crate::outgoing::{Buffers, Outgoing};
+use crate::outgoing::Outgoing;
 use crate::reply::{Failure, Reply};
 use crate::request::{Ask, Asked, names};
 
@@ -30,7 +30,6 @@ pub(crate) struct Shared {
     pub(crate) content: Content,
     pub(crate) faults: Mutex<Faults>,
     pub(crate) log: Arc<Log>,
-    pub(crate) buffers: Arc<Buffers>,
     pub(crate) hub: Hub,
     pub(crate) ports: Vec<(Dialect, u16)>,
 }
@@ -82,15 +81,15 @@ pub(crate) async fn serve<T>(
         reply.headers.extend(failure.headers);
         reply
     });
-    Ok(respond(&shared, &connection, &ask, reply, &actions, entry))
+    Ok(respond(&connection, &ask, reply, &actions, entry))
 }
 
 fn operation(ask: &Ask, subject: &Subject) -> Operation {
     match subject {
-        Subject::Object { .. } if ask.head => Operation::Head,
+        Subject::Object { .. } if dialect::is_metadata(ask) => Operation::Head,
         Subject::Object { .. } => Operation::Get,
         Subject::List { .. } => Operation::List,
-        Subject::Bucket { .. } | Subject::Other => Operation::Info,
+        Subject::Bucket { .. } | Subject::Credentials | Subject::Other => Operation::Info,
     }
 }
 
@@ -199,6 +198,9 @@ fn answer(
     let (options, hub, cdn_url) = (&shared.options, &shared.hub, shared.url(Dialect::Cdn));
     let now = SystemTime::now() + options.clock_ahead;
     let site = Site { options, now, hub, cdn_url };
+    if *subject == Subject::Credentials {
+        return dialect::s3::credentials(ask, &site);
+    }
     let Some(bucket) = shared.content.bucket(subject.bucket()) else {
         dialect::permit(ask, options.private, &site)?;
         return Err(dialect::no_bucket(ask, subject.bucket()));
@@ -221,7 +223,7 @@ fn answer(
         }
         Subject::List { .. } => Ok(dialect::list(ask, subject, &tree, &site)),
         Subject::Bucket { .. } => Ok(dialect::bucket(ask, subject, &bucket, &tree, &site)),
-        Subject::Other => Err(Failure::usual(501, None)),
+        Subject::Credentials | Subject::Other => Err(Failure::usual(501, None)),
     }
 }
 
@@ -271,7 +273,6 @@ fn shortened(range: Range<u64>, actions: &[Action]) -> Range<u64> {
 
 /// The response; what happens to its body happens while it is sent.
 fn respond(
-    shared: &Shared,
     connection: &Arc<Connection>,
     ask: &Ask,
     reply: Reply,
@@ -286,7 +287,7 @@ fn respond(
         false => (reply.body, reply.range),
     };
     let actions = if bodyless { &[] } else { actions };
-    let body = Outgoing::new(body, range, actions, &shared.buffers, connection, entry);
+    let body = Outgoing::new(body, range, actions, connection, entry);
     let mut response = Response::new(body);
     *response.status_mut() = StatusCode::from_u16(reply.status).unwrap_or(StatusCode::IM_A_TEAPOT);
     let headers = response.headers_mut();

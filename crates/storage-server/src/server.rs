@@ -17,10 +17,10 @@ use tokio::sync::oneshot;
 use crate::connection::Connection;
 use crate::content::Content;
 use crate::dialect::hub::Hub;
+use crate::dialect::s3;
 use crate::fault::{Faults, Rule, RuleId};
 use crate::log::{Counters, Log, Request};
 use crate::options::{Dialect, Options};
-use crate::outgoing::Buffers;
 use crate::serve::{Shared, serve};
 
 /// A server on the loopback interface. It stops, and its connections end, when it is dropped.
@@ -64,7 +64,6 @@ impl Server {
             content: Content::default(),
             faults: Mutex::new(Faults::new(options.seed)),
             log: Arc::new(Log::new()),
-            buffers: Arc::new(Buffers::default()),
             hub: Hub::default(),
             ports,
             options,
@@ -140,6 +139,18 @@ impl Server {
             Dialect::Hub | Dialect::Cdn => vec![("HF_ENDPOINT", self.url(Dialect::Hub))],
         };
         environment.extend(if signed { credentials } else { unsigned });
+        environment
+    }
+
+    /// The environment of a client of S3 that gets credentials as containers do, and new ones before they expire.
+    /// `token_file` is to have any text without line breaks.
+    pub fn environment_of_role(&self, token_file: &Path) -> Vec<(&'static str, String)> {
+        let url = format!("{}/{}", self.url(Dialect::S3), s3::CREDENTIALS);
+        let token_file = token_file.display().to_string();
+        let mut environment = self.environment_with(Dialect::S3, true);
+        environment.retain(|(name, _)| !name.contains("_KEY"));
+        environment.push(("AWS_CONTAINER_CREDENTIALS_FULL_URI", url));
+        environment.push(("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", token_file));
         environment
     }
 

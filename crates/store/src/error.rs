@@ -183,7 +183,7 @@ impl Operation<'_> {
         let cause = failure.to_string();
         match failure.kind {
             FailureKind::Replaced => StoreError::Replaced { subject, cause },
-            FailureKind::NotFound => {
+            FailureKind::NotFound | FailureKind::NoContainer => {
                 StoreError::NotFound { subject, cause, advice: self.advice_missing(location) }
             }
             FailureKind::Denied => {

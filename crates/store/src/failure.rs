@@ -22,12 +22,12 @@ pub(crate) enum FailureKind {
     WrongRange,
     /// A response that makes no sense.
     Garbled,
-    /// The URL that a redirect led to is no longer good; asking for a new one helps.
-    RedirectExpired,
     /// The object is not the one that was looked at before.
     Replaced,
-    /// No such object, bucket or revision.
+    /// No such object or revision.
     NotFound,
+    /// No such bucket, container or model: there cannot be any object.
+    NoContainer,
     /// The object is as it was (304).
     NotModified,
     /// Credentials were found and are not enough.
@@ -61,14 +61,16 @@ impl Failure {
         Failure { kind, status: None, text: redact(text.as_ref()), retry_after: None }
     }
 
-    /// Whether the same request may succeed a moment later. Decided here and nowhere else.
-    pub(crate) fn is_transient(&self) -> bool {
+    /// Whether the same request may succeed a moment later. Decided here and nowhere else. Where requests succeeded before
+    /// (`reached`), credentials that are not to be had will be again.
+    pub(crate) fn is_transient(&self, reached: bool) -> bool {
         use FailureKind::*;
         match self.kind {
             Throttled | Server | Connect | Interrupted | Stalled | Truncated | WrongRange
-            | Garbled | RedirectExpired => true,
-            Replaced | NotFound | NotModified | Denied | NoCredentials | WrongRegion
-            | ClockSkew | Tls | Other => false,
+            | Garbled => true,
+            NoCredentials => reached,
+            Replaced | NotFound | NoContainer | NotModified | Denied | WrongRegion | ClockSkew
+            | Tls | Other => false,
         }
     }
 }

@@ -89,6 +89,13 @@ struct Part<'a> {
     report: ReadReport,
 }
 
+impl Part<'_> {
+    /// The part of the object that did not come yet.
+    fn missing(&self) -> Range<u64> {
+        self.range.start + self.filled as u64..self.range.end
+    }
+}
+
 impl Reader {
     pub(crate) fn new(
         location: Location,
@@ -202,7 +209,7 @@ impl Reader {
                 Err(_) => Failure::new(FailureKind::Stalled, "no answer"),
             };
             self.note(&failure);
-            if !failure.is_transient() {
+            if !failure.is_transient(self.reached.load(Relaxed)) {
                 return Err(Failed {
                     kind: failure.kind,
                     error: operation.failed(&self.location, &failure),
@@ -227,52 +234,46 @@ impl Reader {
     ) -> Result<ReadReport, StoreError> {
         let mut permit = Some(self.gate.enter().await);
         let start = Instant::now();
+        let end = start + self.options.give_up_after;
         let mut backoff = Backoff::default();
+        let mut earlier = None;
         loop {
             let before = part.filled;
             let runner = lead.take().unwrap_or_else(|| self.ask(&part));
             part.report.requests += 1;
-            let failure =
-                match self.race(runner, &mut part, start + self.options.give_up_after).await {
-                    Ok(()) => {
-                        self.gate.completed();
-                        part.report.bytes = part.target.len() as u64;
-                        return Ok(part.report);
-                    }
-                    Err(failure) => failure,
-                };
+            let Err(mut failure) = self.race(runner, &mut part, end).await else {
+                self.gate.completed();
+                part.report.bytes = part.target.len() as u64;
+                return Ok(part.report);
+            };
             self.note(&failure);
-            let missing = part.range.start + part.filled as u64..part.range.end;
+            let (progress, missing) = (part.filled > before, part.missing());
             tracing::debug!(
                 object = %self.location.describe(&part.object.name), range = ?missing, cause = %failure, "request failed"
             );
             let operation = Operation::Read(&part.object.name, part.range.clone());
-            if !failure.is_transient() {
+            if !failure.is_transient(self.reached.load(Relaxed)) {
                 return Err(operation.failed(&self.location, &failure));
             }
-            if part.filled > before {
+            if progress {
                 backoff = Backoff::default();
+            } else if Instant::now() >= end {
+                // a request that the deadline cut short says less than the one before
+                failure = earlier.take().unwrap_or(failure);
             }
             let wait = backoff.wait(&failure);
             let deadline = self.deadline(start, &failure);
-            let gave_up = |requests| {
-                operation.gave_up(
-                    &self.location,
-                    &failure,
-                    requests,
-                    start.elapsed(),
-                    missing.end - missing.start,
-                )
-            };
-            if Instant::now() + wait >= deadline {
-                return Err(gave_up(part.report.requests));
-            }
             permit.take();
-            sleep(wait).await;
-            match timeout_at(deadline, self.gate.enter()).await {
-                Ok(entered) => permit = Some(entered),
-                Err(_) => return Err(gave_up(part.report.requests)),
+            if Instant::now() + wait < deadline {
+                sleep(wait).await;
+                permit = timeout_at(deadline, self.gate.enter()).await.ok();
             }
+            if permit.is_none() {
+                let bytes = missing.end - missing.start;
+                let (requests, time) = (part.report.requests, start.elapsed());
+                return Err(operation.gave_up(&self.location, &failure, requests, time, bytes));
+            }
+            earlier = Some(failure);
             part.report.retries += 1;
             part.report.asked_again_bytes += missing.end - missing.start;
             count(&self.counters.retries, 1);
@@ -283,8 +284,7 @@ impl Reader {
     /// Asks for what is missing.
     fn ask<'a>(&'a self, part: &Part<'a>) -> Runner<'a> {
         self.asked.fetch_add(1, Relaxed);
-        let missing = part.range.start + part.filled as u64..part.range.end;
-        Runner::asking(self.source.open(part.object, missing), part.filled, Instant::now())
+        Runner::asking(self.source.open(part.object, part.missing()), part.filled, Instant::now())
     }
 
     fn note(&self, failure: &Failure) {

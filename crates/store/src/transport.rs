@@ -5,7 +5,10 @@
 
 use std::{
     future::Future,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use futures_util::StreamExt;
@@ -23,9 +26,17 @@ use crate::counters::{Cells, count};
 #[derive(Debug, Clone)]
 pub(crate) enum Seen {
     /// A response, with the start of its body where its status is not a success.
-    Response { host: String, status: u16, headers: HeaderMap, body: String },
+    Response { from: From, status: u16, headers: HeaderMap, body: String },
     /// None came.
-    Nothing { host: String, kind: HttpErrorKind, text: String },
+    Nothing { from: From, kind: HttpErrorKind, text: String },
+}
+
+/// Who was asked.
+#[derive(Debug, Clone)]
+pub(crate) struct From {
+    pub(crate) host: String,
+    /// For credentials, not for objects.
+    pub(crate) credentials: bool,
 }
 
 tokio::task_local! {
@@ -45,22 +56,40 @@ fn note(seen: Seen) {
     let _ = SEEN.try_with(|slot| *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(seen));
 }
 
-/// Makes the clients that object stores use.
+/// Makes the clients that one object store uses. The builders of `object_store` 0.14 ask for the client of the objects last;
+/// those before are for credentials.
 #[derive(Debug)]
 pub(crate) struct WatchedConnector {
-    pub(crate) counters: Arc<Cells>,
+    counters: Arc<Cells>,
+    clients: Arc<AtomicUsize>,
+}
+
+impl WatchedConnector {
+    pub(crate) fn new(counters: Arc<Cells>) -> WatchedConnector {
+        WatchedConnector { counters, clients: Arc::default() }
+    }
 }
 
 impl HttpConnector for WatchedConnector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let inner = ReqwestConnector::default().connect(options)?;
-        Ok(HttpClient::new(Watched { inner, counters: Arc::clone(&self.counters) }))
+        let number = self.clients.fetch_add(1, Relaxed) + 1;
+        let clients = Arc::clone(&self.clients);
+        Ok(HttpClient::new(Watched {
+            inner,
+            number,
+            clients,
+            counters: Arc::clone(&self.counters),
+        }))
     }
 }
 
 #[derive(Debug)]
 struct Watched {
     inner: HttpClient,
+    number: usize,
+    /// How many there are: the last one is for objects.
+    clients: Arc<AtomicUsize>,
     counters: Arc<Cells>,
 }
 
@@ -82,19 +111,22 @@ impl HttpService for Watched {
 
 impl Watched {
     async fn exchange(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let host = request.uri().host().unwrap_or_default().to_owned();
+        let from = From {
+            host: request.uri().host().unwrap_or_default().to_owned(),
+            credentials: self.number != self.clients.load(Relaxed),
+        };
         count(&self.counters.requests, 1);
         let response = match self.inner.execute(request).await {
             Ok(response) => response,
             Err(error) => {
-                note(Seen::Nothing { host, kind: error.kind(), text: chain(&error) });
+                note(Seen::Nothing { from, kind: error.kind(), text: chain(&error) });
                 return Err(error);
             }
         };
         let status = response.status();
         let headers = response.headers().clone();
         if status.is_success() {
-            note(Seen::Response { host, status: status.as_u16(), headers, body: String::new() });
+            note(Seen::Response { from, status: status.as_u16(), headers, body: String::new() });
             return Ok(response);
         }
         let (parts, body) = response.into_parts();
@@ -108,7 +140,7 @@ impl Watched {
             }
         }
         let body = String::from_utf8_lossy(&text).into_owned();
-        note(Seen::Response { host, status: status.as_u16(), headers, body });
+        note(Seen::Response { from, status: status.as_u16(), headers, body });
         Ok(HttpResponse::from_parts(parts, text.into()))
     }
 }

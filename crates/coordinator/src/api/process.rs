@@ -140,7 +140,9 @@ impl Rank {
         let reports = self.joined.reports.as_deref()?;
         let (warnings, generation) = (self.warnings.as_slice(), 1);
         let (ranks_as, peak_rss_bytes) = (RanksAs::Processes, None);
-        let done = Done { reports, warnings, generation, ranks_as, peak_rss_bytes };
+        // of the others' shares nothing is known here but that they were verified
+        let verified = None;
+        let done = Done { reports, warnings, verified, generation, ranks_as, peak_rss_bytes };
         let mut report = Report::of_load(&self.plan, &self.source, &done);
         report.seconds = Some(self.joined.seconds);
         Some(report)

@@ -153,6 +153,7 @@ impl Loaded {
         let done = Done {
             reports: &self.group.reports,
             warnings: &self.group.warnings,
+            verified: self.group.verified.as_ref(),
             generation: self.group.generation(),
             peak_rss_bytes: None,
             ranks_as: RanksAs::Threads,

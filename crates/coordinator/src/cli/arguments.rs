@@ -78,6 +78,9 @@ pub(super) struct PlanArgs {
     /// Load only the vision tower.
     #[arg(long)]
     encoder_only: bool,
+    /// Copy what is not on this host to the cache directory first, and read it from there.
+    #[arg(long)]
+    pub(super) download: bool,
     /// Skip tensors that belong to no parameter, with a warning.
     #[arg(long)]
     allow_unknown: bool,
@@ -133,6 +136,10 @@ pub(super) struct RunArgs {
     /// Read through the page cache, past it, or as each file's state suggests.
     #[arg(long, value_enum, default_value_t = IoArg::Auto)]
     io: IoArg,
+    /// First verify every weight file against what its source publishes: SHA-256 of the hub or S3, SHA256SUMS or NAME.sha256
+    /// beside the files. Reads each file once more.
+    #[arg(long)]
+    verify: bool,
     /// Do not hash the parameters afterwards.
     #[arg(long)]
     pub(super) no_digest: bool,
@@ -344,6 +351,7 @@ impl RunArgs {
             },
             stuck_after: self.progress_timeout,
             device: self.plan.device_choice(),
+            verify: self.verify,
             concurrency: match self.concurrency {
                 Some(count) => Some(usize::from(count)),
                 None => from_environment("RUNAI_STREAMER_CONCURRENCY", |text| {

@@ -22,6 +22,7 @@ use crate::{
     plan::Plan,
     processes::{self, Door, Joined, Transport},
     report::{Done, RanksAs, Report, peak_rss_bytes},
+    verify::Verified,
 };
 
 /// Carries `longshore load --ranks processes` out: this program as every rank, with the same arguments.
@@ -109,7 +110,7 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
         out::check_writable(dir, place.rank)?;
     }
     let prepared = prepare_process(&plan, &options, place, group.transport)?;
-    let warnings = prepared.warnings.clone();
+    let (warnings, verified) = (prepared.warnings.clone(), prepared.verified.clone());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -126,7 +127,8 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
     let done = joined.and_then(|(params, mut joined)| {
         let (out, hash) = (run.out.as_deref(), !run.no_digest);
         let rank = Rank { place, plan: &plan, source, out, params: &params };
-        let report = runtime.block_on(rank.results(&mut joined, &warnings, hash, phases));
+        let own = Holding { verified, ..Holding::default() };
+        let report = runtime.block_on(rank.results(&mut joined, own, &warnings, hash, phases));
         runtime.block_on(joined.end());
         report
     });
@@ -155,6 +157,8 @@ struct Holding {
     hashes: Vec<u128>,
     /// Of each parameter, where files are wanted.
     sha256: Vec<[u8; 32]>,
+    /// Its share of the files that were verified, where that was asked for.
+    verified: Option<Verified>,
 }
 
 impl Rank<'_> {
@@ -162,11 +166,11 @@ impl Rank<'_> {
     async fn results(
         &self,
         joined: &mut Joined,
+        mut own: Holding,
         warnings: &[String],
         hash: bool,
         mut phases: Phases,
     ) -> Result<Option<Report>, LoadError> {
-        let mut own = Holding::default();
         if hash {
             own.hashes = phases.measure("digest", || digest::param_hashes(self.params))?;
         }
@@ -195,7 +199,9 @@ impl Rank<'_> {
         };
         let peaks: Vec<u64> = holdings.iter().map(|h| h.peak_rss_bytes).collect();
         let (ranks_as, peak_rss_bytes) = (RanksAs::Processes, Some(peaks.as_slice()));
-        let done = Done { reports, warnings, generation: 1, ranks_as, peak_rss_bytes };
+        let verified = holdings.iter().filter_map(|h| h.verified.clone()).reduce(Verified::merge);
+        let verified = verified.as_ref();
+        let done = Done { reports, warnings, verified, generation: 1, ranks_as, peak_rss_bytes };
         let mut report = Report::of_load(self.plan, self.source, &done);
         report.seconds = Some(phases.ready_seconds(joined.seconds));
         if hash {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashSet,
-    io,
+    fmt, io,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -174,9 +174,17 @@ impl HostJoin {
                 Err(CollectiveError::System { action: "using NCCL", what: e.to_string() }.into())
             }
             Err(e) => {
-                tracing::warn!("ranks exchange through host memory: {e}");
+                self.say_without(&e);
                 Ok(None)
             }
+        }
+    }
+
+    /// Says why NCCL is not used: of all ranks, one does.
+    fn say_without(&self, why: &dyn fmt::Display) {
+        match self.place.rank {
+            0 => tracing::warn!("ranks exchange through host memory: {why}"),
+            _ => tracing::debug!("no exchange over NCCL: {why}"),
         }
     }
 
@@ -192,7 +200,13 @@ impl HostJoin {
             Err(what) if self.transport == Transport::Nccl => {
                 Err(CollectiveError::System { action: "using NCCL", what })
             }
-            Err(_) => Ok(None),
+            Err(what) => {
+                // whoever has offered nothing has said why
+                if roster[self.place.rank as usize].nccl.is_some() {
+                    self.say_without(&what);
+                }
+                Ok(None)
+            }
         }
     }
 

@@ -4,6 +4,7 @@ use std::{
     error::Error,
     sync::{Arc, Mutex, PoisonError},
     thread,
+    time::Instant,
 };
 
 use longshore_kernels::cuda::driver::{CudaError, Device, DeviceMemory, Event, Stream};
@@ -101,6 +102,11 @@ impl Arenas {
         let equal = self.compare(row, work)?;
         // a copy reads and writes, so that half of the bytes are copied
         let copied = (work.bytes / 2).min(self.target.len());
+        let begun = Instant::now();
+        while begun.elapsed() < table.warm_up {
+            self.seconds(&|this| this.copy(copied))?;
+            self.seconds(work.launch)?;
+        }
         let (mut copies, mut kernels) = (Vec::new(), Vec::new());
         for _ in 0..table.samples {
             copies.push(self.seconds(&|this| this.copy(copied))?);

@@ -11,8 +11,8 @@
 //! --read FILE...     only the rate at which threads read these files from the page cache into pinned memory; comes last
 //! ```
 //!
-//! Each row runs once to warm up, and what it made is compared with the host twin, all of it; then it takes turns with a
-//! copy of as many bytes on the same memory, timed by the device's events, and the median of each counts. On the device,
+//! Each row runs once, and what it made is compared with the host twin, all of it; then it takes turns with a copy of as
+//! many bytes on the same memory, timed by the device's events once both are warm, and the median of each counts. On the device,
 //! bytes are those read plus those written, of kernel and copy alike; on the way to it, each byte counts once.
 //!
 //! `wanted` is the least ratio that a row is to reach; rows without are for information. `scripts/gpu_check.sh` runs this
@@ -31,7 +31,7 @@ mod transfers;
 )]
 mod twins;
 
-use std::{env, error::Error, path::PathBuf, process::ExitCode, thread};
+use std::{env, error::Error, path::PathBuf, process::ExitCode, thread, time::Duration};
 
 use longshore_kernels::cuda::driver::{Device, probe};
 
@@ -125,10 +125,15 @@ fn run(settings: &Settings) -> Result<bool, Box<dyn Error>> {
     Ok(table.equal)
 }
 
+/// After a comparison on the host the device's clocks have fallen; this brings them back.
+const WARM_UP: Duration = Duration::from_millis(100);
+
 /// The rows so far: printed as they come.
 struct Table {
     pattern: String,
     samples: usize,
+    /// How long a row runs before it is timed.
+    warm_up: Duration,
     equal: bool,
 }
 
@@ -149,7 +154,9 @@ impl Table {
     fn new(settings: &Settings) -> Self {
         println!("| what | shape | GB/s | limit, GB/s | ratio | wanted | bytes |");
         println!("|---|---|---|---|---|---|---|");
-        Self { pattern: settings.pattern.clone(), samples: settings.samples, equal: true }
+        let warm_up = if settings.tiny { Duration::ZERO } else { WARM_UP };
+        let (pattern, samples) = (settings.pattern.clone(), settings.samples);
+        Self { pattern, samples, warm_up, equal: true }
     }
 
     fn wants(&self, row: &Row) -> bool {

@@ -99,25 +99,29 @@ pub(crate) fn to_device(
         unsafe { stream.copy_to_device(to, from, bare_bytes as u64)? };
         stream.synchronize()
     };
-    let limit = bare_bytes as f64 / seconds(table.samples, || copy(&arenas.stream))?;
+    let limit = bare_bytes as f64 / seconds(table, || copy(&arenas.stream))?;
     table.print(&bare, limit, None, None);
     drop(pinned);
 
     let mut ring = Ring::new(&arenas.device, slab_bytes)?;
     let bytes = total / slab_bytes * slab_bytes;
-    let rate = bytes as f64 / seconds(table.samples, || ring.upload(arenas, false))?;
+    let rate = bytes as f64 / seconds(table, || ring.upload(arenas, false))?;
     table.print(&copied, rate, Some(limit), None);
-    let rate = bytes as f64 / seconds(table.samples, || ring.upload(arenas, true))?;
+    let rate = bytes as f64 / seconds(table, || ring.upload(arenas, true))?;
     let equal = ring.was_placed(arenas, bytes)?;
     table.print(&placed, rate, Some(limit), Some(equal));
     Ok(())
 }
 
 /// Seconds that `run` takes on the host's clock, once warm.
-fn seconds<E>(samples: usize, mut run: impl FnMut() -> Result<(), E>) -> Result<f64, E> {
+fn seconds<E>(table: &Table, mut run: impl FnMut() -> Result<(), E>) -> Result<f64, E> {
+    let begun = Instant::now();
     run()?;
-    let mut all = Vec::with_capacity(samples);
-    for _ in 0..samples {
+    while begun.elapsed() < table.warm_up {
+        run()?;
+    }
+    let mut all = Vec::with_capacity(table.samples);
+    for _ in 0..table.samples {
         let begun = Instant::now();
         run()?;
         all.push(begun.elapsed().as_secs_f64());
@@ -237,7 +241,7 @@ pub(crate) fn read(
     }
     let slabs = || Pinned::new(device, 2 * SLAB_BYTES);
     let mut slabs = (0..settings.threads).map(|_| slabs()).collect::<Result<Vec<_>, _>>()?;
-    let taken = seconds(table.samples, || {
+    let taken = seconds(table, || {
         let next = AtomicUsize::new(0);
         let read = |slabs: &mut Pinned| -> io::Result<()> {
             loop {

@@ -96,7 +96,7 @@ pub struct NcclCollective {
     slabs: Arc<Slabs>,
     memory: Arc<DeviceMemory>,
     copies: Stream,
-    wires: Stream,
+    wires: Arc<Stream>,
     communicator: Communicator,
     bell: Arc<Bell>,
     state: Mutex<State>,
@@ -196,7 +196,7 @@ impl NcclCollective {
         let memory = Arc::new(device.allocate("exchange", memory)?);
         let slots = SlotPool::pinned(form.slots, form.slot_bytes as usize, device)?;
         let slabs = Slabs::new(device, form.slabs())?;
-        let (copies, wires) = (device.stream()?, device.stream()?);
+        let (copies, wires) = (device.stream()?, Arc::new(device.stream()?));
         let bell = Arc::new(Bell::default());
         let max_ctas = shared.then_some(SHARED_DEVICE_CTAS);
         let membership = Membership { id, rank, world_size: form.world_size, max_ctas };
@@ -349,7 +349,7 @@ impl NcclCollective {
             0 => Incoming::Nothing,
             bytes => {
                 let device = Arc::clone(&self.device);
-                Incoming::OnDevice(DeviceBytes { device, address, bytes, keep: Box::new(keep) })
+                Incoming::OnDevice(DeviceBytes { device, address, bytes, _keep: Box::new(keep) })
             }
         };
         Arrival { operation, source, bytes }
@@ -497,10 +497,9 @@ impl Drop for NcclCollective {
     fn drop(&mut self) {
         if let Err(stuck) = self.communicator.abort(ABORT_LIMIT) {
             tracing::error!("NCCL cannot be ended: {stuck}; this process has to be");
-            // giving memory up would wait for what hangs
-            let memory =
-                (Arc::clone(&self.memory), Arc::clone(&self.slabs), Arc::clone(&self.slots));
-            std::mem::forget(memory);
+            // giving memory up would wait for what hangs, and NCCL may come back to its stream
+            let memory = (Arc::clone(&self.memory), Arc::clone(&self.slabs));
+            std::mem::forget((memory, Arc::clone(&self.slots), Arc::clone(&self.wires)));
             return;
         }
         // copies from slots do not end with the communicator; a device that fails is done

@@ -1,7 +1,7 @@
 //! Google Cloud Storage. The XML interface for objects and lists, as readers use it; listing and reading by the JSON
 //! interface for those that do.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::list::{Query, named, page, token};
 use super::{Site, Subject, s3};
@@ -71,26 +71,41 @@ pub(crate) fn list(ask: &Ask, bucket: &str, tree: &Tree, site: &Site<'_>) -> Rep
             entries_max: site.options.page_entries_max.min(asked).max(1),
         },
     );
-    let items: Vec<_> = page
-        .objects
-        .iter()
-        .map(|(name, object)| {
-            json!({
-                "kind": "storage#object",
-                "name": name,
-                "bucket": bucket,
-                "generation": object.generation.to_string(),
-                "size": object.size.to_string(),
-                "updated": iso_date(object.modified),
-                "etag": object.etag.trim_matches('"'),
-            })
-        })
-        .collect();
+    let items: Vec<Value> =
+        page.objects.iter().map(|(name, object)| resource(bucket, name, object)).collect();
     let mut list = json!({ "kind": "storage#objects", "items": items, "prefixes": page.prefixes });
     if let Some(next) = page.next {
         list["nextPageToken"] = token(&next).into();
     }
     Reply::text(200, "application/json", list.to_string())
+}
+
+/// What the JSON interface says about an object.
+fn resource(bucket: &str, name: &str, object: &Object) -> Value {
+    json!({
+        "kind": "storage#object",
+        "name": name,
+        "bucket": bucket,
+        "generation": object.generation.to_string(),
+        "metageneration": "1",
+        "size": object.size.to_string(),
+        "updated": iso_date(object.modified),
+        "etag": object.etag.trim_matches('"'),
+    })
+}
+
+/// Whether a request of the JSON interface is for what there is to say about an object, and not for its content.
+pub(crate) fn is_metadata(ask: &Ask) -> bool {
+    let by_json = ask.path.starts_with("storage/v1/b/");
+    by_json && ask.query("alt") != Some("media")
+}
+
+/// That answer.
+pub(crate) fn metadata(ask: &Ask, subject: &Subject, object: &Object) -> Option<Reply> {
+    is_metadata(ask).then(|| {
+        let resource = resource(subject.bucket(), subject.object(), object);
+        Reply::text(200, "application/json", resource.to_string())
+    })
 }
 
 pub(crate) fn failure(ask: &Ask, failure: &Failure) -> Reply {

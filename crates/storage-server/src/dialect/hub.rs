@@ -90,8 +90,8 @@ pub(crate) fn subject(ask: &Ask) -> Subject {
         return cached(path).unwrap_or(Subject::Other);
     }
     if let Some(path) = path.strip_prefix("api/models/") {
-        if let Some((repository, revision)) = path.split_once("/tree/") {
-            let revision = Some(decoded(revision.trim_end_matches('/')));
+        if let Some((repository, rest)) = path.split_once("/tree/") {
+            let revision = rest.split('/').next().map(decoded);
             return Subject::List { bucket: decoded(repository), revision };
         }
         let (repository, revision) = match path.split_once("/revision/") {
@@ -185,8 +185,7 @@ pub(crate) fn redirect(
     let (status, location, etag) = if is_large(subject.object(), object) {
         let repository = utf8_percent_encode(repository, NON_ALPHANUMERIC);
         let path = format!("repos/{repository}/{commit}/{name}");
-        let ends = (site.now + site.options.redirect_lifetime).duration_since(UNIX_EPOCH);
-        let expires = ends.unwrap_or_default().as_secs();
+        let expires = site.expires(site.options.redirect_lifetime);
         let signature = signature(&path, expires, site);
         let url = &site.cdn_url;
         let location =
@@ -210,6 +209,10 @@ pub(crate) fn redirect(
     )
 }
 
+fn is_true(value: Option<&str>) -> bool {
+    matches!(value, Some("true" | "True" | "1"))
+}
+
 /// The repository: its commit and its files; with `blobs=true`, their sizes and digests too.
 pub(crate) fn info(
     ask: &Ask,
@@ -218,7 +221,7 @@ pub(crate) fn info(
     tree: &Tree,
     site: &Site<'_>,
 ) -> Reply {
-    let blobs = matches!(ask.query("blobs"), Some("true" | "True" | "1"));
+    let blobs = is_true(ask.query("blobs"));
     let siblings: Vec<Value> = tree
         .list("")
         .iter()
@@ -255,13 +258,24 @@ fn large_digest(name: &str, object: &Object, tree: &Tree, site: &Site<'_>) -> Op
     Some(site.hub.digest(&opened, site))
 }
 
-/// The files of a revision, all of them whatever the depth, in pages that name the next one by `Link`.
-pub(crate) fn list(ask: &Ask, subject: &Subject, tree: &Tree, site: &Site<'_>) -> Reply {
+/// What follows `/tree/REVISION/`, as the beginning of names.
+fn tree_prefix(ask: &Ask) -> String {
+    let rest = ask.path.split_once("/tree/").and_then(|(_, rest)| rest.split_once('/'));
+    match rest.map(|(_, path)| path.trim_end_matches('/')) {
+        None | Some("") => String::new(),
+        Some(path) => format!("{}/", decoded(path)),
+    }
+}
+
+/// The files of a directory, or all beneath it with `recursive=true`, in pages that name the next one by `Link`.
+pub(crate) fn list(ask: &Ask, tree: &Tree, site: &Site<'_>) -> Reply {
     let after = ask.query("cursor").and_then(named);
     let asked = ask.query("limit").and_then(|max| max.parse().ok()).unwrap_or(1000);
     let entries_max = site.options.page_entries_max.min(asked).max(1);
-    let delimiter = if ask.query("recursive").is_some() { "" } else { "/" };
-    let query = Query { prefix: "", delimiter, after: after.as_deref(), from: None, entries_max };
+    let recursive = is_true(ask.query("recursive"));
+    let (prefix, delimiter) = (tree_prefix(ask), if recursive { "" } else { "/" });
+    let query =
+        Query { prefix: &prefix, delimiter, after: after.as_deref(), from: None, entries_max };
     let page = page(tree, &query);
     let mut files: Vec<Value> = page
         .objects
@@ -282,14 +296,9 @@ pub(crate) fn list(ask: &Ask, subject: &Subject, tree: &Tree, site: &Site<'_>) -
     match page.next {
         None => reply,
         Some(next) => {
-            let (host, repository) = (&ask.host, utf8_percent_encode(subject.bucket(), PATH));
-            let commit = &tree.commit;
-            let recursive = if delimiter.is_empty() { "&recursive=true" } else { "" };
-            let url = format!("http://{host}/api/models/{repository}/tree/{commit}");
-            let cursor = token(&next);
-            let link =
-                format!("<{url}?limit={entries_max}&cursor={cursor}{recursive}>; rel=\"next\"");
-            reply.header("link", link)
+            let (url, cursor) = (format!("http://{}/{}", ask.host, ask.path), token(&next));
+            let query = format!("limit={asked}&cursor={cursor}&recursive={recursive}");
+            reply.header("link", format!("<{url}?{query}>; rel=\"next\""))
         }
     }
 }

@@ -1,8 +1,9 @@
-//! Amazon S3, by its API reference: GetObject, HeadObject, ListObjectsV2 and ListObjects, HeadBucket, GetBucketLocation.
+//! Amazon S3, by its API reference: GetObject, HeadObject, ListObjectsV2, ListObjects, HeadBucket, GetBucketLocation.
 
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde_json::json;
 
 use super::list::{Query, named, page, token};
 use super::{Site, Subject};
@@ -18,6 +19,12 @@ const UNRESERVED: &AsciiSet =
 /// How far a signature's time may be off.
 const SKEW_MAX: Duration = Duration::from_secs(15 * 60);
 
+/// The path at which there are credentials that expire; no bucket is called like that.
+pub(crate) const CREDENTIALS: &str = ".credentials";
+
+/// How the access key ids of such credentials begin. What follows is when they expire, in seconds since 1970.
+const TEMPORARY: &str = "ASIASERVER";
+
 pub(crate) fn subject(ask: &Ask) -> Subject {
     match virtual_bucket(&ask.host) {
         Some(bucket) => named_subject(ask, bucket.to_owned(), decoded(&ask.path)),
@@ -32,7 +39,9 @@ pub(crate) fn subject_by_path(ask: &Ask) -> Subject {
 }
 
 fn named_subject(ask: &Ask, bucket: String, name: String) -> Subject {
-    if bucket.is_empty() {
+    if bucket == CREDENTIALS && name.is_empty() {
+        Subject::Credentials
+    } else if bucket.is_empty() {
         Subject::Other
     } else if !name.is_empty() {
         Subject::object_of(bucket, name)
@@ -73,7 +82,9 @@ pub(crate) fn permit(ask: &Ask, private: bool, site: &Site<'_>) -> Result<(), Fa
     };
     let mut parts = credential.split('/');
     let (key, region) = (parts.next().unwrap_or(""), parts.nth(1).unwrap_or(""));
-    if key != site.options.access_key_id {
+    if let Some(expires) = key.strip_prefix(TEMPORARY) {
+        permit_temporary(ask, expires, site)?;
+    } else if key != site.options.access_key_id {
         let failure = Failure::usual(403, Some("InvalidAccessKeyId"));
         return Err(failure.element("AWSAccessKeyId", key));
     }
@@ -98,6 +109,39 @@ pub(crate) fn permit(ask: &Ask, private: bool, site: &Site<'_>) -> Result<(), Fa
             .element("MaxAllowedSkewMilliseconds", SKEW_MAX.as_millis().to_string()));
     }
     Ok(())
+}
+
+/// Temporary credentials come with their token, and in time.
+fn permit_temporary(ask: &Ask, expires: &str, site: &Site<'_>) -> Result<(), Failure> {
+    let given = ask.header("x-amz-security-token").or_else(|| ask.query("X-Amz-Security-Token"));
+    if given != Some(&session_token(expires, site)) {
+        let message = "The provided token is malformed or otherwise invalid.";
+        return Err(Failure::new(400, "InvalidToken", message));
+    }
+    let expires = Duration::from_secs(expires.parse().unwrap_or(0));
+    match UNIX_EPOCH + expires < site.now {
+        true => Err(Failure::usual(400, Some("ExpiredToken"))),
+        false => Ok(()),
+    }
+}
+
+fn session_token(expires: &str, site: &Site<'_>) -> String {
+    format!("session-{expires}-{}", site.options.token)
+}
+
+/// Credentials as containers get them, for whoever has some token of authorisation.
+pub(crate) fn credentials(ask: &Ask, site: &Site<'_>) -> Result<Reply, Failure> {
+    if ask.authorization().is_none() {
+        return Err(Failure::usual(401, None));
+    }
+    let seconds = site.expires(site.options.credentials_lifetime);
+    let credentials = json!({
+        "AccessKeyId": format!("{TEMPORARY}{seconds}"),
+        "SecretAccessKey": site.options.secret_access_key,
+        "Token": session_token(&seconds.to_string(), site),
+        "Expiration": iso_date(UNIX_EPOCH + Duration::from_secs(seconds)),
+    });
+    Ok(Reply::text(200, "application/json", credentials.to_string()))
 }
 
 /// Where a bucket is that is not in the region of the endpoint.

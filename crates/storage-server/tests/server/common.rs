@@ -7,6 +7,8 @@ use std::fs;
 use std::future::Future;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::path::{Path as FsPath, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
@@ -26,18 +28,27 @@ pub const NAMES: [&str; 5] = [
 /// A server with a bucket `models`: files and objects in memory; and what is in `model/weights-1.safetensors`.
 pub fn fill(options: Options) -> (Server, Vec<u8>) {
     let server = Server::start(options);
-    // its files are opened at each request: it stays until the tests are over
-    let dir = tempfile::tempdir().unwrap().keep();
-    fs::create_dir_all(dir.join("model/sub")).unwrap();
-    let content: Vec<u8> =
-        (0..1_000_003u32).map(|i| (i.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect();
-    fs::write(dir.join("model/weights-1.safetensors"), &content).unwrap();
-    fs::write(dir.join("model/config.json"), "{}").unwrap();
-    fs::write(dir.join("model/sub/config.json"), "").unwrap();
-    server.serve("models", &dir);
-    server.put("models", "model/weights-2.safetensors", content.clone());
+    server.serve("models", files());
+    server.put("models", "model/weights-2.safetensors", content());
     server.put("models", "model/sub/ä é+%&<.json", "strange");
-    (server, content)
+    (server, content())
+}
+
+pub fn content() -> Vec<u8> {
+    (0..1_000_003u32).map(|i| (i.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect()
+}
+
+/// The directory of the bucket's files, written once.
+fn files() -> &'static FsPath {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| {
+        let dir = FsPath::new(env!("CARGO_TARGET_TMPDIR")).join("storage-server");
+        fs::create_dir_all(dir.join("model/sub")).unwrap();
+        fs::write(dir.join("model/weights-1.safetensors"), content()).unwrap();
+        fs::write(dir.join("model/config.json"), "{}").unwrap();
+        fs::write(dir.join("model/sub/config.json"), "").unwrap();
+        dir
+    })
 }
 
 pub fn blocking<T>(future: impl Future<Output = T>) -> T {

@@ -73,6 +73,8 @@ fn the_json_interface_lists_and_reads() {
     assert!(second.get("nextPageToken").is_none());
     let media = "/storage/v1/b/models/o/model%2Fconfig.json?alt=media";
     assert_eq!(ask(&server, Dialect::Gcs, "GET", media, &[]).body, b"{}");
+    let metadata = json("/storage/v1/b/models/o/model%2Fconfig.json");
+    assert_eq!((&metadata["size"], &metadata["etag"]), (&"2".into(), &first["items"][0]["etag"]));
     let nothing = "/storage/v1/b/models/o/nothing?alt=media";
     let nothing = ask(&server, Dialect::Gcs, "GET", nothing, &[]);
     let error: serde_json::Value = serde_json::from_slice(&nothing.body).unwrap();

@@ -69,8 +69,14 @@ fn a_tree_has_pages() {
         (&"config.json".into(), &sha256(&content).into())
     );
     assert_eq!((&second[0]["path"], &second[1]), (&"sub/a b.txt".into(), &Value::Null));
-    let top = json(&get(&server, "/api/models/acme/tiny/tree/main?limit=2"));
-    assert_eq!(top.as_array().unwrap().len(), 2);
+    let paths = |target: &str| {
+        let tree = json(&get(&server, target));
+        tree.as_array().unwrap().iter().map(|file| file["path"].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(paths("/api/models/acme/tiny/tree/main/sub?recursive=False"), ["sub/a b.txt"]);
+    let (server, _) = hub(Options::default());
+    let top = json(&get(&server, "/api/models/acme/tiny/tree/main"));
+    assert_eq!((&top[2]["path"], &top[2]["type"]), (&"sub".into(), &"directory".into()));
 }
 
 /// A redirect to the other host, whose ETag is another one; by HEAD as by GET.

@@ -4,6 +4,7 @@
 #![allow(missing_docs, unreachable_pub, reason = "test code")]
 
 mod azure;
+mod binary;
 mod common;
 mod faults;
 mod gcs;

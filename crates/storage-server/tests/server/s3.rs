@@ -1,8 +1,10 @@
 //! S3, with `object_store` as the client, and with requests by hand where it has no way to make them.
 
-use crate::common::{Answer, ask, blocking, check_reading, client_error, fill};
-use longshore_storage_server::{Dialect, Operation, Options, Server};
-use object_store::aws::{AmazonS3, AmazonS3Builder};
+use crate::common::{Answer, End, Raw, ask, blocking, check_reading, client_error, fill};
+use std::time::Duration;
+
+use longshore_storage_server::{Action, At, Dialect, Operation, Options, Rule, Server};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AwsCredential};
 use object_store::path::Path;
 use object_store::{Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt};
 
@@ -60,6 +62,47 @@ fn private_buckets_ask_for_the_right_key() {
     });
 }
 
+/// A client that fetches new ones goes on; one that keeps the old ones is refused.
+#[test]
+fn temporary_credentials_expire() {
+    let credentials_lifetime = Duration::from_secs(1);
+    let options = Options { private: true, credentials_lifetime, ..Options::default() };
+    let (server, _) = fill(options);
+    let token_file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(token_file.path(), "container").unwrap();
+    let mut builder = AmazonS3Builder::new().with_bucket_name("models");
+    for (name, value) in server.environment_of_role(token_file.path()) {
+        builder = builder.with_config(name.to_lowercase().parse().unwrap(), value);
+    }
+    let role = builder.with_retry(crate::common::no_retries()).build().unwrap();
+    let path = Path::from("model/config.json");
+    blocking(async {
+        let first = role.credentials().get_credential().await.unwrap();
+        let kept = builder_with(&server, &first).build().unwrap();
+        kept.get(&path).await.unwrap();
+        let until = std::time::Instant::now() + Duration::from_secs(20);
+        let error = loop {
+            role.get(&path).await.unwrap();
+            match kept.get(&path).await {
+                Ok(_) if std::time::Instant::now() < until => {}
+                result => break client_error(result.map(|_| ())),
+            }
+        };
+        assert!(error.contains("ExpiredToken"), "{error}");
+        role.get(&path).await.unwrap();
+        let without_token = builder_with(&server, &first).with_token("other").build().unwrap();
+        let error = client_error(without_token.get(&path).await.map(|_| ()));
+        assert!(error.contains("InvalidToken"), "{error}");
+    });
+}
+
+fn builder_with(server: &Server, credential: &AwsCredential) -> AmazonS3Builder {
+    builder(server, true)
+        .with_access_key_id(&credential.key_id)
+        .with_secret_access_key(&credential.secret_key)
+        .with_token(credential.token.as_deref().unwrap_or(""))
+}
+
 #[test]
 fn wrong_regions_and_clocks_have_their_own_errors() {
     let (server, _) = fill(Options::default());
@@ -77,7 +120,7 @@ fn wrong_regions_and_clocks_have_their_own_errors() {
         assert_eq!((status, headers["x-amz-bucket-region"].as_str()), (301, "eu-west-9"));
         assert!(String::from_utf8(body).unwrap().contains("<Code>PermanentRedirect</Code>"));
 
-        let clock_ahead = std::time::Duration::from_secs(20 * 60);
+        let clock_ahead = Duration::from_secs(20 * 60);
         let (ahead, _) = fill(Options { clock_ahead, ..Options::default() });
         let error = client_error(store(&ahead, true).get(&path).await.map(|_| ()));
         assert!(error.contains("RequestTimeTooSkewed"), "{error}");
@@ -100,4 +143,52 @@ fn buckets_are_found_by_host_and_by_path() {
     assert!(String::from_utf8(location.body).unwrap().contains(">us-east-1<"));
     let put = ask(&server, Dialect::S3, "PUT", "/models/new", &[("content-length", "0")]);
     assert_eq!(put.status, 501);
+}
+
+/// Whether the page cache has a file makes no difference.
+#[test]
+fn files_are_read_from_disk_too() {
+    use std::os::fd::AsRawFd;
+
+    let dir = tempfile::tempdir().unwrap();
+    let content: Vec<u8> =
+        (0..5_000_001u32).map(|i| (i.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect();
+    let path = dir.path().join("file");
+    std::fs::write(&path, &content).unwrap();
+    let server = Server::start(Options::default());
+    server.serve("models", dir.path());
+    for cached in [true, false] {
+        if !cached {
+            let file = std::fs::File::open(&path).unwrap();
+            file.sync_all().unwrap();
+            // SAFETY: the file is open
+            unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        }
+        let whole = ask(&server, Dialect::S3, "GET", "/models/file", &[]);
+        assert!(whole.body == content, "cached: {cached}");
+        let range = [("range", "bytes=4095-4999999")];
+        let part = ask(&server, Dialect::S3, "GET", "/models/file", &range);
+        assert!(part.body == content[4095..5_000_000], "cached: {cached}");
+    }
+}
+
+/// Nothing is made up where a file has become shorter than was promised.
+#[test]
+fn files_that_shrink_end_the_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    std::fs::write(&path, vec![1; 3_000_000]).unwrap();
+    let server = Server::start(Options::default());
+    server.serve("models", dir.path());
+    let duration = Some(Duration::from_millis(300));
+    server.fault(Rule::new(Action::Stall { at: Some(At::Bytes(1000)), duration }));
+    let mut raw = Raw::open(&server, Dialect::S3, Duration::from_secs(10));
+    raw.send("GET", "/models/file", &[]);
+    while server.requests().first().is_none_or(|request| request.status == 0) {
+        std::thread::yield_now();
+    }
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(1_000_000).unwrap();
+    let (answer, end) = raw.receive("GET");
+    assert_eq!(end, End::Closed);
+    assert!(answer.unwrap().body == vec![1; 1_000_000]);
 }

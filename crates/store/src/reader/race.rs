@@ -124,7 +124,7 @@ impl Reader {
                 }
                 Event::Alarm => {
                     if now >= deadline {
-                        return Err(Failure::new(FailureKind::Stalled, "time is up"));
+                        return Err(out_of_time(&lead, now, stall_after));
                     }
                     if chase.as_ref().is_some_and(|chase| now >= chase.stalls_at(stall_after)) {
                         chase = None;
@@ -215,7 +215,7 @@ impl Reader {
     }
 
     fn hedge<'a>(&'a self, part: &mut Part<'a>) -> Runner<'a> {
-        let missing = part.range.start + part.filled as u64..part.range.end;
+        let missing = part.missing();
         count(&self.counters.hedges, 1);
         count(&self.counters.hedged_bytes, missing.end - missing.start);
         part.report.hedges += 1;
@@ -249,7 +249,16 @@ async fn next_of(chase: &mut Option<Runner<'_>>) -> Result<Option<Bytes>, Failur
     }
 }
 
-fn silence(runner: &Runner<'_>, stall_after: Duration) -> Failure {
-    let what = if runner.first.is_some() { "bytes" } else { "response" };
-    Failure::new(FailureKind::Stalled, format!("no {what} for {:.1} s", stall_after.as_secs_f64()))
+/// The deadline passed while a request was under way.
+fn out_of_time(runner: &Runner<'_>, now: Instant, stall_after: Duration) -> Failure {
+    let silent = now - runner.last;
+    if runner.first.is_none() || silent >= stall_after / 2 {
+        return silence(runner, silent);
+    }
+    Failure::new(FailureKind::Stalled, "too slow: bytes come, but time is up")
+}
+
+fn silence(runner: &Runner<'_>, time: Duration) -> Failure {
+    let what = if runner.first.is_some() { "no more bytes" } else { "no first byte" };
+    Failure::new(FailureKind::Stalled, format!("{what} for {:.1} s", time.as_secs_f64()))
 }

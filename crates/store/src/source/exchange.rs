@@ -30,3 +30,23 @@ pub(super) fn connection_failure(trouble: Trouble, text: String) -> Failure {
 pub(super) fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok().filter(|value| !value.is_empty())
 }
+
+/// A success that is of another range than was asked for.
+pub(super) fn wrong_range(status: u16, headers: &HeaderMap) -> Failure {
+    let text = match header(headers, "content-range") {
+        Some(told) if status == 206 => format!("Content-Range: {told} came"),
+        None if status == 206 => "no Content-Range came".to_owned(),
+        _ => "the whole object came, not the range".to_owned(),
+    };
+    let mut failure = Failure::new(FailureKind::WrongRange, text);
+    failure.status = Some(status);
+    failure
+}
+
+/// The text of the first `<name>` in an error's XML. Only code, message and region are taken from it: other elements repeat
+/// what was signed.
+pub(super) fn element<'a>(body: &'a str, name: &str) -> Option<&'a str> {
+    let (_, rest) = body.split_once(&format!("<{name}>"))?;
+    let (text, _) = rest.split_once("</")?;
+    Some(text.trim()).filter(|text| !text.is_empty())
+}

@@ -25,7 +25,7 @@ use serde::Deserialize;
 use tokio::sync::OnceCell;
 
 use self::link::{Endpoint, encode};
-use super::exchange::{Trouble, connection_failure, header};
+use super::exchange::{Trouble, connection_failure, element, header, wrong_range};
 use crate::{
     counters::{Cells, count},
     error::StoreError,
@@ -81,6 +81,8 @@ const REDIRECTS_MAX: usize = 5;
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 /// The answer about a model with 100,000 files is some 30 MB.
 const ANSWER_MAX: usize = 256 << 20;
+/// Errors are far shorter.
+const ERROR_MAX: usize = 64 << 10;
 
 impl HubSource {
     pub(crate) fn new(
@@ -143,9 +145,9 @@ impl HubSource {
         let response = self.follow(url, &Method::GET, None, false).await?.response;
         let status = response.status();
         if !status.is_success() {
-            return Err(self.refused(status.as_u16(), response.headers(), false));
+            return Err(self.refused(status.as_u16(), response.headers()));
         }
-        let answer = collect(response).await?;
+        let answer = collect(response, ANSWER_MAX).await?;
         let told: Told = serde_json::from_slice(&answer).map_err(|error| {
             Failure::new(FailureKind::Garbled, format!("not the answer of a hub: {error}"))
         })?;
@@ -185,7 +187,7 @@ impl HubSource {
             match response.status().as_u16() {
                 // signed URLs hold for a while
                 401 | 403 | 404 | 410 => self.forget(name, &link),
-                _ => return self.checked(name, response, Some(link)),
+                _ => return self.checked(name, response, Some(link)).await,
             }
         }
         let url = self.file_url(name).await?;
@@ -194,7 +196,7 @@ impl HubSource {
             check_etag(object, etag)?;
         }
         let link = followed.elsewhere.map(|url| Link { url, etag: None });
-        self.checked(name, followed.response, link)
+        self.checked(name, followed.response, link).await
     }
 
     async fn file_url(&self, name: &str) -> Result<Url, Failure> {
@@ -212,7 +214,7 @@ impl HubSource {
         let followed = self.follow(url, &Method::HEAD, None, false).await?;
         let (status, headers) = (followed.response.status(), followed.response.headers());
         if !status.is_success() && !status.is_redirection() {
-            return Err(self.refused(status.as_u16(), headers, false));
+            return Err(self.refused(status.as_u16(), headers));
         }
         let size = followed.bytes.or_else(|| header(headers, "content-length")?.parse().ok());
         let bytes = size.ok_or_else(|| {
@@ -290,15 +292,18 @@ impl HubSource {
     }
 
     /// Whether a response is a success, and of the content that the same place gave before. Where it came from is kept.
-    fn checked(
+    async fn checked(
         &self,
         name: &str,
         response: Response,
         link: Option<Link>,
     ) -> Result<Response, Failure> {
-        let status = response.status().as_u16();
-        if !response.status().is_success() {
-            return Err(self.refused(status, response.headers(), link.is_some()));
+        let status = response.status();
+        if !status.is_success() {
+            return Err(match link {
+                Some(_) => refused_elsewhere(response).await,
+                None => self.refused(status.as_u16(), response.headers()),
+            });
         }
         let Some(mut link) = link else { return Ok(response) };
         let told = header(response.headers(), "etag").map(plain_tag);
@@ -313,11 +318,11 @@ impl HubSource {
         Ok(response)
     }
 
-    fn refused(&self, status: u16, headers: &HeaderMap, elsewhere: bool) -> Failure {
+    fn refused(&self, status: u16, headers: &HeaderMap) -> Failure {
         let code = header(headers, "x-error-code").unwrap_or_default();
         let kind = match (status, code) {
-            (_, "RepoNotFound" | "RevisionNotFound" | "EntryNotFound") => FailureKind::NotFound,
-            (401 | 403, _) if elsewhere => FailureKind::RedirectExpired,
+            (_, "RepoNotFound") => FailureKind::NoContainer,
+            (_, "RevisionNotFound" | "EntryNotFound") => FailureKind::NotFound,
             (401, _) if self.token.is_none() => FailureKind::NoCredentials,
             (401 | 403 | 451, _) => FailureKind::Denied,
             (404 | 410, _) => FailureKind::NotFound,
@@ -494,42 +499,55 @@ fn check_range(
     range: &Range<u64>,
     response: &Response,
 ) -> Result<(), Failure> {
-    let wrong = |text: String| Err(Failure::new(FailureKind::WrongRange, text));
-    if response.status().as_u16() != 206 {
-        let whole = range.start == 0 && range.end == object.bytes;
-        return if whole {
-            check_length(object, response)
-        } else {
-            wrong("the whole file came".to_owned())
-        };
+    let status = response.status().as_u16();
+    if status != 206 && range.start == 0 && range.end == object.bytes {
+        return check_length(object, response);
     }
-    let told = header(response.headers(), "content-range").unwrap_or_default();
-    let parsed = || -> Option<(u64, u64, u64)> {
+    let told = header(response.headers(), "content-range").filter(|_| status == 206);
+    let parsed = told.and_then(|told| {
         let (span, size) = told.strip_prefix("bytes ")?.split_once('/')?;
         let (first, last) = span.split_once('-')?;
         Some((first.parse().ok()?, last.parse::<u64>().ok()?.checked_add(1)?, size.parse().ok()?))
-    };
-    match parsed() {
-        Some((start, end, size))
-            if (start, end, size) == (range.start, range.end, object.bytes) =>
-        {
-            Ok(())
-        }
-        Some(_) => wrong(format!("{told:?} came")),
-        None => wrong("no Content-Range came".to_owned()),
+    });
+    if parsed == Some((range.start, range.end, object.bytes)) {
+        return Ok(());
     }
+    Err(wrong_range(status, response.headers()))
+}
+
+/// What another host means, which is an object store in front of or behind a cache.
+async fn refused_elsewhere(response: Response) -> Failure {
+    let (status, headers) = (response.status().as_u16(), response.headers().clone());
+    let body = collect(response, ERROR_MAX).await.unwrap_or_default();
+    let body = String::from_utf8_lossy(&body);
+    let code = element(&body, "Code").unwrap_or_default();
+    let kind = match (status, code) {
+        (400, "RequestTimeout") => FailureKind::Interrupted,
+        // the URL is new: one that expired was not asked a second time
+        (401 | 403, _) => FailureKind::Denied,
+        (404 | 410, _) => FailureKind::NotFound,
+        (412 | 416, _) => FailureKind::Replaced,
+        (429 | 503, _) => FailureKind::Throttled,
+        (408 | 425 | 500..=599, _) => FailureKind::Server,
+        _ => FailureKind::Other,
+    };
+    let message = element(&body, "Message").unwrap_or_default();
+    let mut failure = Failure::new(kind, format!("{code} {message} (where the hub redirects to)"));
+    failure.status = Some(status);
+    failure.retry_after = http_date::retry_after(header(&headers, "retry-after"));
+    failure
 }
 
 /// A whole answer, unless it is absurdly long.
-async fn collect(response: Response) -> Result<Vec<u8>, Failure> {
+async fn collect(response: Response, most: usize) -> Result<Vec<u8>, Failure> {
     let mut body = body_of(response);
     let mut answer = Vec::new();
     while let Some(chunk) = body.next().await {
         answer.extend_from_slice(&chunk?);
-        if answer.len() > ANSWER_MAX {
+        if answer.len() > most {
             return Err(Failure::new(
                 FailureKind::Other,
-                format!("an answer of more than {ANSWER_MAX} bytes"),
+                format!("an answer of more than {most} bytes"),
             ));
         }
     }

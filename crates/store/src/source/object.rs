@@ -179,11 +179,11 @@ fn info_of(name: &str, meta: &ObjectMeta, seen: Option<&Seen>) -> ObjectInfo {
     }
 }
 
-fn body_of(result: GetResult) -> Body {
-    result.into_stream().map(|chunk| chunk.map_err(|error| body_verdict(&error))).boxed()
-}
-/// An entity tag as headers have it. Azure's lists leave the quotes away that its headers have. **Source:** "List Blobs", Azure
-/// Storage REST API reference.
+/// Lists of Azure give entity tags without the quotes that headers have them in, and that belong to them (RFC 9110 §8.8.3).
 fn quoted(etag: &str) -> String {
     if etag.ends_with('"') { etag.to_owned() } else { format!("\"{etag}\"") }
+}
+
+fn body_of(result: GetResult) -> Body {
+    result.into_stream().map(|chunk| chunk.map_err(|error| body_verdict(&error))).boxed()
 }

@@ -121,7 +121,7 @@ impl Device {
         let geometry = table::Device { multiprocessors: multiprocessors.max(1).cast_unsigned() };
         let uuid = uuid(handle, check)?;
         let mut context = null();
-        // SAFETY: `context` is ours, `handle` a device. Released by `drop`.
+        // SAFETY: `context` is ours, `handle` a device. Never released: see `Device`.
         let got = unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, handle) };
         check(got, "making a context")?;
         Ok(Device {

@@ -215,7 +215,7 @@ impl Connection<'_> {
     }
 
     fn connector(&self) -> WatchedConnector {
-        WatchedConnector { counters: Arc::clone(&self.counters) }
+        WatchedConnector::new(Arc::clone(&self.counters))
     }
 
     /// No limit on a whole body; one on silence, as long as the reader's, for the requests that the reader does not watch

@@ -15,8 +15,8 @@ use crate::{
     http_date,
     location::Service,
     object_info::{Checksum, ChecksumAlgorithm},
-    source::exchange::{Trouble, connection_failure, header},
-    transport::{Seen, chain},
+    source::exchange::{Trouble, connection_failure, element, header, wrong_range},
+    transport::{From, Seen, chain},
 };
 
 /// Signatures of S3 hold for 15 minutes. **Source:** "Authenticating requests (AWS Signature Version 4)", Amazon S3 API
@@ -30,17 +30,13 @@ pub(super) fn verdict(
     seen: Option<&Seen>,
 ) -> Failure {
     match seen {
-        Some(Seen::Nothing { host, kind, text }) => nothing_came(host, *kind, text),
-        Some(Seen::Response { host, status, headers, body }) if *status >= 300 => {
-            let mut failure = refused(service, host, *status, headers, body);
+        Some(Seen::Nothing { from, kind, text }) => nothing_came(from, *kind, text),
+        Some(Seen::Response { from, status, headers, body }) if *status >= 300 => {
+            let mut failure = refused(service, from, *status, headers, body);
             failure.status = Some(*status);
             failure
         }
-        Some(Seen::Response { status, .. }) => {
-            let mut failure = unusable(error);
-            failure.status = Some(*status);
-            failure
-        }
+        Some(Seen::Response { status, headers, .. }) => unusable(error, *status, headers),
         None => match error {
             object_store::Error::NotFound { .. } => {
                 Failure::new(FailureKind::NotFound, "no such object")
@@ -57,26 +53,14 @@ pub(super) fn verdict(
     }
 }
 
-/// Addresses that are asked for credentials, not for objects. **Source:** `object_store` 0.14, `aws/credential.rs`,
-/// `gcp/credential.rs`, `azure/credential.rs`.
-fn gives_credentials(host: &str) -> bool {
-    matches!(
-        host,
-        "169.254.169.254"
-            | "169.254.170.2"
-            | "169.254.170.23"
-            | "metadata.google.internal"
-            | "metadata"
-            | "oauth2.googleapis.com"
-            | "login.microsoftonline.com"
-    ) || host.starts_with("sts.")
-}
-
-fn nothing_came(host: &str, kind: HttpErrorKind, text: &str) -> Failure {
-    if gives_credentials(host) {
-        return Failure::new(FailureKind::NoCredentials, format!("{host} does not answer: {text}"));
+fn nothing_came(from: &From, kind: HttpErrorKind, text: &str) -> Failure {
+    if from.credentials {
+        return Failure::new(
+            FailureKind::NoCredentials,
+            format!("{} does not answer: {text}", from.host),
+        );
     }
-    connection_failure(trouble(kind), format!("{host}: {text}"))
+    connection_failure(trouble(kind), format!("{}: {text}", from.host))
 }
 
 fn trouble(kind: HttpErrorKind) -> Trouble {
@@ -100,21 +84,29 @@ pub(super) fn body_verdict(error: &object_store::Error) -> Failure {
 }
 
 /// A success that the client cannot use: no `Content-Range`, another range, no length.
-fn unusable(error: &object_store::Error) -> Failure {
+fn unusable(error: &object_store::Error, status: u16, headers: &HeaderMap) -> Failure {
     let text = match error {
         object_store::Error::Generic { source, .. } => chain(source.as_ref()),
         error => chain(error),
     };
-    let range = ["ange", "Requested", "partial"].iter().any(|word| text.contains(word));
-    Failure::new(if range { FailureKind::WrongRange } else { FailureKind::Garbled }, text)
+    // what `object_store` 0.14 says in `client/get.rs`
+    if ["Content-Range", "CONTENT_RANGE", "Requested", "non-partial"]
+        .iter()
+        .any(|word| text.contains(word))
+    {
+        return wrong_range(status, headers);
+    }
+    let mut failure = Failure::new(FailureKind::Garbled, text);
+    failure.status = Some(status);
+    failure
 }
 
-fn refused(service: Service, host: &str, status: u16, headers: &HeaderMap, body: &str) -> Failure {
+fn refused(service: Service, from: &From, status: u16, headers: &HeaderMap, body: &str) -> Failure {
     let code = element(body, "Code").or_else(|| header(headers, "x-ms-error-code"));
     let message = element(body, "Message").unwrap_or_default();
     let message = message.lines().next().unwrap_or_default();
     let mut text = [code.unwrap_or_default(), message].join(" ").trim().to_owned();
-    let kind = kind_of(service, host, status, code.unwrap_or_default(), headers);
+    let kind = kind_of(service, from, status, code.unwrap_or_default(), headers);
     let also = match kind {
         FailureKind::WrongRegion => header(headers, "x-amz-bucket-region")
             .or_else(|| element(body, "Region"))
@@ -122,7 +114,7 @@ fn refused(service: Service, host: &str, status: u16, headers: &HeaderMap, body:
         FailureKind::ClockSkew => {
             skew(headers).map(|skew| format!("the clocks are {} s apart", skew.as_secs()))
         }
-        _ if gives_credentials(host) => Some(format!("asked of {host}")),
+        _ if from.credentials => Some(format!("asked of {}", from.host)),
         _ => None,
     };
     if let Some(also) = also {
@@ -137,15 +129,15 @@ fn refused(service: Service, host: &str, status: u16, headers: &HeaderMap, body:
 /// error codes for XML", Cloud Storage.
 fn kind_of(
     service: Service,
-    host: &str,
+    from: &From,
     status: u16,
     code: &str,
     headers: &HeaderMap,
 ) -> FailureKind {
     let told_region = header(headers, "x-amz-bucket-region").is_some();
     match (status, code) {
-        (408 | 429 | 500..=599, _) if gives_credentials(host) => FailureKind::Server,
-        _ if gives_credentials(host) => FailureKind::NoCredentials,
+        (408 | 429 | 500..=599, _) if from.credentials => FailureKind::Server,
+        _ if from.credentials => FailureKind::NoCredentials,
         (_, "RequestTimeTooSkewed") => FailureKind::ClockSkew,
         (400, "AuthorizationHeaderMalformed" | "IllegalLocationConstraintException") => {
             FailureKind::WrongRegion
@@ -156,6 +148,7 @@ fn kind_of(
         (400, "") if told_region && service == Service::S3 => FailureKind::WrongRegion,
         (301, _) => FailureKind::WrongRegion,
         (304, _) => FailureKind::NotModified,
+        (404, "NoSuchBucket" | "ContainerNotFound") => FailureKind::NoContainer,
         (404 | 410, _) => FailureKind::NotFound,
         (412 | 416, _) => FailureKind::Replaced,
         (401 | 403, _) if skew(headers).is_some() => FailureKind::ClockSkew,
@@ -172,14 +165,6 @@ fn skew(headers: &HeaderMap) -> Option<Duration> {
     let ours = SystemTime::now();
     let apart = ours.duration_since(theirs).or_else(|_| theirs.duration_since(ours)).ok()?;
     Some(apart).filter(|apart| *apart > SKEW_MAX)
-}
-
-/// The text of the first `<name>` in an error's XML. Only code, message and region are taken from it: other elements repeat
-/// what was signed.
-fn element<'a>(body: &'a str, name: &str) -> Option<&'a str> {
-    let (_, rest) = body.split_once(&format!("<{name}>"))?;
-    let (text, _) = rest.split_once("</")?;
-    Some(text.trim()).filter(|text| !text.is_empty())
 }
 
 /// The digest of the whole object that a response tells, the strongest one.
