@@ -281,13 +281,16 @@ def error_tail(f):
     return f.read()[-600:].strip()
 
 
-def run_peer(ckpt, peer, world, state, memory, verify=False):
-    """One run of peers.py with `world` processes that start together; the time is that of the last to be ready."""
+def run_peer(ckpt, peer, world, state, memory, verify=False, script="peers.py", more=None):
+    """One run of peers.py with `world` processes that start together; the time is that of the last to be ready.
+
+    Another script may follow the same protocol. `more` is added to the environment.
+    """
     files, port = checkpoint_files(ckpt), str(free_port())
-    command = [sys.executable, os.path.join(HERE, "peers.py"), *peer, ckpt] + ["--verify"] * verify
+    command = [sys.executable, os.path.join(HERE, script), *peer, ckpt] + ["--verify"] * verify
     errors = tempfile.TemporaryFile("w+")
     ranks = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                              env=environment(RANK=str(r), WORLD_SIZE=str(world), LOCAL_RANK=str(r), MASTER_PORT=port))
+                              env=environment(RANK=str(r), WORLD_SIZE=str(world), LOCAL_RANK=str(r), MASTER_PORT=port, **(more or {})))
              for r in range(world)]
     watchdog = threading.Timer(TIMEOUT_S, lambda: [p.kill() for p in ranks])
     watchdog.start()
@@ -325,7 +328,7 @@ def sum_up(ranks):
     return out | ({"verified": "ok" if all(v == "ok" for v in verified) else verified} if verified else {})
 
 
-def run_program(command, files, state, memory, rank_processes=0):
+def run_program(command, files, state, memory, rank_processes=0, more=None):
     """One run of a program of its own -> (its standard output, measures) or (None, {"error"}).
 
     It may start `rank_processes` processes. The processor time and what came from disk are those of all of them: the
@@ -337,7 +340,7 @@ def run_program(command, files, state, memory, rank_processes=0):
         return None, {"error": str(e)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         busy, start = busy_seconds(), time.monotonic()
-        p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment())
+        p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment(**(more or {})))
         watchdog = threading.Timer(TIMEOUT_S, p.kill)
         watchdog.start()
         ranks, seen = RankMemory(p.pid, rank_processes) if rank_processes else None, {}

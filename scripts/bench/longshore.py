@@ -24,12 +24,13 @@ def byte_count(text):
     return int(number) * ((1024 if "i" in unit else 1000) ** " KMG".index((unit or " ").strip("B")[:1] or " "))
 
 
-def run(binary, ckpt, tp, state, memory, options=(), memory_limit=None):
-    command = [binary, "load", ckpt, "--tp", str(tp), "--json", "--no-digest", "--device", "cpu", *options]
+def run(binary, ckpt, tp, state, memory, options=(), memory_limit=None, uri=None, more=None):
+    """One run; from `uri`, where the checkpoint is served from elsewhere, with `more` in the environment."""
+    command = [binary, "load", uri or ckpt, "--tp", str(tp), "--json", "--no-digest", "--device", "cpu", *options]
     if memory_limit:
         command += ["--memory-limit", memory_limit]
     processes = "processes" in options or "--ranks=processes" in options
-    text, measures = harness.run_program(command, harness.checkpoint_files(ckpt), state, memory, tp if processes else 0)
+    text, measures = harness.run_program(command, harness.checkpoint_files(ckpt), state, memory, tp if processes else 0, more)
     if text is None:
         return measures
     try:

@@ -74,7 +74,7 @@ pub enum RankError {
         why: String,
     },
     /// A file that is not on local storage could not be read.
-    #[error("{source}")]
+    #[error("reading storage")]
     Remote {
         /// Whether the user can mend it.
         refused: bool,

@@ -2,13 +2,17 @@
 
 #![expect(clippy::print_stdout, reason = "what it prints is what scripts evaluate")]
 
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
 use longshore_storage_server::{Action, At, Dialect, Operation, Options, Rule, Server};
+use serde_json::json;
 
 /// Serves a directory as object storage until it is killed, and prints the environment in which clients find it.
+///
+/// For every line on standard input it prints what it has been asked and has sent since the line before, as JSON.
 #[derive(Debug, Parser)]
 #[command(name = "storage-server")]
 struct Arguments {
@@ -63,7 +67,7 @@ fn dialect(name: &str) -> Result<Dialect, String> {
     }
 }
 
-fn main() -> std::io::Result<()> {
+fn main() -> io::Result<()> {
     let arguments = Arguments::parse();
     let options = Options {
         threads: arguments.threads,
@@ -79,6 +83,15 @@ fn main() -> std::io::Result<()> {
     }
     for (name, value) in server.environment_with(arguments.dialect, true) {
         println!("export {name}={value}");
+    }
+    for line in io::stdin().lines() {
+        line?;
+        let counters = server.counters();
+        println!(
+            "{}",
+            json!({"requests": counters.requests, "sent_bytes": counters.sent_bytes, "concurrent_max": counters.concurrent_max})
+        );
+        server.clear_log();
     }
     // until a signal ends the process
     loop {
