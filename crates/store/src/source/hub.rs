@@ -22,7 +22,7 @@ use futures_util::{FutureExt, StreamExt};
 use object_store::HeaderMap;
 use reqwest::{Client, Method, Response, Url, redirect::Policy};
 use serde::Deserialize;
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 
 use self::link::{Endpoint, encode};
 use super::exchange::{Trouble, connection_failure, element, header, wrong_range};
@@ -48,13 +48,24 @@ pub(crate) struct HubSource {
     counters: Arc<Cells>,
     /// What the revision was resolved to.
     commit: OnceCell<Commit>,
-    links: Mutex<BTreeMap<String, Link>>,
+    places: Mutex<BTreeMap<String, Place>>,
 }
 
 #[derive(Debug)]
 struct Commit {
     sha: String,
     files: BTreeMap<String, ObjectInfo>,
+}
+
+/// Where a file is. Asked of the hub by one request at a time: the others wait and use what that one found.
+type Place = Arc<AsyncMutex<Option<Known>>>;
+
+#[derive(Clone)]
+enum Known {
+    /// With the hub itself.
+    Home,
+    /// Where it redirects to.
+    Elsewhere(Link),
 }
 
 /// Where a file was redirected to. The URL may be signed: it is never printed.
@@ -93,10 +104,7 @@ impl HubSource {
         let bad =
             |reason: String| StoreError::BadSetting { location: location.to_string(), reason };
         let settings = &options.settings;
-        if settings
-            .get("HF_HUB_OFFLINE")
-            .is_some_and(|value| matches!(value, "1" | "true" | "TRUE" | "True" | "ON" | "YES"))
-        {
+        if cache::is_on(settings, "HF_HUB_OFFLINE") {
             return Err(bad(
                 "HF_HUB_OFFLINE is set and there is no complete copy in the local cache".to_owned(),
             ));
@@ -128,7 +136,7 @@ impl HubSource {
             revision: location.revision().unwrap_or(MAIN).to_owned(),
             counters,
             commit: OnceCell::new(),
-            links: Mutex::default(),
+            places: Mutex::default(),
         })
     }
 
@@ -175,28 +183,94 @@ impl HubSource {
         Ok(Commit { files, sha: told.sha })
     }
 
-    /// Asks for a file: at the place it was redirected to before, if there is one and it still answers, or through the hub.
+    /// Asks for a file: where it was found before, if that still answers, or through the hub.
     async fn file(
         &self,
         object: &ObjectInfo,
         range: Option<&Range<u64>>,
     ) -> Result<Response, Failure> {
-        let name = &object.name;
-        if let Some(link) = self.link(name) {
-            let response = self.send(link.url.clone(), &Method::GET, range).await?;
-            match response.status().as_u16() {
-                // signed URLs hold for a while
-                401 | 403 | 404 | 410 => self.forget(name, &link),
-                _ => return self.checked(name, response, Some(link)).await,
+        let place = self.place(&object.name);
+        let known = place.lock().await.clone();
+        let refused = match known {
+            Some(Known::Home) => {
+                return self.ask_hub(object, range).await.map(|(response, _)| response);
             }
+            Some(Known::Elsewhere(link)) => match self.ask_elsewhere(&place, &link, range).await? {
+                Some(response) => return Ok(response),
+                None => Some(link.url),
+            },
+            None => None,
+        };
+        let mut known = place.lock().await;
+        // others may have been faster
+        if let Some(Known::Elsewhere(link)) = known.clone()
+            && Some(&link.url) != refused.as_ref()
+        {
+            drop(known);
+            if let Some(response) = self.ask_elsewhere(&place, &link, range).await? {
+                return Ok(response);
+            }
+            return Err(Failure::new(
+                FailureKind::Interrupted,
+                "the hub redirects to where nothing is",
+            ));
         }
-        let url = self.file_url(name).await?;
-        let followed = self.follow(url, &Method::GET, range, true).await?;
-        if let Some(etag) = &followed.etag {
+        let (response, link) = self.ask_hub(object, range).await?;
+        *known = Some(link.map_or(Known::Home, Known::Elsewhere));
+        Ok(response)
+    }
+
+    /// Asks the hub, and whom it redirects to.
+    async fn ask_hub(
+        &self,
+        object: &ObjectInfo,
+        range: Option<&Range<u64>>,
+    ) -> Result<(Response, Option<Link>), Failure> {
+        let url = self.file_url(&object.name).await?;
+        let Followed { response, elsewhere, etag, .. } =
+            self.follow(url, &Method::GET, range, true).await?;
+        if let Some(etag) = &etag {
             check_etag(object, etag)?;
         }
-        let link = followed.elsewhere.map(|url| Link { url, etag: None });
-        self.checked(name, followed.response, link).await
+        if !response.status().is_success() {
+            return Err(match elsewhere {
+                Some(_) => refused_elsewhere(response).await,
+                None => self.refused(response.status().as_u16(), response.headers()),
+            });
+        }
+        let link = elsewhere.map(|url| Link { url, etag: told_etag(&response) });
+        Ok((response, link))
+    }
+
+    /// Asks where a file was found before. `None` if that is to be found out anew: signed URLs hold for a while only.
+    async fn ask_elsewhere(
+        &self,
+        place: &Place,
+        link: &Link,
+        range: Option<&Range<u64>>,
+    ) -> Result<Option<Response>, Failure> {
+        let response = match self.send(link.url.clone(), &Method::GET, range).await {
+            Err(failure) if failure.kind == FailureKind::Connect => {
+                forget(place, link).await;
+                return Err(failure);
+            }
+            response => response?,
+        };
+        match response.status().as_u16() {
+            300..=399 | 401 | 403 | 404 | 410 => {
+                forget(place, link).await;
+                Ok(None)
+            }
+            400..=599 => Err(refused_elsewhere(response).await),
+            _ => match (&link.etag, told_etag(&response)) {
+                (Some(before), Some(now)) if *before != now => {
+                    let text =
+                        format!("it had etag {before} where the hub redirects to, now {now}");
+                    Err(Failure::new(FailureKind::Replaced, text))
+                }
+                _ => Ok(Some(response)),
+            },
+        }
     }
 
     async fn file_url(&self, name: &str) -> Result<Url, Failure> {
@@ -291,33 +365,6 @@ impl HubSource {
         request.send().await.map_err(|error| client_failure(error, &format!("{host}: ")))
     }
 
-    /// Whether a response is a success, and of the content that the same place gave before. Where it came from is kept.
-    async fn checked(
-        &self,
-        name: &str,
-        response: Response,
-        link: Option<Link>,
-    ) -> Result<Response, Failure> {
-        let status = response.status();
-        if !status.is_success() {
-            return Err(match link {
-                Some(_) => refused_elsewhere(response).await,
-                None => self.refused(status.as_u16(), response.headers()),
-            });
-        }
-        let Some(mut link) = link else { return Ok(response) };
-        let told = header(response.headers(), "etag").map(plain_tag);
-        if let (Some(before), Some(now)) = (&link.etag, told)
-            && before != now
-        {
-            let text = format!("it had etag {before} where the hub redirects to, now {now}");
-            return Err(Failure::new(FailureKind::Replaced, text));
-        }
-        link.etag = told.map(str::to_owned).or(link.etag);
-        self.links().insert(name.to_owned(), link);
-        Ok(response)
-    }
-
     fn refused(&self, status: u16, headers: &HeaderMap) -> Failure {
         let code = header(headers, "x-error-code").unwrap_or_default();
         let kind = match (status, code) {
@@ -338,21 +385,22 @@ impl HubSource {
         failure
     }
 
-    fn link(&self, name: &str) -> Option<Link> {
-        self.links().get(name).cloned()
+    fn place(&self, name: &str) -> Place {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(places.entry(name.to_owned()).or_default())
     }
+}
 
-    /// Another request may have found a new one already: that one stays.
-    fn forget(&self, name: &str, link: &Link) {
-        let mut links = self.links();
-        if links.get(name).is_some_and(|known| known.url == link.url) {
-            links.remove(name);
-        }
+/// Another request may have found a new one already: that one stays.
+async fn forget(place: &Place, link: &Link) {
+    let mut known = place.lock().await;
+    if matches!(&*known, Some(Known::Elsewhere(current)) if current.url == link.url) {
+        *known = None;
     }
+}
 
-    fn links(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Link>> {
-        self.links.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn told_etag(response: &Response) -> Option<String> {
+    header(response.headers(), "etag").map(|tag| plain_tag(tag).to_owned())
 }
 
 impl Source for HubSource {

@@ -95,16 +95,20 @@ fn series(name: &str) -> Vec<String> {
         .collect()
 }
 
+/// Whether a switch of huggingface_hub is on.
+pub(super) fn is_on(settings: &Settings, name: &str) -> bool {
+    settings.get(name).is_some_and(|value| {
+        matches!(value.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE")
+    })
+}
+
 /// The token that the user gave, or has on this machine.
 pub(super) fn token(settings: &Settings) -> Result<Option<String>, String> {
     let given = settings.first(&["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"]);
     let (name, text) = match given {
         Some((name, text)) => (name.to_owned(), text.to_owned()),
         None => {
-            let implicit = settings.get("HF_HUB_DISABLE_IMPLICIT_TOKEN");
-            if implicit.is_some_and(|value| {
-                matches!(value.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE")
-            }) {
+            if is_on(settings, "HF_HUB_DISABLE_IMPLICIT_TOKEN") {
                 return Ok(None);
             }
             let named = settings.get("HF_TOKEN_PATH").map(PathBuf::from);
