@@ -9,7 +9,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{Part, Reader};
+use super::{Part, Reader, usual::Patience};
 use crate::{
     counters::count,
     failure::{Failure, FailureKind},
@@ -90,72 +90,63 @@ impl Reader {
         part: &mut Part<'a>,
         deadline: Instant,
     ) -> Result<(), Failure> {
+        let stall_after = self.options.stall_after;
         let mut chase: Option<Runner<'a>> = None;
-        let mut hedge_at = self.options.hedge.then_some(lead.asked);
+        let mut watch = self.options.hedge.then(|| Watch::new(self.usual().patience(), lead.asked));
         let alarm = sleep_until(deadline);
         pin!(alarm);
         loop {
-            let stall_after = self.options.stall_after;
-            let mut next = deadline.min(lead.stalls_at(stall_after));
-            next = chase.as_ref().map_or(next, |chase| next.min(chase.stalls_at(stall_after)));
-            if let Some(hedge_at) = &mut hedge_at {
-                *hedge_at = self.slow_at(&lead, part).unwrap_or(*hedge_at).max(*hedge_at);
-                next = next.min(*hedge_at);
-            }
-            alarm.as_mut().reset(next);
+            let stalls = chase.iter().chain([&lead]).map(|runner| runner.stalls_at(stall_after));
+            let looks = watch.iter().map(|watch| watch.look_at(&lead, part));
+            alarm.as_mut().reset(stalls.chain(looks).fold(deadline, Instant::min));
             let event = select! {
                 chunk = lead.chunk() => Event::Lead(chunk),
                 chunk = next_of(&mut chase) => Event::Chase(chunk),
                 () = &mut alarm => Event::Alarm,
             };
             let now = Instant::now();
-            let lost = match event {
-                Event::Lead(chunk) => self.take(&mut lead, chunk, part, now).err(),
+            let mut lost = None;
+            match event {
+                Event::Lead(chunk) => lost = self.take(&mut lead, chunk, part, now).err(),
                 Event::Chase(chunk) => {
-                    match chase.as_mut().map(|chase| self.take(chase, chunk, part, now)) {
-                        Some(Ok(())) => {}
-                        Some(Err(failure)) => {
-                            tracing::debug!(cause = %failure, "hedge failed");
-                            chase = None;
-                        }
-                        None => {}
-                    }
-                    None
-                }
-                Event::Alarm => {
-                    if now >= deadline {
-                        return Err(out_of_time(&lead, now, stall_after));
-                    }
-                    if chase.as_ref().is_some_and(|chase| now >= chase.stalls_at(stall_after)) {
+                    let failure =
+                        chase.as_mut().and_then(|chase| self.take(chase, chunk, part, now).err());
+                    if let Some(failure) = failure {
+                        tracing::debug!(cause = %failure, "hedge failed");
                         chase = None;
                     }
-                    if hedge_at.is_some_and(|at| now >= at) {
-                        hedge_at = match self.usual().patience() {
-                            // nothing is usual yet
-                            None => Some(now + LOOK_AGAIN),
-                            Some(_) if self.may_hedge() => {
-                                chase = Some(self.hedge(part));
-                                None
-                            }
-                            Some(patience) => Some(now + patience),
-                        };
+                }
+                Event::Alarm if now >= deadline => {
+                    return Err(out_of_time(&lead, now, stall_after));
+                }
+                Event::Alarm => {
+                    if now >= lead.stalls_at(stall_after) {
+                        lost = Some(silence(&lead, stall_after));
                     }
-                    (now >= lead.stalls_at(stall_after)).then(|| silence(&lead, stall_after))
+                    chase = chase.filter(|chase| now < chase.stalls_at(stall_after));
+                    if watch.as_mut().is_some_and(|watch| {
+                        watch.is_slow(&lead, part, self.usual().patience(), now)
+                    }) && self.may_hedge()
+                    {
+                        chase = Some(self.hedge(part));
+                        watch = None;
+                    }
                 }
-            };
-            if part.filled == part.target.len() {
-                let runner = chase.as_ref().filter(|chase| chase.at > lead.at).unwrap_or(&lead);
-                self.finished(runner, chase.as_ref().is_some_and(|chase| chase.at > lead.at), now);
-                return Ok(());
             }
-            match (&chase, lost) {
-                (Some(ahead), None) if ahead.at > lead.at => {
-                    self.finished_behind(&lead, now);
-                    lead = chase.take().unwrap_or(lead);
+            // whoever is ahead leads; whoever is left leads
+            let overtaken = chase.as_ref().is_some_and(|chase| chase.at > lead.at);
+            if overtaken {
+                self.overtaken(&lead, now);
+            }
+            if overtaken || lost.is_some() {
+                match chase.take() {
+                    Some(ahead) => lead = ahead,
+                    None => return lost.map_or(Ok(()), Err),
                 }
-                (Some(_), Some(_)) => lead = chase.take().unwrap_or(lead),
-                (None, Some(failure)) => return Err(failure),
-                (_, None) => {}
+            }
+            if part.filled == part.target.len() {
+                self.finished(&lead, now);
+                return Ok(());
             }
         }
     }
@@ -196,16 +187,6 @@ impl Reader {
         Ok(())
     }
 
-    /// When a request becomes slower than usual.
-    fn slow_at(&self, runner: &Runner<'_>, part: &Part<'_>) -> Option<Instant> {
-        let usual = self.usual();
-        let silent = runner.last + usual.patience()?;
-        let body = runner.first.and_then(|(first, at)| {
-            Some(first + usual.body_patience((part.target.len() - at) as u64)?)
-        });
-        Some(body.map_or(silent, |body| body.min(silent)))
-    }
-
     /// Counts a hedge, if there may be one more (STO-4).
     fn may_hedge(&self) -> bool {
         let most = self.asked.load(Relaxed) / REQUESTS_PER_HEDGE;
@@ -224,22 +205,71 @@ impl Reader {
         Runner::asking(self.source.open(part.object, missing), part.filled, Instant::now())
     }
 
-    fn finished(&self, runner: &Runner<'_>, hedge_won: bool, now: Instant) {
+    fn finished(&self, runner: &Runner<'_>, now: Instant) {
         if let Some((first, at)) = runner.first {
             self.usual().body((runner.at - at) as u64, now - first);
         }
-        if hedge_won {
-            count(&self.counters.hedges_won, 1);
-        }
     }
 
-    /// A request was overtaken: that it takes at least so long is all that is known of it.
-    fn finished_behind(&self, runner: &Runner<'_>, now: Instant) {
+    /// That the slower one takes at least so long is all that is known of it.
+    fn overtaken(&self, runner: &Runner<'_>, now: Instant) {
         count(&self.counters.hedges_won, 1);
         if runner.first.is_none() {
             self.usual().first_byte(now - runner.asked);
         }
     }
+}
+
+/// Looks whether a request is slower than usual.
+struct Watch {
+    patience: Option<Patience>,
+    /// Not looked at again before this.
+    not_before: Instant,
+}
+
+impl Watch {
+    fn new(patience: Option<Patience>, now: Instant) -> Watch {
+        let not_before = if patience.is_some() { now } else { now + LOOK_AGAIN };
+        Watch { patience, not_before }
+    }
+
+    /// When there is something to see.
+    fn look_at(&self, runner: &Runner<'_>, part: &Part<'_>) -> Instant {
+        let slow = self.patience.map(|patience| slow_at(runner, part, &patience));
+        slow.map_or(self.not_before, |slow| slow.max(self.not_before))
+    }
+
+    /// Whether a request is slower than what is usual now. If it is, it is looked at again after as long a time: there may be
+    /// no hedge to be had.
+    fn is_slow(
+        &mut self,
+        runner: &Runner<'_>,
+        part: &Part<'_>,
+        patience: Option<Patience>,
+        now: Instant,
+    ) -> bool {
+        if now < self.look_at(runner, part) {
+            return false;
+        }
+        self.patience = patience;
+        let Some(patience) = patience else {
+            self.not_before = now + LOOK_AGAIN;
+            return false;
+        };
+        let slow = now >= slow_at(runner, part, &patience);
+        if slow {
+            self.not_before = now + patience.silence;
+        }
+        slow
+    }
+}
+
+/// When a request is slower than usual: silent for too long, or a body that takes too long.
+fn slow_at(runner: &Runner<'_>, part: &Part<'_>, patience: &Patience) -> Instant {
+    let silent = runner.last + patience.silence;
+    let body =
+        runner.first.and_then(|(first, at)| Some(first + patience.body(part.target.len() - at)?));
+    body.map_or(silent, |body| body.min(silent))
 }
 
 async fn next_of(chase: &mut Option<Runner<'_>>) -> Result<Option<Bytes>, Failure> {

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-/// The last measurements of one kind. Few enough to sort at need, many enough for a tail of a few percent.
+/// The last measurements of one kind. Few enough to sort after each, many enough for a tail of a few percent.
 #[derive(Debug, Clone)]
 struct Window {
     values: Vec<f32>,
     next: usize,
+    /// The 90th percentile.
+    usual: Option<f32>,
 }
 
 const WINDOW: usize = 128;
@@ -15,7 +17,7 @@ const MEASUREMENTS_MIN: usize = 16;
 
 impl Window {
     fn new() -> Window {
-        Window { values: Vec::with_capacity(WINDOW), next: 0 }
+        Window { values: Vec::with_capacity(WINDOW), next: 0, usual: None }
     }
 
     fn add(&mut self, value: f32) {
@@ -25,15 +27,11 @@ impl Window {
             self.values[self.next] = value;
         }
         self.next = (self.next + 1) % WINDOW;
-    }
-
-    fn quantile(&self, share: f64) -> Option<f32> {
-        if self.values.len() < MEASUREMENTS_MIN {
-            return None;
+        if self.values.len() >= MEASUREMENTS_MIN {
+            let mut sorted = self.values.clone();
+            let index = (sorted.len() - 1) * 9 / 10;
+            self.usual = Some(*sorted.select_nth_unstable_by(index, f32::total_cmp).1);
         }
-        let mut sorted = self.values.clone();
-        let index = ((sorted.len() - 1) as f64 * share).round() as usize;
-        Some(*sorted.select_nth_unstable_by(index, f32::total_cmp).1)
     }
 }
 
@@ -42,6 +40,22 @@ impl Window {
 pub(crate) struct Usual {
     first_byte: Window,
     per_mib: Window,
+}
+
+/// What a request may take before it is slower than usual.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Patience {
+    /// Without bringing anything.
+    pub(crate) silence: Duration,
+    per_mib: Option<Duration>,
+}
+
+impl Patience {
+    /// For a body of `bytes`, from its first one on. `None` while no body is known.
+    pub(crate) fn body(&self, bytes: usize) -> Option<Duration> {
+        let whole = self.per_mib?.mul_f64(bytes as f64 / (1 << 20) as f64);
+        Some(whole.max(self.silence))
+    }
 }
 
 /// How many times the 90th percentile is too much.
@@ -67,17 +81,11 @@ impl Usual {
         }
     }
 
-    /// How long a request may bring nothing before it is slower than usual. `None` while nothing is known.
-    pub(crate) fn patience(&self) -> Option<Duration> {
-        let usual = self.first_byte.quantile(0.9)?;
-        Some(Duration::from_secs_f32(usual * PATIENCE).max(PATIENCE_MIN))
-    }
-
-    /// How long a body of `bytes` may take before it is slower than usual.
-    pub(crate) fn body_patience(&self, bytes: u64) -> Option<Duration> {
-        let usual = self.per_mib.quantile(0.9)?;
-        let whole = usual * PATIENCE * (bytes as f32 / (1 << 20) as f32);
-        Some(Duration::from_secs_f32(whole).max(self.patience()?))
+    /// What a request may take before it is slower than usual. `None` while nothing is known.
+    pub(crate) fn patience(&self) -> Option<Patience> {
+        let silence = Duration::from_secs_f32(self.first_byte.usual? * PATIENCE).max(PATIENCE_MIN);
+        let per_mib = self.per_mib.usual.map(|usual| Duration::from_secs_f32(usual * PATIENCE));
+        Some(Patience { silence, per_mib })
     }
 }
 
@@ -93,11 +101,9 @@ mod tests {
         }
         assert_eq!(usual.patience(), None);
         usual.first_byte(Duration::from_millis(50));
-        assert!(
-            usual.patience().unwrap().abs_diff(Duration::from_millis(150))
-                < Duration::from_millis(1)
-        );
-        assert_eq!(usual.body_patience(1), None);
+        let patience = usual.patience().unwrap();
+        assert!(patience.silence.abs_diff(Duration::from_millis(150)) < Duration::from_millis(1));
+        assert_eq!(patience.body(1), None);
     }
 
     #[test]
@@ -107,8 +113,10 @@ mod tests {
             usual.first_byte(Duration::from_millis(if n % 20 == 0 { 2000 } else { 40 }));
             usual.body(8 << 20, Duration::from_millis(80));
         }
-        assert!(usual.patience().unwrap() < Duration::from_millis(130));
-        assert!(usual.body_patience(8 << 20).unwrap() < Duration::from_millis(260));
+        let patience = usual.patience().unwrap();
+        assert!(patience.silence < Duration::from_millis(130));
+        assert!(patience.body(8 << 20).unwrap() < Duration::from_millis(260));
+        assert_eq!(patience.body(1), Some(patience.silence));
     }
 
     #[test]
@@ -117,6 +125,6 @@ mod tests {
         for n in 0..400 {
             usual.first_byte(Duration::from_millis(if n < 200 { 10 } else { 1000 }));
         }
-        assert!(usual.patience().unwrap() >= Duration::from_secs(3));
+        assert!(usual.patience().unwrap().silence >= Duration::from_secs(3));
     }
 }
