@@ -187,7 +187,7 @@ impl Operation<'_> {
                 StoreError::NotFound { subject, cause, advice: self.advice_missing(location) }
             }
             FailureKind::Denied => {
-                StoreError::Denied { subject, cause, advice: self.advice_denied(location) }
+                StoreError::Denied { subject, cause, advice: self.advice_denied(location, failure) }
             }
             FailureKind::NoCredentials => {
                 StoreError::NoCredentials { subject, cause, advice: advice_credentials(location) }
@@ -220,8 +220,15 @@ impl Operation<'_> {
         }
     }
 
-    fn advice_denied(&self, location: &Location) -> String {
+    fn advice_denied(&self, location: &Location, failure: &Failure) -> String {
         let container = location.container();
+        let says = |codes: &[&str]| codes.iter().any(|code| failure.text.contains(code));
+        if says(&["ExpiredToken", "TokenRefreshRequired"]) {
+            return "the session token has expired: get new credentials".to_owned();
+        }
+        if says(&["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"]) {
+            return "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or the profile".to_owned();
+        }
         match (location.service(), self) {
             (Service::S3, Operation::List) => {
                 format!("the credentials need s3:ListBucket on {container}")

@@ -2,11 +2,13 @@
 
 use std::{collections::BTreeMap, env, fmt, time::Duration};
 
+use crate::{error::StoreError, location::Location};
+
 /// How a store is read.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
     /// Requests in flight. `Some(n)`: exactly that many where there is so much to ask for. `None`: what the storage gives,
-    /// found by trying, between 1 and [`StoreOptions::CONCURRENCY_MAX`].
+    /// found by trying, between 1 and [`StoreOptions::CONCURRENCY_MAX`]. Hedges are not counted.
     pub concurrency: Option<usize>,
     /// How long a request may bring nothing (fewer than 64 KiB, where more is missing) before it is given up and the
     /// rest asked for again. Default 10 s: the first byte of S3, GCS and the hub comes in well under 1 s, and even a
@@ -30,6 +32,19 @@ impl StoreOptions {
     /// The most requests in flight where the number is found by trying. 128 requests of 8 MiB cover 100 Gbit/s at a
     /// latency of 85 ms.
     pub const CONCURRENCY_MAX: usize = 128;
+
+    /// Refuses what cannot be meant.
+    pub(crate) fn check(&self, location: &Location) -> Result<(), StoreError> {
+        let reason = match self {
+            StoreOptions { concurrency: Some(0), .. } => "a concurrency of 0 reads nothing",
+            StoreOptions { part_bytes: 0, .. } => "parts of 0 bytes hold nothing",
+            _ if self.stall_after.is_zero() || self.give_up_after.is_zero() => {
+                "a time limit of 0 leaves no time"
+            }
+            _ => return Ok(()),
+        };
+        Err(StoreError::BadSetting { location: location.to_string(), reason: reason.to_owned() })
+    }
 }
 
 impl Default for StoreOptions {

@@ -43,6 +43,7 @@ impl Store {
     /// A refusal for settings that make no sense, and on the hub for a model or revision that is not there or needs a token;
     /// [`StoreError::GaveUp`] if the hub does not answer.
     pub fn open(location: &Location, options: &StoreOptions) -> Result<Store, StoreError> {
+        options.check(location)?;
         let counters = Arc::new(Cells::default());
         let source: Box<dyn Source> = match location.service() {
             Service::Hub => Box::new(HubSource::new(location, options, Arc::clone(&counters))?),

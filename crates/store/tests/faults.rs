@@ -249,10 +249,10 @@ fn what_a_user_can_mend_is_refused_at_once_and_says_how() {
     let content = content(1000);
     let cases: [(Action, &str); 6] = [
         (Action::error("AccessDenied"), "s3:GetObject"),
-        (Action::error("InvalidAccessKeyId"), "InvalidAccessKeyId"),
-        (Action::error("SignatureDoesNotMatch"), "SignatureDoesNotMatch"),
+        (Action::error("InvalidAccessKeyId"), "check AWS_ACCESS_KEY_ID"),
+        (Action::error("SignatureDoesNotMatch"), "AWS_SECRET_ACCESS_KEY"),
         (Action::error("RequestTimeTooSkewed"), "clock"),
-        (Action::error("ExpiredToken"), "ExpiredToken"),
+        (Action::error("ExpiredToken"), "get new credentials"),
         (Action::error("AuthorizationHeaderMalformed"), "AWS_REGION"),
     ];
     for (fault, advice) in cases {

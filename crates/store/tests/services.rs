@@ -137,6 +137,21 @@ fn many_threads_read_one_object_at_once() {
 }
 
 #[test]
+fn connections_are_used_again() {
+    let content = content(1 << 20);
+    for dialect in SERVICES {
+        let server = serve(Options::default(), &content);
+        let store =
+            open(&server, dialect, &StoreOptions { hedge: false, ..options(&server, dialect) });
+        let object = store.object(&store.list().unwrap()[0]);
+        for n in 0..50 {
+            object.read(n * 1000..n * 20_000 + 1, &mut vec![0; n as usize * 19_000 + 1]).unwrap();
+        }
+        assert!(server.counters().connections <= 6, "{dialect:?}: {:?}", server.counters());
+    }
+}
+
+#[test]
 fn more_than_there_is_or_than_is_allowed_is_an_error() {
     let server = serve(Options::default(), &content(1000));
     let store = open(&server, Dialect::S3, &options(&server, Dialect::S3));

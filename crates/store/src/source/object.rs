@@ -65,6 +65,15 @@ impl ObjectSource {
         Path::parse(full).map_err(|error| Failure::new(FailureKind::NotFound, error.to_string()))
     }
 
+    /// The name under the prefix. `None` for the empty object that consoles make to show a folder: its name is the prefix.
+    fn name<'a>(&self, path: &'a Path) -> Option<&'a str> {
+        let name = match self.prefix.as_ref() {
+            "" => path.as_ref(),
+            prefix => path.as_ref().strip_prefix(prefix)?.strip_prefix('/')?,
+        };
+        Some(name).filter(|name| !name.is_empty() && !name.contains('/'))
+    }
+
     fn verdict(&self, error: &object_store::Error, seen: Option<&Seen>) -> Failure {
         verdict(self.location.service(), error, seen)
     }
@@ -84,10 +93,7 @@ impl Source for ObjectSource {
             let mut objects: Vec<ObjectInfo> = listed
                 .objects
                 .iter()
-                .filter_map(|meta| {
-                    let name = meta.location.filename()?;
-                    Some(info_of(name, meta, None))
-                })
+                .filter_map(|meta| Some(info_of(self.name(&meta.location)?, meta, None)))
                 .collect();
             objects.sort_by(|a, b| a.name.cmp(&b.name));
             Ok(objects)

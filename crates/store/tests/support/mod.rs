@@ -30,6 +30,8 @@ pub(crate) fn serve(options: Options, content: &[u8]) -> Server {
     server.put(BUCKET, "models/x/config.json", "{}");
     server.put(BUCKET, "models/x/deeper/b.safetensors", "b");
     server.put(BUCKET, "models/xx/c.safetensors", "c");
+    // what consoles make to show a folder
+    server.put(BUCKET, "models/x/", "");
     server.put(REPOSITORY, NAME, content.to_vec());
     server.put(REPOSITORY, "config.json", "{}");
     server.put(REPOSITORY, "deeper/b.safetensors", "b");

@@ -202,6 +202,15 @@ impl Connection<'_> {
                 builder = builder.with_config(key, value);
             }
         }
+        let account = settings.first(&[
+            "AZURE_STORAGE_ACCOUNT_NAME",
+            "AZURE_STORAGE_ACCOUNT",
+            "AZURE_STORAGE_CONNECTION_STRING",
+        ]);
+        let emulator = settings.get("AZURE_STORAGE_USE_EMULATOR");
+        if account.or(emulator.map(|value| ("", value))).is_none() {
+            return Err(self.bad("the account is not known: set AZURE_STORAGE_ACCOUNT_NAME"));
+        }
         if self.allow_http(endpoint, "AZURE_ALLOW_HTTP")? {
             builder = builder.with_allow_http(true);
         }
@@ -338,7 +347,7 @@ mod tests {
             ("s3://b/x", [("AWS_ENDPOINT_URL", "http://10.0.0.1:9000")].into(), "AWS_ALLOW_HTTP"),
             ("s3://b/x", [("AWS_ENDPOINT_URL", "minio:9000")].into(), "AWS_ENDPOINT_URL"),
             ("s3://b/x", [("AWS_ACCESS_KEY_ID", "AKIA")].into(), "ecret"),
-            ("az://c/x", Settings::default(), "ccount"),
+            ("az://c/x", Settings::default(), "AZURE_STORAGE_ACCOUNT_NAME"),
         ];
         for (text, settings, word) in cases {
             let error = open(text, settings).unwrap_err();
