@@ -14,6 +14,7 @@ use longshore_models::{
     byte_range::ByteRange,
     checkpoint::{Checkpoint, TensorId},
     declare::Split,
+    have::RankSet,
     placement::{PlacedPiece, Placement},
 };
 use longshore_rank::protocol::Read;
@@ -36,6 +37,8 @@ pub struct Assignment {
     pub reads: Vec<Vec<Read>>,
     /// Number of exchange rounds.
     pub rounds: u32,
+    /// Sets of ranks that reads refer to; the first is empty.
+    pub settled: Vec<RankSet>,
 }
 
 /// Splits what `placement` needs over its ranks.
@@ -69,7 +72,7 @@ fn with_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Policy
         reads.for_each(|range| share.give(run.file, range, run.owner));
     }
     let rounds = share.round + u32::from(share.any_round);
-    Assignment { reads: share.reads, rounds }
+    Assignment { reads: share.reads, rounds, settled: vec![RankSet::default()] }
 }
 
 /// Reads given out so far.
@@ -87,7 +90,7 @@ impl Share {
         let reader = owner.map_or_else(|| self.least_loaded(), |rank| rank as usize);
         self.loads[reader] += range.len();
         let round = owner.is_none().then(|| self.round_for(reader));
-        self.reads[reader].push(Read { file, range, round });
+        self.reads[reader].push(Read::new(file, range, round));
     }
 
     fn least_loaded(&self) -> usize {
@@ -211,11 +214,11 @@ fn without_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Pol
         }
         let cuts = runs.iter().flat_map(|run| {
             let ranges = checkpoint.cut(run.file, run.range, policy.read_bytes);
-            ranges.map(|range| Read { file: run.file, range, round: None })
+            ranges.map(|range| Read::new(run.file, range, None))
         });
         cuts.collect()
     });
-    Assignment { reads: reads.collect(), rounds: 0 }
+    Assignment { reads: reads.collect(), rounds: 0, settled: vec![RankSet::default()] }
 }
 
 /// Adds a run, joined to the one before across a gap of at most `gap_bytes`.

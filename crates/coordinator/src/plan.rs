@@ -139,12 +139,13 @@ impl Plan {
         let needed_bytes = placement.needed_bytes(&checkpoint);
         let (exchange, exchange_reason) =
             choose_exchange(options.exchange, remote, &placement, &checkpoint, read_bytes);
-        let Assignment { reads, rounds } =
+        let Assignment { reads, rounds, settled } =
             assign(&placement, &checkpoint, &policy(exchange, read_bytes));
         let load = LoadPlan {
             checkpoint: Arc::new(checkpoint),
             placement: Arc::new(placement),
             reads,
+            settled,
             exchange,
             read_bytes_max: read_bytes,
         };

@@ -6,6 +6,7 @@
 //! | configuration | [`config`], [`quant`], [`options`] | `config.json` and options → [`arch::Model`] |
 //! | declaration | [`arch`], [`declare`], [`parallel`], [`transform`] | model and group → parameters, tensors, pieces |
 //! | placement | [`placement`] | declaration and checkpoint → proven [`placement::Placement`] |
+//! | recovery | [`have`] | which bytes of a checkpoint a rank has already |
 //! | names alone | [`mapping`] | model → the parameter, shard and expert of a tensor's name, and back |
 //!
 //! "Reference §n" in these docs points to the description of SGLang's loader that this project was written from;
@@ -20,6 +21,7 @@ pub mod config;
 pub mod declare;
 pub mod dtype;
 pub mod error;
+pub mod have;
 pub mod header;
 pub mod index;
 pub mod mapping;

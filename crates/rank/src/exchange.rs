@@ -187,7 +187,7 @@ fn run_rounds(
     }
 }
 
-/// The spans that `read` turns into on those ranks that are `wanted`, relative to its beginning.
+/// The spans that `read` turns into on those of the ranks that take of it that are `wanted`, relative to its beginning.
 pub(crate) fn for_each_span(
     plan: &LoadPlan,
     read: &Read,
@@ -195,7 +195,8 @@ pub(crate) fn for_each_span(
     mut each: impl FnMut(Span),
 ) {
     for (tensor, within, offset) in tensors_in(&plan.checkpoint, read.file, read.range) {
-        plan.placement.spans(tensor, within, &wanted, |mut span| {
+        let takes = |rank| wanted(rank) && plan.takes(rank, read);
+        plan.placement.spans(tensor, within, takes, |mut span| {
             span.source_offset += offset;
             each(span);
         });

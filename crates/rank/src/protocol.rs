@@ -15,7 +15,8 @@ use std::{
 };
 
 use longshore_models::{
-    byte_range::ByteRange, checkpoint::Checkpoint, declare::ParamId, placement::Placement,
+    byte_range::ByteRange, checkpoint::Checkpoint, declare::ParamId, have::RankSet,
+    placement::Placement,
 };
 use ractor::ActorRef;
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,19 @@ pub struct Read {
     /// The exchange round that it belongs to, to which a rank contributes one read at most; `None` when only the reader
     /// itself needs the bytes.
     pub round: Option<u32>,
+    /// Where the reader takes the bytes from.
+    pub from: ReadFrom,
+    /// The ranks that take nothing of it, because they have what they need of it: index into [`LoadPlan::settled`].
+    pub settled: u32,
+}
+
+/// Where a reader takes the bytes of a read from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ReadFrom {
+    /// The checkpoint's file.
+    Storage,
+    /// Its own parameters, which hold all of the range as it is in the file.
+    Parameters,
 }
 
 /// What all ranks of a load agree on.
@@ -52,10 +66,26 @@ pub struct LoadPlan {
     pub placement: Arc<Placement>,
     /// What each rank reads, in order.
     pub reads: Vec<Vec<Read>>,
+    /// Sets of ranks for reads to refer to; the first is empty.
+    pub settled: Vec<RankSet>,
     /// Whether a rank hands bytes on to the others (otherwise it keeps only its own).
     pub exchange: bool,
     /// The longest read, in bytes.
     pub read_bytes_max: u64,
+}
+
+impl Read {
+    /// A read from storage of which every rank takes what it needs.
+    pub fn new(file: u32, range: ByteRange, round: Option<u32>) -> Self {
+        Self { file, range, round, from: ReadFrom::Storage, settled: 0 }
+    }
+}
+
+impl LoadPlan {
+    /// Whether `rank` takes what it needs of `read`.
+    pub fn takes(&self, rank: u32, read: &Read) -> bool {
+        !self.settled[read.settled as usize].contains(rank)
+    }
 }
 
 /// A rank of this process as the others see it.

@@ -151,7 +151,7 @@ impl Scatter {
     pub(crate) fn find_spans(&mut self, plan: &LoadPlan, rank: u32, read: &Read) {
         self.spans.clear();
         self.parts.clear();
-        let wanted = |r| plan.exchange || r == rank;
+        let wanted = |r| (plan.exchange || r == rank) && plan.takes(r, read);
         for (tensor, within, offset) in tensors_in(&plan.checkpoint, read.file, read.range) {
             let first = self.spans.len();
             plan.placement.spans(tensor, within, wanted, |mut span| {

@@ -7,7 +7,7 @@
 use std::fmt::{self, Write};
 
 use longshore_models::declare::Split;
-use longshore_rank::protocol::LoadPlan;
+use longshore_rank::protocol::{LoadPlan, ReadFrom};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::processes::message::PLAN_HASH_BYTES;
@@ -48,8 +48,10 @@ pub(crate) fn plan_hash(plan: &LoadPlan) -> [u8; PLAN_HASH_BYTES] {
         for read in reads {
             let round = read.round.map_or(0, |round| u64::from(round) + 1);
             hash.numbers(&[read.file.into(), read.range.start, read.range.end, round]);
+            hash.numbers(&[(read.from == ReadFrom::Parameters).into(), read.settled.into()]);
         }
     }
+    hash.shown(&plan.settled);
     hash.numbers(&[plan.exchange.into(), plan.read_bytes_max]);
     hash.0.digest128().to_le_bytes()
 }
