@@ -226,6 +226,24 @@ pub enum LoadError {
         /// How long was waited.
         after: Duration,
     },
+    /// More went wrong than could be mended.
+    #[error("{first}{}", later.iter().map(|e| format!("; then {e}")).collect::<String>())]
+    Losses {
+        /// The first cause.
+        first: String,
+        /// Each later one, in turn.
+        later: Vec<String>,
+    },
+    /// Two ranks made different plans of what is left of the same load: a bug of ours.
+    #[error(
+        "rank {rank} plans another rest of the load than rank 0 in generation {generation}; please report this"
+    )]
+    OtherPlan {
+        /// The first that differs from rank 0.
+        rank: u32,
+        /// When.
+        generation: u64,
+    },
     /// The coordinator's process is gone, or was not heard of.
     #[error("the coordinator (rank 0) was lost: {reason}")]
     CoordinatorLost {
@@ -274,6 +292,8 @@ impl LoadError {
             | LoadError::RankLost { .. }
             | LoadError::RankStuck { .. }
             | LoadError::Missing { .. }
+            | LoadError::Losses { .. }
+            | LoadError::OtherPlan { .. }
             | LoadError::CoordinatorLost { .. }
             | LoadError::GroupEnded { .. }
             | LoadError::Tensors { .. }

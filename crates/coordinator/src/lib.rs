@@ -40,6 +40,7 @@ mod api;
 pub mod assignment;
 pub mod cache;
 pub mod cli;
+mod coordination;
 mod device;
 pub mod digest;
 pub mod discover;

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
 use crate::{
+    coordination::Recovery,
     device::{self, DeviceChoice},
     error::LoadError,
     group::Group,
@@ -361,7 +362,8 @@ pub(crate) async fn attempt(
     // threads of one process have nothing to gather
     let (gathered, _) = mpsc::channel(1);
     let (world_size, stuck_after) = (ranks.len() as u32, prepared.options.stuck_after);
-    let arguments = SupervisorArguments { world_size, ranks, stuck_after, gathered };
+    let recovery = Recovery::NONE;
+    let arguments = SupervisorArguments { world_size, ranks, stuck_after, recovery, gathered };
     let (supervisor, handle) = Actor::spawn(None, Supervisor, arguments)
         .await
         .map_err(|e| LoadError::Runtime(e.to_string()))?;
@@ -374,7 +376,7 @@ pub(crate) async fn attempt(
     supervisor.stop(None);
     handle.await.map_err(|e| LoadError::Runtime(e.to_string()))?;
     drop((work, reuse));
-    let (ranks, reports): (Vec<Option<ReadyParams>>, _) = outcome??.into_iter().unzip();
+    let (ranks, reports): (Vec<Option<ReadyParams>>, _) = outcome??.ranks.into_iter().unzip();
     check_unchanged(prepared)?;
     let missing = || LoadError::Runtime("a rank's parameters are in another process".into());
     let ranks = ranks.into_iter().collect::<Option<Vec<_>>>().ok_or_else(missing)?;

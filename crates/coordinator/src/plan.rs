@@ -2,6 +2,8 @@
 
 mod hash;
 
+pub(crate) use self::hash::plan_hash;
+
 use std::sync::Arc;
 
 use longshore_models::{
@@ -9,7 +11,7 @@ use longshore_models::{
     parallel::Parallel, placement::Placement,
 };
 use longshore_rank::{
-    protocol::{LoadPlan, Read},
+    protocol::{LoadPlan, PlanName, Read},
     scatter::tensors_in,
     storage::FileIdentity,
     stream::slab_bytes,
@@ -20,7 +22,6 @@ use crate::{
     discover::Discovered,
     error::LoadError,
     origin::Origin,
-    processes::message::PLAN_HASH_BYTES,
 };
 
 /// Whether ranks pass bytes to each other.
@@ -165,8 +166,8 @@ impl Plan {
     }
 
     /// What ranks that plan on their own have to agree on.
-    pub(crate) fn hash(&self) -> [u8; PLAN_HASH_BYTES] {
-        hash::plan_hash(&self.load)
+    pub(crate) fn hash(&self) -> PlanName {
+        plan_hash(&self.load)
     }
 
     /// Where each byte belongs.

@@ -20,7 +20,7 @@ pub(crate) mod message;
 pub(crate) mod remote;
 
 use std::{
-    net::{IpAddr, TcpListener},
+    net::{IpAddr, SocketAddr, TcpListener},
     ops::RangeInclusive,
     slice,
     sync::{Arc, Mutex},
@@ -33,7 +33,7 @@ use longshore_rank::{
     protocol::{Generation, Progress, RankReport},
 };
 use ractor::{Actor, ActorRef};
-use tokio::sync::oneshot;
+use tokio::{net::TcpStream, sync::oneshot};
 
 pub use self::join::Transport;
 use self::{
@@ -43,6 +43,7 @@ use self::{
     message::Piece,
 };
 use crate::{
+    coordination::{Loaded, Recovery},
     error::LoadError,
     link::{
         connect::connect,
@@ -53,6 +54,18 @@ use crate::{
     load::{Prepared, check_unchanged, given_back},
     place::Place,
 };
+
+/// What becomes of a group that has lost a rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnLoss {
+    /// It waits for the process that is started in the lost one's place.
+    #[default]
+    Wait,
+    /// It goes on with fewer ranks, where the model can be split so.
+    Shrink,
+    /// It ends at once.
+    Fail,
+}
 
 /// How a group of processes is held together.
 #[derive(Debug, Clone, Copy)]
@@ -67,9 +80,22 @@ pub struct GroupOptions {
     pub stuck_after: Duration,
     /// How long ranks may take to join.
     pub join_limit: Duration,
+    /// What becomes of the group when a rank is lost.
+    pub on_loss: OnLoss,
+    /// How many lost ranks are replaced, all ranks together.
+    pub max_restarts: u32,
 }
 
 impl GroupOptions {
+    /// What follows a loss.
+    pub(crate) fn recovery(&self) -> Recovery {
+        let replacements_max = match self.on_loss {
+            OnLoss::Wait | OnLoss::Shrink => self.max_restarts,
+            OnLoss::Fail => 0,
+        };
+        Recovery { replacements_max, join_limit: self.join_limit }
+    }
+
     /// With another limit to silence, and heartbeats to go with it.
     pub(crate) fn with_silent_after(self, silent_after: Duration) -> Self {
         Self { silent_after, beat_every: silent_after / BEATS_PER_SILENCE, ..self }
@@ -92,9 +118,14 @@ impl Default for GroupOptions {
             silent_after,
             stuck_after: STUCK_AFTER,
             join_limit: Duration::from_secs(120),
+            on_loss: OnLoss::default(),
+            max_restarts: MAX_RESTARTS,
         }
     }
 }
+
+/// A process or a host may be lost in the course of a load; what is lost again and again is not mended by one more.
+pub const MAX_RESTARTS: u32 = 3;
 
 /// A read of 2 MiB that takes longer will not come back: networked storage retries within seconds.
 pub const STUCK_AFTER: Duration = Duration::from_secs(60);
@@ -136,6 +167,9 @@ pub(crate) type Complete = (ReadyParams, Joined);
 pub(crate) struct Joined {
     /// On rank 0, what each rank did.
     pub(crate) reports: Option<Vec<RankReport>>,
+    /// On rank 0, the generation in which all became complete, and how many ranks were replaced on the way.
+    pub(crate) generation: Generation,
+    pub(crate) replaced: u32,
     /// From the opening of the files until every rank was ready.
     pub(crate) seconds: f64,
     member: ActorRef<MemberMessage>,
@@ -162,15 +196,18 @@ pub(crate) async fn load(
         let (params, _) = wait(released).await?;
         let seconds = started.elapsed().as_secs_f64();
         given_back(slice::from_ref(&params)).await;
-        return Ok((params, Joined { reports: None, seconds, member, hosting: None }));
+        let joined =
+            Joined { reports: None, generation: 0, replaced: 0, seconds, member, hosting: None };
+        return Ok((params, joined));
     };
     let hosting = host(listener, place, &prepared, options, progress).await?;
     match host_and_join(place, &prepared, options, &hosting).await {
-        Ok((member, params, reports)) => {
+        Ok((member, params, Loaded { ranks, generation, replaced })) => {
             let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
-            let (reports, hosting) = (Some(reports), Some(hosting));
+            let reports = Some(ranks.into_iter().map(|(_, report)| report).collect());
             given_back(slice::from_ref(&params)).await;
-            Ok((params, Joined { reports, seconds, member, hosting }))
+            let hosting = Some(hosting);
+            Ok((params, Joined { reports, generation, replaced, seconds, member, hosting }))
         }
         Err(e) => {
             hosting.end().await;
@@ -179,7 +216,7 @@ pub(crate) async fn load(
     }
 }
 
-type Released = (ActorRef<MemberMessage>, ReadyParams, Vec<RankReport>);
+type Released = (ActorRef<MemberMessage>, ReadyParams, Loaded);
 
 /// Rank 0: carries the load through on all ranks, and takes part in it.
 async fn host_and_join(
@@ -190,11 +227,10 @@ async fn host_and_join(
 ) -> Result<Released, LoadError> {
     // of a load that fails the coordinator knows the first cause, this rank only what it was told
     let joined = join(place, prepared, options, Some(hosting));
-    let (joined, outcome) = tokio::try_join!(joined, hosting.load(FIRST_GENERATION))?;
-    let reports = outcome.into_iter().map(|(_, report)| report).collect();
+    let (joined, loaded) = tokio::try_join!(joined, hosting.load(FIRST_GENERATION))?;
     let (member, released) = joined;
     let (params, _) = wait(released).await?;
-    Ok((member, params, reports))
+    Ok((member, params, loaded))
 }
 
 async fn wait(released: oneshot::Receiver<member::Released>) -> member::Released {
@@ -216,7 +252,7 @@ async fn host(
         plan: prepared.plan.hash(),
         progress,
         timing: timing(options),
-        join_limit: options.join_limit,
+        recovery: options.recovery(),
         stuck_after: options.stuck_after,
     })
     .await
@@ -234,22 +270,13 @@ async fn join(
     hosting: Option<&Hosting>,
 ) -> Result<(ActorRef<MemberMessage>, oneshot::Receiver<member::Released>), LoadError> {
     let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Meet(e);
-    let deadline = tokio::time::Instant::now() + options.join_limit;
-    let mut candidates = resolve(place, deadline).await.map_err(|e| failed(e.into()))?;
-    if let Some(hosting) = hosting {
-        // by the name that others use, so that this rank's address is one that they can reach; on the port that was had
-        candidates.retain(|c| c.port() == hosting.address.port());
-        candidates.push(hosting.address);
-    }
-    let Place { rank, world_size, attempt, ref secret, .. } = *place;
-    let credentials = Credentials::new(secret.clone(), rank, world_size, attempt, Purpose::Control);
-    let (stream, _) =
-        connect(&candidates, &credentials, deadline).await.map_err(LoadError::Join)?;
+    let way = Way { place: place.clone(), limit: options.join_limit };
+    let stream = way.meet_at(hosting.map(|hosting| hosting.address)).await?;
     let address = stream.local_addr().map_err(|e| failed(e.into()))?.ip();
     let (released, outcome) = oneshot::channel();
     let checked = Arc::clone(prepared);
     let start = MemberArguments {
-        rank,
+        rank: place.rank,
         stream,
         timing: timing(options),
         progress: Arc::default(),
@@ -258,11 +285,47 @@ async fn join(
         join: Arc::new(host_join(place, prepared, options, address)?),
         plan: prepared.plan.hash(),
         check_at_end: Box::new(move || check_unchanged(&checked)),
+        way: (hosting.is_none() && options.recovery().replacements_max > 0).then_some(way),
         released,
     };
     let (member, _) =
         Actor::spawn(None, Member, start).await.map_err(|e| LoadError::Runtime(e.to_string()))?;
     Ok((member, outcome))
+}
+
+/// The way to the coordinator, from a rank that is to meet it.
+#[derive(Debug, Clone)]
+pub(crate) struct Way {
+    place: Place,
+    limit: Duration,
+}
+
+impl Way {
+    /// Connects to whoever is the coordinator now; waits for it.
+    ///
+    /// # Errors
+    /// There is none in time, or it lets this rank not in.
+    pub(crate) async fn meet(&self) -> Result<TcpStream, LoadError> {
+        self.meet_at(None).await
+    }
+
+    /// [`Way::meet`], where it is known where it listens on this host.
+    async fn meet_at(&self, here: Option<SocketAddr>) -> Result<TcpStream, LoadError> {
+        let deadline = tokio::time::Instant::now() + self.limit;
+        let candidates = resolve(&self.place, deadline).await;
+        let mut candidates = candidates.map_err(|e| LoadError::Meet(e.into()))?;
+        if let Some(here) = here {
+            // by the name that others use, so that this rank's address is one that they can reach; on the port that was had
+            candidates.retain(|c| c.port() == here.port());
+            candidates.push(here);
+        }
+        let Place { rank, world_size, attempt, ref secret, .. } = self.place;
+        let credentials =
+            Credentials::new(secret.clone(), rank, world_size, attempt, Purpose::Control);
+        let (stream, _) =
+            connect(&candidates, &credentials, deadline).await.map_err(LoadError::Join)?;
+        Ok(stream)
+    }
 }
 
 /// Where rank 0 may be met. Its host may get its name only when its process starts, as in Kubernetes: asked again until then.
@@ -306,6 +369,7 @@ fn host_join(
         },
         receive_slots: staging.receive_slots,
         nccl: prepared.nccl(),
+        plan: prepared.plan.clone(),
         announced: Mutex::default(),
     })
 }

@@ -1,11 +1,7 @@
-//! The coordinator's actor: brings up the ranks of a group, watches them, carries their load through.
+//! The coordinator's actor: brings up the ranks of a group, watches them, carries out what
+//! [`Coordination`] decides.
 //!
-//! allocate on all (or take over what an earlier load left) → load on all → start on all → ready from all → release. The
-//! first failure, reported or seen by supervision, stops every rank and is the load's answer; what the others say
-//! afterwards no longer matters. A rank is an actor of this process or a link to another one: the words are the same, and
-//! so is what supervision tells.
-
-mod stuck;
+//! A rank is an actor of this process or a link to another one: the words are the same, and so is what supervision tells.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -14,18 +10,14 @@ use std::{
 
 use longshore_rank::{
     actor::{RankActor, RankArguments},
-    params::{Home, ParamMemory, ReadyParams},
-    protocol::{
-        Contact, Generation, Peers, Progress, RankCommand, RankEvent, RankEventKind, RankReport,
-        Work,
-    },
+    params::{Home, ParamMemory},
+    protocol::{Generation, Progress, RankCommand, RankEvent, Work},
 };
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, DerivedActorRef, SupervisionEvent};
 use tokio::sync::{mpsc, oneshot};
-use tracing::debug;
 
-use self::stuck::{Stuck, Watched};
 use crate::{
+    coordination::{Coordination, Order, Outcome, Recovery, Watched},
     error::LoadError,
     processes::{
         member::Gathered,
@@ -33,9 +25,6 @@ use crate::{
         remote::{RemoteArguments, RemoteMessage, RemoteRank},
     },
 };
-
-/// What all ranks ended with; parameters where they are in this process.
-pub(crate) type Outcome = Result<Vec<(Option<ReadyParams>, RankReport)>, LoadError>;
 
 /// Supervises the ranks of a group.
 #[derive(Debug)]
@@ -68,6 +57,8 @@ pub(crate) struct SupervisorArguments {
     pub(crate) ranks: Vec<Member>,
     /// How long a rank may have work in hand without getting on.
     pub(crate) stuck_after: Duration,
+    /// How a load may go on after a loss.
+    pub(crate) recovery: Recovery,
     /// Where a piece of every rank goes, when all have contributed one.
     pub(crate) gathered: mpsc::Sender<Gathered>,
 }
@@ -79,11 +70,8 @@ pub(crate) enum SupervisorMessage {
     Load { generation: Generation, done: oneshot::Sender<Outcome> },
     /// A rank's process has joined.
     Joined(RemoteArguments),
-    /// The time for joining is over.
-    JoiningEnded {
-        /// How long it was.
-        after: Duration,
-    },
+    /// A rank that has joined was in this generation before.
+    Knows(Generation),
     /// A rank has said something.
     Event(RankEvent),
     /// A rank's piece of what is gathered.
@@ -122,34 +110,16 @@ struct Rank {
     piece: Option<Piece>,
 }
 
-/// One load in progress.
-#[derive(Debug)]
-struct Attempt {
-    contacts: Vec<Option<Contact>>,
-    prepared: Vec<bool>,
-    ready: Vec<Option<(Option<ReadyParams>, RankReport)>>,
-    stuck: Stuck,
-    /// A failure that may only follow from another rank's, and when it was reported.
-    suspicion: Option<(Instant, LoadError)>,
-    done: oneshot::Sender<Outcome>,
-}
-
 #[derive(Debug)]
 pub(crate) struct SupervisorState {
-    /// `None`: it has not joined yet.
+    coordination: Coordination,
+    /// `None`: it has not joined yet, or was lost.
     ranks: Vec<Option<Rank>>,
-    stuck_after: Duration,
     gathered: mpsc::Sender<Gathered>,
-    generation: Generation,
-    attempt: Option<Attempt>,
-    /// The first rank that was lost, and why: nothing is done without it.
-    lost: Option<(u32, String)>,
+    /// Where the answer to the load goes that is under way.
+    done: Option<oneshot::Sender<Outcome>>,
     ending: bool,
 }
-
-/// How long a rank that could not reach another is the cause only if nothing is heard of that one: a rank that fails or dies
-/// closes its connections to all, and the news of that may come by way of another first.
-const SUSPICION: Duration = Duration::from_millis(500);
 
 /// How often to look whether all ranks get on.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -164,20 +134,16 @@ impl Actor for Supervisor {
         myself: ActorRef<SupervisorMessage>,
         arguments: SupervisorArguments,
     ) -> Result<SupervisorState, ActorProcessingErr> {
-        let mut ranks: Vec<Option<Rank>> = (0..arguments.world_size).map(|_| None).collect();
+        let SupervisorArguments { world_size, stuck_after, recovery, gathered, .. } = arguments;
+        let mut coordination = Coordination::new(world_size, stuck_after, recovery);
+        let mut ranks: Vec<Option<Rank>> = (0..world_size).map(|_| None).collect();
         for (number, member) in arguments.ranks.into_iter().enumerate() {
             ranks[number] = Some(bring_up(&myself, number as u32, member).await?);
+            // nothing was asked for yet, so there is nothing to tell it
+            let _ = coordination.joined(number as u32);
         }
         myself.send_interval(LOOK_EVERY, || SupervisorMessage::Look);
-        Ok(SupervisorState {
-            ranks,
-            stuck_after: arguments.stuck_after,
-            gathered: arguments.gathered,
-            generation: 0,
-            attempt: None,
-            lost: None,
-            ending: false,
-        })
+        Ok(SupervisorState { coordination, ranks, gathered, done: None, ending: false })
     }
 
     async fn handle(
@@ -186,15 +152,29 @@ impl Actor for Supervisor {
         message: SupervisorMessage,
         state: &mut SupervisorState,
     ) -> Result<(), ActorProcessingErr> {
-        match message {
-            SupervisorMessage::Load { generation, done } => state.begin(generation, done),
+        let now = Instant::now();
+        let orders = match message {
+            SupervisorMessage::Load { generation, done } => {
+                state.done = Some(done);
+                state.coordination.begin(generation, now)
+            }
             SupervisorMessage::Joined(rank) => state.join(&myself, rank).await?,
-            SupervisorMessage::JoiningEnded { after } => state.joining_ended(after),
-            SupervisorMessage::Event(event) => state.event(event),
-            SupervisorMessage::Contributed { rank, piece } => state.contributed(rank, piece),
-            SupervisorMessage::Look => state.look(Instant::now()),
-            SupervisorMessage::End => state.end(&myself),
-        }
+            SupervisorMessage::Knows(generation) => state.coordination.knows(generation, now),
+            SupervisorMessage::Event(event) => state.coordination.event(event, now),
+            SupervisorMessage::Look => {
+                let watched = state.watched();
+                state.coordination.look(watched.as_deref(), now)
+            }
+            SupervisorMessage::Contributed { rank, piece } => {
+                state.contributed(rank, piece);
+                Vec::new()
+            }
+            SupervisorMessage::End => {
+                state.end(&myself);
+                Vec::new()
+            }
+        };
+        state.carry_out(orders);
         Ok(())
     }
 
@@ -271,158 +251,78 @@ fn is_running(rank: &Rank) -> bool {
 }
 
 impl SupervisorState {
-    fn begin(&mut self, generation: Generation, done: oneshot::Sender<Outcome>) {
-        if let Some((rank, reason)) = self.lost.clone() {
-            // whoever asked may have gone away
-            let _ = done.send(Err(LoadError::RankLost { rank, reason }));
-            return;
-        }
-        let count = self.ranks.len();
-        self.generation = generation;
-        self.attempt = Some(Attempt {
-            contacts: vec![None; count],
-            prepared: vec![false; count],
-            ready: (0..count).map(|_| None).collect(),
-            stuck: Stuck::new(count, self.stuck_after, Instant::now()),
-            suspicion: None,
-            done,
-        });
-        self.tell_all(&RankCommand::Allocate { generation });
-    }
-
     async fn join(
         &mut self,
         myself: &ActorRef<SupervisorMessage>,
         start: RemoteArguments,
-    ) -> Result<(), ActorProcessingErr> {
+    ) -> Result<Vec<Order>, ActorProcessingErr> {
         let number = start.rank;
-        if self.ranks[number as usize].is_some() {
+        if self.coordination.is_present(number) {
             // the listener lets each in once
-            return Ok(());
+            return Ok(Vec::new());
         }
         let rank = bring_up(myself, number, Member::Apart(start)).await?;
-        if self.attempt.is_some() {
-            let command = RankCommand::Allocate { generation: self.generation };
-            // supervision tells when it is gone
-            let _ = rank.commands.send_message(command);
-        }
         self.ranks[number as usize] = Some(rank);
-        Ok(())
+        Ok(self.coordination.joined(number))
     }
 
-    fn joining_ended(&mut self, after: Duration) {
-        let missing: Vec<u32> =
-            (0..self.ranks.len() as u32).filter(|r| self.ranks[*r as usize].is_none()).collect();
-        if !missing.is_empty() {
-            let world_size = self.ranks.len() as u32;
-            self.answer(Err(LoadError::Missing { missing, world_size, after }));
-        }
-    }
-
-    fn event(&mut self, event: RankEvent) {
-        let RankEvent { rank, generation, kind } = event;
-        // RNK-4
-        let Some(attempt) = self.attempt.as_mut().filter(|_| generation == self.generation) else {
-            debug!("rank {rank}: news of generation {generation} comes too late");
-            return;
-        };
-        let at = rank as usize;
-        match kind {
-            RankEventKind::Allocated(contact) => {
-                attempt.contacts[at] = Some(contact);
-                if let Some(peers) = peers(&attempt.contacts) {
-                    self.tell_all(&RankCommand::Load { generation, peers });
-                }
-            }
-            RankEventKind::Prepared => {
-                attempt.prepared[at] = true;
-                // every rank counts what lands on it by now
-                if attempt.prepared.iter().all(|p| *p) {
-                    self.tell_all(&RankCommand::Start { generation });
-                }
-            }
-            RankEventKind::Ready(params, report) => {
-                attempt.ready[at] = Some((params, report));
-                if attempt.ready.iter().all(Option::is_some) {
-                    let all = attempt.ready.drain(..).flatten().collect();
-                    self.tell_all(&RankCommand::Release { generation });
-                    self.answer(Ok(all));
-                }
-            }
-            RankEventKind::Failed(source) => {
-                let blames_another = source.blames().is_some_and(|other| other != rank);
-                let failed = LoadError::Rank { rank, source };
-                match blames_another {
-                    false => self.answer(Err(failed)),
-                    true => {
-                        attempt.suspicion.get_or_insert((Instant::now(), failed));
-                    }
-                }
-            }
-        }
-    }
-
-    fn look(&mut self, now: Instant) {
-        let over = |(since, _): &mut (Instant, LoadError)| now.duration_since(*since) >= SUSPICION;
-        let suspicion = self.attempt.as_mut().and_then(|a| a.suspicion.take_if(over));
-        if let Some((_, failed)) = suspicion {
-            return self.answer(Err(failed));
-        }
-        // whoever has not joined is waited for elsewhere
-        let Some(ranks) = self.ranks.iter().map(Option::as_ref).collect::<Option<Vec<&Rank>>>()
-        else {
-            return;
-        };
-        let Some(attempt) = &mut self.attempt else { return };
-        let watched: Vec<Watched> = ranks
-            .iter()
-            .zip(&attempt.ready)
-            .map(|(rank, ready)| Watched {
-                steps: rank.progress.steps.load(Ordering::Relaxed),
-                busy: rank.progress.in_hand.load(Ordering::Relaxed) > 0,
-                // its last look at the files may hang when everything else is done
-                ready: ready.is_some(),
-            })
-            .collect();
-        if let Some(rank) = attempt.stuck.look(&watched, now) {
-            let progress = &ranks[rank as usize].progress;
-            let stuck = LoadError::RankStuck {
-                rank,
-                after: self.stuck_after,
+    /// What there is to be seen of each rank, if all are there.
+    fn watched(&self) -> Option<Vec<Watched>> {
+        let seen = |rank: &Option<Rank>| {
+            let progress = &rank.as_ref()?.progress;
+            Some(Watched {
+                steps: progress.steps.load(Ordering::Relaxed),
+                busy: progress.in_hand.load(Ordering::Relaxed) > 0,
+                ready: false,
                 phase: progress.phase().name(),
                 read_bytes: progress.read_bytes.load(Ordering::Relaxed),
-            };
-            self.answer(Err(stuck));
-        }
+            })
+        };
+        self.ranks.iter().map(seen).collect()
     }
 
     fn lose(&mut self, rank: u32, reason: String) {
         if self.ending {
             return;
         }
-        let (rank, reason) = self.lost.get_or_insert((rank, reason)).clone();
-        let lost = || LoadError::RankLost { rank, reason: reason.clone() };
-        match self.attempt.is_some() {
-            true => self.answer(Err(lost())),
-            // those that are complete may wait for each other
-            false => self.abort(lost().line()),
+        let orders = self.coordination.lost(rank, reason, Instant::now());
+        self.ranks[rank as usize] = None;
+        self.carry_out(orders);
+        if let Some((rank, reason)) = self.coordination.over() {
+            // whoever gathers is told as well, now or when it asks; a full queue holds the news already
+            let _ = self.gathered.try_send(Err(LoadError::RankLost { rank, reason }));
         }
-        // whoever gathers is told as well, now or when it asks; a full queue holds the news already
-        let _ = self.gathered.try_send(Err(lost()));
     }
 
-    /// Answers a load, once; a failure stops all ranks first.
-    fn answer(&mut self, outcome: Outcome) {
-        let Some(attempt) = self.attempt.take() else { return };
-        if let Err(e) = &outcome {
-            self.abort(e.line());
+    fn carry_out(&mut self, orders: Vec<Order>) {
+        for order in orders {
+            match order {
+                Order::Tell(rank, command) => {
+                    if let Some(rank) = &self.ranks[rank as usize] {
+                        // a rank that cannot be told is dead, and supervision says so
+                        let _ = rank.commands.send_message(command);
+                    }
+                }
+                Order::TellAll(command) => self.tell_all(&command),
+                Order::Dismiss(rank, why) => self.dismiss(rank, why),
+                Order::Answer(outcome) => {
+                    if let Some(done) = self.done.take() {
+                        // whoever asked may have gone away
+                        let _ = done.send(outcome);
+                    }
+                }
+            }
         }
-        // whoever asked may have gone away
-        let _ = attempt.done.send(outcome);
     }
 
-    fn abort(&self, why: String) {
-        self.tell_all(&RankCommand::Abort { generation: self.generation, why });
+    /// Makes room for a replacement.
+    fn dismiss(&mut self, rank: u32, why: String) {
+        let Some(rank) = self.ranks[rank as usize].take() else { return };
+        match rank.remote {
+            // one that is gone already has nothing to be told
+            Some(remote) => drop(remote.cast(RemoteMessage::Dismiss(why))),
+            None => rank.commands.get_cell().stop(None),
+        }
     }
 
     fn contributed(&mut self, rank: u32, piece: Piece) {
@@ -469,19 +369,4 @@ impl SupervisorState {
             let _ = remote.cast(command());
         }
     }
-}
-
-/// All ranks as each has to know them, once all have said where they are.
-fn peers(contacts: &[Option<Contact>]) -> Option<Peers> {
-    let (mut here, mut apart) = (Vec::new(), Vec::new());
-    for contact in contacts {
-        match contact.as_ref()? {
-            Contact::Here(peer) => here.push(peer.clone()),
-            Contact::Apart(endpoint) => apart.push(endpoint.clone()),
-        }
-    }
-    Some(match apart.is_empty() {
-        true => Peers::Here(Arc::new(here)),
-        false => Peers::Apart(Arc::new(apart)),
-    })
 }

@@ -2,9 +2,11 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
+
+use longshore_models::have::Have;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef, DerivedActorRef};
 
@@ -13,10 +15,11 @@ use crate::{
     device::Uploads,
     error::RankError,
     exchange::Exchange,
+    fault::{self, Point},
     params::{Home, ParamMemory, ReadyParams},
     protocol::{
-        Contact, Generation, Join, Peer, Peers, Phase, Progress, RankCommand, RankEvent,
-        RankEventKind, RankMessage, RankReport, Work, WorkerEvent,
+        Contact, Generation, Join, LoadPlan, Peer, Peers, Phase, PlanName, Progress, RankCommand,
+        RankEvent, RankEventKind, RankMessage, RankReport, Work, WorkerEvent,
     },
     scatter::Ranks,
     state::{Effect, LoadState},
@@ -50,20 +53,32 @@ pub struct RankArguments {
 #[derive(Debug)]
 pub struct RankState {
     arguments: RankArguments,
-    memory: Option<Arc<ParamMemory>>,
-    /// The way to it, where it is a device's.
+    /// What it has of the load; outlives a generation that ends before it is complete.
+    held: Option<Held>,
+    /// The way to its memory, where it is a device's.
     uploads: Option<Arc<Uploads>>,
     /// The generation whose ranks are being joined.
     joining: Option<Generation>,
     running: Option<Running>,
     /// Complete on this rank, not yet everywhere: what it has sent may still be on its way, so its end of the exchange is kept.
     complete: Option<Running>,
+    /// Stopped; its workers may still be at work.
+    halted: Option<Arc<Job>>,
+    /// The generation to begin with when they are not any more.
+    next: Option<Generation>,
+}
+
+/// What a rank has of a load.
+#[derive(Debug)]
+struct Held {
+    memory: Arc<ParamMemory>,
+    state: LoadState,
+    have: Arc<Mutex<Have>>,
 }
 
 #[derive(Debug)]
 struct Running {
     job: Arc<Job>,
-    state: LoadState,
     started: Instant,
 }
 
@@ -87,11 +102,13 @@ impl Actor for RankActor {
     ) -> Result<RankState, ActorProcessingErr> {
         Ok(RankState {
             arguments,
-            memory: None,
+            held: None,
             uploads: None,
             joining: None,
             running: None,
             complete: None,
+            halted: None,
+            next: None,
         })
     }
 
@@ -105,15 +122,18 @@ impl Actor for RankActor {
             RankMessage::Command(RankCommand::Allocate { generation }) => {
                 state.allocate(myself, generation);
             }
-            RankMessage::Command(RankCommand::Load { generation, peers }) => {
-                state.load(myself, generation, peers);
+            RankMessage::Command(RankCommand::Load { generation, peers, have }) => {
+                state.load(myself, generation, peers, have);
             }
             RankMessage::Command(RankCommand::Start { generation }) => state.start(generation),
             RankMessage::Command(RankCommand::Abort { generation, .. }) => state.abort(generation),
             // whoever holds the finished parameters acts on it too
             RankMessage::Command(RankCommand::Release { generation }) => state.release(generation),
-            RankMessage::Worker(generation, WorkerEvent::Joined(collective)) => {
-                state.joined(myself, generation, collective);
+            RankMessage::Worker(generation, WorkerEvent::Joined(collective, plan, name)) => {
+                state.joined(myself, generation, collective, (plan, name));
+            }
+            RankMessage::Worker(generation, WorkerEvent::Halted) => {
+                state.halted(myself, generation);
             }
             RankMessage::Worker(generation, event) => state.worker(generation, event),
         }
@@ -123,8 +143,49 @@ impl Actor for RankActor {
 
 impl RankState {
     fn allocate(&mut self, myself: ActorRef<RankMessage>, generation: Generation) {
+        self.joining = None;
+        let waited_for = self.next.replace(generation).is_some();
+        self.halt();
+        match &self.halted {
+            None => self.announce(myself),
+            // its end comes, and is for this generation now
+            Some(_) if waited_for => {}
+            Some(job) => {
+                let job = Arc::clone(job);
+                // a read may take long, and an actor must not wait
+                let named = std::thread::Builder::new().name(format!("rank{}-halt", job.rank));
+                let waiting = named.spawn(move || {
+                    job.wait_until_still();
+                    // a rank that is gone has no use for it
+                    let _ = myself.cast(RankMessage::Worker(job.generation, WorkerEvent::Halted));
+                });
+                if let Err(e) = waiting {
+                    self.fail(generation, RankError::Thread(e));
+                }
+            }
+        }
+    }
+
+    /// Stops what runs; what has landed is kept, and what its workers still tell is noted.
+    fn halt(&mut self) {
+        self.uploads = None;
+        let running = self.running.take().or(self.complete.take());
+        if let Some(running) = running {
+            self.halted = Some(Arc::clone(&running.job));
+        }
+    }
+
+    fn halted(&mut self, myself: ActorRef<RankMessage>, generation: Generation) {
+        if self.halted.take_if(|job| job.generation == generation).is_some() {
+            self.announce(myself);
+        }
+    }
+
+    /// Begins with the generation that comes next: tells what this rank has, and how it can be reached.
+    fn announce(&mut self, myself: ActorRef<RankMessage>) {
+        let Some(generation) = self.next.take() else { return };
         let kind = match self.contact(myself, generation) {
-            Ok(contact) => RankEventKind::Allocated(contact),
+            Ok((contact, have)) => RankEventKind::Allocated(contact, have),
             Err(e) => RankEventKind::Failed(e),
         };
         self.report(generation, kind);
@@ -134,12 +195,14 @@ impl RankState {
         &mut self,
         myself: ActorRef<RankMessage>,
         generation: Generation,
-    ) -> Result<Contact, RankError> {
+    ) -> Result<(Contact, Have), RankError> {
         let RankArguments { rank, work, home, reuse, join, progress, .. } = &self.arguments;
-        let memory = match reuse {
-            Some(memory) => Arc::clone(memory),
-            None => Arc::new(ParamMemory::new(Arc::clone(&work.plan.placement), *rank, home)?),
+        let held = match self.held.take() {
+            Some(held) => held,
+            None => Held::new(*rank, work, home, reuse.as_ref())?,
         };
+        let (memory, have) = (Arc::clone(&held.memory), held.have());
+        self.held = Some(held);
         self.uploads = match memory.device() {
             None => None,
             Some(device) => {
@@ -148,16 +211,16 @@ impl RankState {
                 Some(Arc::new(Uploads::new(device, *rank, memory, progress, form)?))
             }
         };
-        self.memory = Some(memory);
-        match join {
-            None => Ok(Contact::Here(self.own(myself)?)),
-            Some(join) => Ok(Contact::Apart(join.announce(generation)?)),
-        }
+        let contact = match join {
+            None => Contact::Here(self.own(myself)?),
+            Some(join) => Contact::Apart(join.announce(generation)?),
+        };
+        Ok((contact, have))
     }
 
     /// This rank as others of its process see it.
     fn own(&self, myself: ActorRef<RankMessage>) -> Result<Peer, RankError> {
-        let memory = self.memory.as_ref().map(Arc::clone).ok_or_else(|| {
+        let memory = self.held.as_ref().map(|held| Arc::clone(&held.memory)).ok_or_else(|| {
             RankError::Panicked("the rank was to load before it had memory".to_owned())
         })?;
         let progress = Arc::clone(&self.arguments.progress);
@@ -165,11 +228,19 @@ impl RankState {
         Ok(Peer { memory, uploads, progress, actor: myself })
     }
 
-    fn load(&mut self, myself: ActorRef<RankMessage>, generation: Generation, peers: Peers) {
+    fn load(
+        &mut self,
+        myself: ActorRef<RankMessage>,
+        generation: Generation,
+        peers: Peers,
+        have: Arc<Vec<Have>>,
+    ) {
         match peers {
             Peers::Here(all) => {
                 let own = self.own(myself);
-                self.prepare(generation, own.map(|own| (own, Ranks::All(all), None)));
+                let work = Arc::clone(&self.arguments.work);
+                let prepared = own.map(|own| (work, own, Ranks::All(all), None));
+                self.prepare(generation, PlanName::default(), prepared);
             }
             Peers::Apart(roster) => {
                 self.joining = Some(generation);
@@ -178,11 +249,14 @@ impl RankState {
                 let connect = move || {
                     let missing = || RankError::Panicked("the rank cannot join others".to_owned());
                     let joined = catch_unwind(AssertUnwindSafe(|| {
-                        join.ok_or_else(missing).and_then(|j| j.join(generation, &roster))
+                        let join = join.ok_or_else(missing)?;
+                        let (plan, name) = join.plan(&have)?;
+                        let collective = join.join(generation, &roster)?;
+                        Ok(WorkerEvent::Joined(collective, plan, name))
                     }));
                     let joined = joined
                         .unwrap_or_else(|panic| Err(RankError::Panicked(panic_text(&*panic))));
-                    let event = joined.map_or_else(WorkerEvent::Failed, WorkerEvent::Joined);
+                    let event = joined.unwrap_or_else(WorkerEvent::Failed);
                     // a rank that is gone has no use for it
                     let _ = myself.cast(RankMessage::Worker(generation, event));
                 };
@@ -199,6 +273,7 @@ impl RankState {
         myself: ActorRef<RankMessage>,
         generation: Generation,
         collective: Arc<dyn Collective>,
+        (plan, name): (Arc<LoadPlan>, PlanName),
     ) {
         // RNK-4
         if self.joining != Some(generation) {
@@ -206,32 +281,35 @@ impl RankState {
         }
         let rank = self.arguments.rank;
         let prepared = self.own(myself).map(|own| {
-            let exchange = Exchange::new(rank, &self.arguments.work.plan, collective);
-            (own.clone(), Ranks::One(rank, Box::new(own)), Some(exchange))
+            let exchange = Exchange::new(rank, &plan, collective);
+            let work = Arc::new(Work { plan, ..(*self.arguments.work).clone() });
+            (work, own.clone(), Ranks::One(rank, Box::new(own)), Some(exchange))
         });
-        self.prepare(generation, prepared);
+        self.prepare(generation, name, prepared);
     }
 
     fn prepare(
         &mut self,
         generation: Generation,
-        prepared: Result<(Peer, Ranks, Option<Exchange>), RankError>,
+        name: PlanName,
+        prepared: Result<(Arc<Work>, Peer, Ranks, Option<Exchange>), RankError>,
     ) {
         self.joining = None;
-        let (own, ranks, exchange) = match prepared {
+        let (work, own, ranks, exchange) = match prepared {
             Ok(prepared) => prepared,
             Err(e) => return self.fail(generation, e),
         };
-        let RankArguments { rank, work, .. } = &self.arguments;
-        let landing = work.plan.placement.landing_bytes(*rank);
-        let (state, effects) = LoadState::start(&work.plan.placement, &landing, exchange.is_some());
-        let job = match Job::new(*rank, generation, Arc::clone(work), own, ranks, exchange) {
+        let Some(held) = &mut self.held else { return };
+        let exchanges = exchange.is_some();
+        let (rank, have) = (self.arguments.rank, Arc::clone(&held.have));
+        let job = match Job::new(rank, generation, work, own, ranks, exchange, have) {
             Ok(job) => job,
             Err(e) => return self.fail(generation, e),
         };
-        self.running = Some(Running { job: Arc::new(job), state, started: Instant::now() });
+        let effects = held.state.begin(exchanges);
+        self.running = Some(Running { job: Arc::new(job), started: Instant::now() });
         self.carry_out(generation, effects);
-        self.report(generation, RankEventKind::Prepared);
+        self.report(generation, RankEventKind::Prepared(name));
     }
 
     fn start(&mut self, generation: Generation) {
@@ -242,6 +320,7 @@ impl RankState {
         running.started = Instant::now();
         let idle = running.job.work.plan.reads[rank].is_empty();
         self.arguments.progress.enter(Phase::Reading);
+        fault::at_point(self.arguments.rank, Point::Started);
         match running.job.spawn_workers() {
             Err(e) => self.fail(generation, e),
             Ok(()) if idle => {
@@ -254,15 +333,24 @@ impl RankState {
 
     fn abort(&mut self, generation: Generation) {
         self.joining.take_if(|g| *g == generation);
+        self.next.take_if(|g| *g == generation);
         self.running.take_if(|r| r.job.generation == generation);
         self.release(generation);
+        self.held = None;
     }
 
     fn release(&mut self, generation: Generation) {
-        self.complete.take_if(|r| r.job.generation == generation);
+        if self.complete.take_if(|r| r.job.generation == generation).is_some() {
+            self.held = None;
+        }
     }
 
     fn worker(&mut self, generation: Generation, event: WorkerEvent) {
+        if self.halted.as_ref().is_some_and(|job| job.generation == generation) {
+            // what they have done is done, and goes on in the next generation
+            self.on(event);
+            return;
+        }
         // RNK-4
         let running = self.running.as_ref().map(|r| r.job.generation).or(self.joining);
         if running != Some(generation) {
@@ -278,18 +366,19 @@ impl RankState {
     }
 
     fn on(&mut self, event: WorkerEvent) -> Vec<Effect> {
-        let Some(running) = &mut self.running else {
+        let Some(Held { state, .. }) = &mut self.held else {
             return Vec::new();
         };
         match event {
-            WorkerEvent::ParamLanded(param) => running.state.param_landed(param),
-            WorkerEvent::FinishDone(_) => running.state.finish_done(),
+            WorkerEvent::ParamLanded(param) => state.param_landed(param),
+            WorkerEvent::FinishDone(number) => state.finish_done(number),
             WorkerEvent::ReadsDone => {
                 self.arguments.progress.enter(Phase::Finishing);
-                running.state.reads_done()
+                fault::at_point(self.arguments.rank, Point::Read);
+                state.reads_done()
             }
-            WorkerEvent::ExchangeDone => running.state.exchange_done(),
-            WorkerEvent::Joined(_) | WorkerEvent::Failed(_) => Vec::new(),
+            WorkerEvent::ExchangeDone => state.exchange_done(),
+            WorkerEvent::Joined(..) | WorkerEvent::Halted | WorkerEvent::Failed(_) => Vec::new(),
         }
     }
 
@@ -309,11 +398,12 @@ impl RankState {
     fn become_ready(&mut self, generation: Generation) {
         // what is not needed any more is not kept for as long as the actor
         self.uploads = None;
-        let (Some(running), Some(memory)) = (self.running.take(), self.memory.take()) else {
+        let (Some(running), Some(held)) = (self.running.take(), &self.held) else {
             return;
         };
         running.job.staging.release();
         let rank = self.arguments.rank;
+        let memory = Arc::clone(&held.memory);
         let report = self.summary(&running, &memory);
         let Some(params) = ReadyParams::new(rank, memory) else {
             let what = "the rank believed to be ready while bytes were missing".to_owned();
@@ -342,15 +432,48 @@ impl RankState {
         }
     }
 
+    /// What has landed is kept: the cause may be another rank's.
     fn fail(&mut self, generation: Generation, error: RankError) {
-        self.running = None;
+        self.halt();
         self.joining = None;
         self.report(generation, RankEventKind::Failed(error));
     }
 
     fn report(&self, generation: Generation, kind: RankEventKind) {
-        let event = RankEvent { rank: self.arguments.rank, generation, kind };
+        let rank = self.arguments.rank;
+        let point = match &kind {
+            RankEventKind::Allocated(..) => Some(Point::Allocated),
+            RankEventKind::Prepared(_) => Some(Point::Prepared),
+            RankEventKind::Ready(..) => Some(Point::Ready),
+            RankEventKind::Failed(_) => None,
+        };
+        let event = RankEvent { rank, generation, kind };
         // without a coordinator there is nobody to tell
         let _ = self.arguments.events.cast(event);
+        if let Some(point) = point {
+            fault::at_point(rank, point);
+        }
+    }
+}
+
+impl Held {
+    fn new(
+        rank: u32,
+        work: &Work,
+        home: &Home,
+        reuse: Option<&Arc<ParamMemory>>,
+    ) -> Result<Self, RankError> {
+        let placement = &work.plan.placement;
+        let memory = match reuse {
+            Some(memory) => Arc::clone(memory),
+            None => Arc::new(ParamMemory::new(Arc::clone(placement), rank, home)?),
+        };
+        let state = LoadState::new(placement, &placement.landing_bytes(rank));
+        Ok(Self { memory, state, have: Arc::default() })
+    }
+
+    fn have(&self) -> Have {
+        // consistent after every statement that changes it
+        self.have.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

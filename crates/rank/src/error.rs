@@ -139,9 +139,14 @@ pub enum RankError {
         text: String,
         /// Whether the user can mend it before any weight is read, rather than a load that failed.
         refused: bool,
+        /// Whether no other process in its place would fare better.
+        lasting: bool,
         /// The rank that it could not go on without.
         blames: Option<u32>,
     },
+    /// There is no plan of what is left of a load.
+    #[error("what is left of the load cannot be planned: {0}")]
+    Rest(String),
     /// A worker panicked: a bug of ours.
     #[error("a worker of this rank panicked: {0}; please report this")]
     Panicked(String),
@@ -156,6 +161,21 @@ impl RankError {
                 | RankError::Reported { refused: true, .. }
                 | RankError::Remote { refused: true, .. }
         )
+    }
+
+    /// Whether no other process in the place of this one would fare better: the user has to mend it, the checkpoint is not what
+    /// it was, or it is a bug of ours.
+    pub fn is_lasting(&self) -> bool {
+        let lasts = matches!(
+            self,
+            RankError::Truncated { .. }
+                | RankError::FileModified { .. }
+                | RankError::OverfullParam { .. }
+                | RankError::Transform { .. }
+                | RankError::Rest(_)
+                | RankError::Reported { lasting: true, .. }
+        );
+        lasts || self.is_refusal()
     }
 
     /// The other rank that this one could not reach any more: the cause may lie there.

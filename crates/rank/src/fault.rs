@@ -1,24 +1,62 @@
 //! Faults on demand, for tests of what happens when a rank fails. Only debug builds have them.
 //!
-//! `LONGSHORE_FAULT=rank=1,read=3,do=hang` makes rank 1 hang at its read number 3. `do` is one of `hang`, `slow` (one
-//! second for every read from there on), `panic`, `error` and `exit`.
+//! `LONGSHORE_FAULT=rank=1,read=3,do=hang` makes rank 1 hang at its read number 3; `at=prepared` in the place of `read`, when
+//! it comes to that [`Point`]. `do` is one of `hang`, `slow` (one second for every read from there on), `panic`, `error`,
+//! `exit`, `kill` and `stop` (SIGKILL, SIGSTOP). A process that was started again (`LONGSHORE_RESTARTS` is set and not 0)
+//! has no more faults, unless `again=1` is there too.
 
 use crate::error::RankError;
 
 /// The environment variable that asks for a fault.
 pub const FAULT_VARIABLE: &str = "LONGSHORE_FAULT";
 
+/// How often this process was started again, as its launcher tells it.
+pub const RESTARTS_VARIABLE: &str = "LONGSHORE_RESTARTS";
+
+/// What a rank comes to on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Point {
+    /// It has told the coordinator that it has memory.
+    Allocated,
+    /// It has told that it is joined with the others.
+    Prepared,
+    /// It was told to begin.
+    Started,
+    /// Its own reads are done.
+    Read,
+    /// It has told that it is complete.
+    Ready,
+}
+
+impl Point {
+    /// All of them, in their order.
+    pub const ALL: [Point; 5] =
+        [Point::Allocated, Point::Prepared, Point::Started, Point::Read, Point::Ready];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Point::Allocated => "allocated",
+            Point::Prepared => "prepared",
+            Point::Started => "started",
+            Point::Read => "read",
+            Point::Ready => "ready",
+        }
+    }
+}
+
 #[cfg(debug_assertions)]
 mod on_demand {
     use std::{io, sync::OnceLock, time::Duration};
 
-    use super::FAULT_VARIABLE;
+    use super::{FAULT_VARIABLE, Point, RESTARTS_VARIABLE};
     use crate::error::RankError;
 
     #[derive(Debug)]
     struct Fault {
         rank: u32,
-        read: usize,
+        read: Option<usize>,
+        at: Option<String>,
         what: String,
     }
 
@@ -30,32 +68,66 @@ mod on_demand {
                 let mut parts = text.split(',').filter_map(|part| part.split_once('='));
                 parts.find(|(k, _)| *k == key).map(|(_, v)| v.to_owned())
             };
-            let (rank, read) = (value("rank")?.parse().ok()?, value("read")?.parse().ok()?);
-            Some(Fault { rank, read, what: value("do")? })
+            let again = std::env::var(RESTARTS_VARIABLE).is_ok_and(|count| count != "0");
+            if again && value("again").is_none() {
+                return None;
+            }
+            let read = value("read").and_then(|number| number.parse().ok());
+            Some(Fault {
+                rank: value("rank")?.parse().ok()?,
+                read,
+                at: value("at"),
+                what: value("do")?,
+            })
         };
         WANTED.get_or_init(parse).as_ref()
     }
 
-    #[expect(clippy::panic, reason = "it is what was asked for")]
     pub(super) fn at_read(rank: u32, number: usize) -> Result<(), RankError> {
-        let Some(fault) = wanted().filter(|f| f.rank == rank && number >= f.read) else {
-            return Ok(());
-        };
-        match fault.what.as_str() {
-            "slow" => std::thread::sleep(Duration::from_secs(1)),
-            _ if number > fault.read => {}
-            "hang" => loop {
-                std::thread::sleep(Duration::from_secs(3600));
-            },
-            "panic" => panic!("a fault that was asked for"),
-            "exit" => std::process::exit(3),
-            _ => {
-                let source = io::Error::other("a fault that was asked for");
-                let (file, offset, bytes) = ("fault".to_owned(), 0, 0);
-                return Err(RankError::Read { file, offset, bytes, source });
+        let Some(fault) = wanted().filter(|fault| fault.rank == rank) else { return Ok(()) };
+        match fault.read {
+            Some(read) if fault.what == "slow" && number >= read => {
+                std::thread::sleep(Duration::from_secs(1));
+                Ok(())
             }
+            Some(read) if number == read => fault.happen(),
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    pub(super) fn at_point(rank: u32, point: Point) {
+        let is_there =
+            |fault: &&Fault| fault.rank == rank && fault.at.as_deref() == Some(point.name());
+        if let Some(fault) = wanted().filter(is_there) {
+            // between two points there is no one to take an error
+            let _ = fault.happen();
+        }
+    }
+
+    impl Fault {
+        #[expect(clippy::panic, reason = "it is what was asked for")]
+        fn happen(&self) -> Result<(), RankError> {
+            match self.what.as_str() {
+                "hang" => loop {
+                    std::thread::sleep(Duration::from_secs(3600));
+                },
+                "panic" => panic!("a fault that was asked for"),
+                "exit" => std::process::exit(3),
+                "kill" => raise(libc::SIGKILL),
+                "stop" => raise(libc::SIGSTOP),
+                _ => {
+                    let source = io::Error::other("a fault that was asked for");
+                    let (file, offset, bytes) = ("fault".to_owned(), 0, 0);
+                    return Err(RankError::Read { file, offset, bytes, source });
+                }
+            }
+            Ok(())
+        }
+    }
+
+    fn raise(signal: i32) {
+        // SAFETY: takes numbers; the signal is for this process
+        unsafe { libc::kill(libc::getpid(), signal) };
     }
 }
 
@@ -68,4 +140,11 @@ pub(crate) fn at_read(rank: u32, number: usize) -> Result<(), RankError> {
     on_demand::at_read(rank, number)?;
     let _ = (rank, number);
     Ok(())
+}
+
+/// The fault that was asked for when `rank` comes to `point`, if any.
+pub(crate) fn at_point(rank: u32, point: Point) {
+    #[cfg(debug_assertions)]
+    on_demand::at_point(rank, point);
+    let _ = (rank, point);
 }

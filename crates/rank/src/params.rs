@@ -194,6 +194,39 @@ impl ParamMemory {
         region.at(offset, extent)
     }
 
+    /// Copies a span's bytes from where they have landed to where they came from: `source`, of which the span's source
+    /// offsets count.
+    ///
+    /// # Safety
+    /// The bytes have landed, were not converted, and nobody writes them.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub unsafe fn copy_back(&self, span: &Span, source: &mut [u8]) -> Result<(), RankError> {
+        let row = |row: u64| {
+            let from = (span.source_offset + row * span.source_stride) as usize;
+            (row * span.target_stride, from..from + span.width as usize)
+        };
+        match &*self.allocation {
+            Allocation::Host(_) => {
+                let first = self.span_target(span).as_ptr();
+                for (offset, into) in (0..span.rows).map(row) {
+                    // SAFETY: `span_target` checked the extent of the span; by the caller's promise its bytes are not written.
+                    let bytes = unsafe {
+                        std::slice::from_raw_parts(first.wrapping_add(offset as usize), into.len())
+                    };
+                    source[into].copy_from_slice(bytes);
+                }
+                Ok(())
+            }
+            Allocation::Device(allocation) => {
+                let first = self.span_address(span);
+                let rows = (0..span.rows).map(row);
+                allocation.copy_to_host(rows.map(|(offset, into)| (first + offset, into)), source)
+            }
+        }
+    }
+
     /// The bytes of `param`, which is in the host's memory.
     ///
     /// # Safety

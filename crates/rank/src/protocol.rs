@@ -15,7 +15,10 @@ use std::{
 };
 
 use longshore_models::{
-    byte_range::ByteRange, checkpoint::Checkpoint, declare::ParamId, have::RankSet,
+    byte_range::ByteRange,
+    checkpoint::Checkpoint,
+    declare::ParamId,
+    have::{Have, RankSet},
     placement::Placement,
 };
 use ractor::ActorRef;
@@ -102,7 +105,7 @@ pub struct Peer {
 }
 
 /// What one rank does in a load, as far as its own process knows it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Work {
     /// The plan.
     pub plan: Arc<LoadPlan>,
@@ -140,6 +143,9 @@ pub struct NcclOffer {
     pub id: Option<Vec<u8>>,
 }
 
+/// Tells one plan from another: a hash of all that ranks have to agree on.
+pub type PlanName = [u8; 16];
+
 /// Where a rank's parameters are.
 #[derive(Debug, Clone)]
 pub enum Contact {
@@ -166,6 +172,12 @@ pub trait Join: fmt::Debug + Send + Sync {
     /// Memory cannot be had.
     fn announce(&self, generation: Generation) -> Result<Endpoint, RankError>;
 
+    /// The plan of what is left when each rank has what `have` says, and its name: ranks that plan the same have the same.
+    ///
+    /// # Errors
+    /// There is none.
+    fn plan(&self, have: &[Have]) -> Result<(Arc<LoadPlan>, PlanName), RankError>;
+
     /// Joins the others, all of which do the same; waits for them.
     ///
     /// # Errors
@@ -180,7 +192,8 @@ pub trait Join: fmt::Debug + Send + Sync {
 /// From the coordinator to a rank.
 #[derive(Debug, Clone)]
 pub enum RankCommand {
-    /// Get hold of memory for parameters.
+    /// Get hold of memory for parameters; a rank that is in the middle of an older generation stops what it is doing, and
+    /// keeps what has landed.
     Allocate {
         /// The generation.
         generation: Generation,
@@ -191,6 +204,8 @@ pub enum RankCommand {
         generation: Generation,
         /// All ranks, this one included.
         peers: Peers,
+        /// What each of them has.
+        have: Arc<Vec<Have>>,
     },
     /// Begin. Sent once every rank is prepared, so that no news of landed bytes comes too early.
     Start {
@@ -220,8 +235,10 @@ pub enum WorkerEvent {
     ReadsDone,
     /// A step of post-processing is done (index into the placement's finishes).
     FinishDone(u32),
-    /// The other ranks have been joined.
-    Joined(Arc<dyn Collective>),
+    /// The other ranks have been joined, to carry out this plan.
+    Joined(Arc<dyn Collective>, Arc<LoadPlan>, PlanName),
+    /// The last worker of a load that was stopped has ended.
+    Halted,
     /// Everything has arrived from the others, and they have taken everything from this rank.
     ExchangeDone,
     /// A worker gave up.
@@ -268,10 +285,10 @@ pub struct RankEvent {
 /// What happened on a rank.
 #[derive(Debug)]
 pub enum RankEventKind {
-    /// Parameters are allocated.
-    Allocated(Contact),
-    /// The rank can begin, and can be landed on.
-    Prepared,
+    /// Parameters are allocated; of the checkpoint this much has landed in them.
+    Allocated(Contact, Have),
+    /// The rank can begin to carry out this plan, and can be landed on.
+    Prepared(PlanName),
     /// Every parameter is complete; they come along when they are in the coordinator's process.
     Ready(Option<ReadyParams>, RankReport),
     /// The rank gave up.

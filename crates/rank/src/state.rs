@@ -14,32 +14,40 @@ pub enum Effect {
     BecomeReady,
 }
 
-/// The decisions of one load on one rank.
+/// The decisions of a load on one rank. They outlive a generation that ends before it is complete.
 #[derive(Debug)]
 pub struct LoadState {
     /// Finishes that wait for each parameter.
     waiting: Vec<Vec<u32>>,
-    /// Inputs that each finish still waits for.
-    inputs_left: Vec<u32>,
+    finishes: Vec<FinishState>,
     params_left: usize,
     finishes_left: usize,
     reads_done: bool,
     exchange_done: bool,
 }
 
+/// How far a finish is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum FinishState {
+    /// So many of its inputs are not complete.
+    Waits(u32),
+    /// It may run, or runs.
+    Due,
+    /// It has run, and must not again: it may work in place.
+    Done,
+}
+
 impl LoadState {
-    /// The state before the first byte; the effects are those of parameters to which nothing will land on this rank
-    /// (`landing_bytes` is 0). `exchange`: bytes are exchanged with other processes.
-    pub fn start(
-        placement: &Placement,
-        landing_bytes: &[u64],
-        exchange: bool,
-    ) -> (Self, Vec<Effect>) {
+    /// The state before the first byte; parameters to which nothing will land on this rank (`landing_bytes` is 0) are complete.
+    pub fn new(placement: &Placement, landing_bytes: &[u64]) -> Self {
         let mut waiting = vec![Vec::new(); placement.params.len()];
-        let mut inputs_left = Vec::with_capacity(placement.finishes.len());
+        let mut finishes = Vec::with_capacity(placement.finishes.len());
         for (number, finish) in placement.finishes.iter().enumerate() {
             let inputs = finish.inputs();
-            inputs_left.push(inputs.len() as u32);
+            finishes.push(match inputs.len() {
+                0 => FinishState::Due,
+                inputs => FinishState::Waits(inputs as u32),
+            });
             for input in inputs {
                 waiting[input as usize].push(number as u32);
             }
@@ -47,36 +55,48 @@ impl LoadState {
         let raw = |p: &usize| !placement.params[*p].derived;
         let mut state = Self {
             waiting,
-            inputs_left,
+            finishes,
             params_left: (0..placement.params.len()).filter(raw).count(),
             finishes_left: placement.finishes.len(),
             reads_done: false,
-            exchange_done: !exchange,
+            exchange_done: false,
         };
-        let mut effects = Vec::new();
         for p in (0..placement.params.len()).filter(raw).filter(|&p| landing_bytes[p] == 0) {
-            effects.extend(state.param_landed(p as ParamId));
+            // what is due is run when a generation begins
+            let _ = state.param_landed(p as ParamId);
         }
-        (state, effects)
+        state
+    }
+
+    /// A generation begins; `exchange`: bytes are exchanged with other processes in it. The effects are what was due before
+    /// and was not done.
+    pub fn begin(&mut self, exchange: bool) -> Vec<Effect> {
+        (self.reads_done, self.exchange_done) = (false, !exchange);
+        let due = (0..).zip(&self.finishes).filter(|(_, state)| **state == FinishState::Due);
+        due.map(|(number, _)| Effect::Run(number)).collect()
     }
 
     /// The last byte of a parameter has landed.
     pub fn param_landed(&mut self, param: ParamId) -> Vec<Effect> {
         self.params_left -= 1;
         let mut effects = Vec::new();
-        for finish in std::mem::take(&mut self.waiting[param as usize]) {
-            let left = &mut self.inputs_left[finish as usize];
-            *left -= 1;
-            if *left == 0 {
-                effects.push(Effect::Run(finish));
-            }
+        for number in std::mem::take(&mut self.waiting[param as usize]) {
+            let finish = &mut self.finishes[number as usize];
+            *finish = match *finish {
+                FinishState::Waits(left) if left > 1 => FinishState::Waits(left - 1),
+                _ => {
+                    effects.push(Effect::Run(number));
+                    FinishState::Due
+                }
+            };
         }
         effects.extend(self.ready());
         effects
     }
 
     /// A finish has run.
-    pub fn finish_done(&mut self) -> Vec<Effect> {
+    pub fn finish_done(&mut self, number: u32) -> Vec<Effect> {
+        self.finishes[number as usize] = FinishState::Done;
         self.finishes_left -= 1;
         self.ready().into_iter().collect()
     }

@@ -11,19 +11,25 @@ use std::{
     },
 };
 
-use longshore_models::placement::Span;
+use longshore_models::{byte_range::ByteRange, have::Have, placement::Span};
 use ractor::ActorRef;
 
 use crate::{
-    collective::slots::{Slot, SlotPool},
+    collective::{
+        CollectiveError,
+        slots::{Slot, SlotPool},
+    },
     device::{Done, Origin, Staged, Uploads},
     error::RankError,
     exchange::{Exchange, Landed},
     fault,
     params::ParamMemory,
     post_process,
-    protocol::{Generation, Peer, Progress, RankMessage, Read, Work, WorkerEvent},
-    scatter::{Ranks, Scatter, Slab, count_exchange, count_received, count_sent, place_all, steps},
+    protocol::{Generation, Peer, Progress, RankMessage, Read, ReadFrom, Work, WorkerEvent},
+    scatter::{
+        Ranks, Scatter, Slab, count_exchange, count_received, count_sent, place_all, steps,
+        tensors_in,
+    },
     staging::{DIRECT_ALIGNMENT, Staging},
 };
 
@@ -45,6 +51,11 @@ pub(crate) struct Job {
     ranks: Ranks,
     /// Of this rank.
     own: Peer,
+    /// What has landed here.
+    have: Arc<Mutex<Have>>,
+    /// Threads that have not ended.
+    threads: Mutex<u32>,
+    still: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -53,6 +64,28 @@ struct Queue {
     landed: VecDeque<Landed>,
     finishes: VecDeque<u32>,
     stopped: bool,
+}
+
+/// What a job's mutexes hold is consistent after every statement that changes it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A thread of a job, from before it starts until nothing of it is left.
+struct AtWork(Arc<Job>);
+
+impl AtWork {
+    fn new(job: &Arc<Job>) -> Self {
+        *lock(&job.threads) += 1;
+        Self(Arc::clone(job))
+    }
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        *lock(&self.0.threads) -= 1;
+        self.0.still.notify_all();
+    }
 }
 
 enum Task {
@@ -77,6 +110,7 @@ impl Job {
         own: Peer,
         ranks: Ranks,
         exchange: Option<Exchange>,
+        have: Arc<Mutex<Have>>,
     ) -> Result<Self, RankError> {
         let slab_bytes = slab_bytes(work.plan.read_bytes_max) as usize;
         let reads_left = AtomicUsize::new(work.plan.reads[rank as usize].len());
@@ -96,6 +130,9 @@ impl Job {
             pinned,
             ranks,
             own,
+            have,
+            threads: Mutex::default(),
+            still: Condvar::new(),
         })
     }
 
@@ -118,12 +155,20 @@ impl Job {
     }
 
     fn spawn(self: &Arc<Self>, name: String, run: fn(&Arc<Self>)) -> Result<(), RankError> {
-        let job = Arc::clone(self);
-        let spawned = std::thread::Builder::new().name(name).spawn(move || run(&job));
+        let at_work = AtWork::new(self);
+        let spawned = std::thread::Builder::new().name(name).spawn(move || run(&at_work.0));
         spawned.map(|_| ()).map_err(|e| {
             self.stop("a thread could not be started");
             RankError::Thread(e)
         })
+    }
+
+    /// Waits until every thread has ended; once this is stopped they do as soon as what they are at is done.
+    pub(crate) fn wait_until_still(&self) {
+        let mut threads = lock(&self.threads);
+        while *threads > 0 {
+            threads = self.still.wait(threads).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Hands a finish to the workers.
@@ -170,8 +215,7 @@ impl Job {
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        // the queue is consistent after every statement that changes it
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.queue)
     }
 
     fn run_tasks(self: &Arc<Self>) {
@@ -210,9 +254,13 @@ impl Job {
         loop {
             let done = catch_unwind(AssertUnwindSafe(|| match uploads.next_done()? {
                 None => Ok(true),
-                Some(Done::Placed { reader, spans }) => {
+                Some(Done::Placed { reader, spans, covers }) => {
                     count_received(&spans, reader, &self.ranks);
-                    self.land(&spans).map(|()| false)
+                    self.land(&spans)?;
+                    if let Some((file, range)) = covers {
+                        self.note(file, range);
+                    }
+                    Ok(false)
                 }
                 Some(Done::Finished(number)) => {
                     self.tell(&self.own, WorkerEvent::FinishDone(number));
@@ -303,6 +351,9 @@ impl Job {
         fault::at_read(self.rank, number)?;
         let Work { plan, sources, .. } = &*self.work;
         let read = &plan.reads[self.rank as usize][number];
+        if read.from == ReadFrom::Parameters {
+            return self.pass_on(read, slot, scatter);
+        }
         let source = &sources[read.file as usize];
         let progress = self.progress();
         // the steps of one read are one read to storage, unless it answers short
@@ -325,10 +376,48 @@ impl Job {
             progress.steps.fetch_add(1, Ordering::Relaxed);
             count_exchange(scatter.spans(), self.rank, &self.ranks);
             self.land(scatter.spans())?;
+            self.note(read.file, range);
         }
         if let (Some(exchange), Some(round), Some(slot)) = (&self.exchange, read.round, slot) {
             exchange.contribute(round, slot);
         }
+        self.read_ended();
+        Ok(())
+    }
+
+    /// Hands bytes on that this rank has, out of its parameters.
+    fn pass_on(
+        &self,
+        read: &Read,
+        slot: Option<Slot>,
+        scatter: &mut Scatter,
+    ) -> Result<(), RankError> {
+        let (Some(exchange), Some(round), Some(mut slot)) = (&self.exchange, read.round, slot)
+        else {
+            let what = "bytes are to be handed on, and nobody takes them".to_owned();
+            return Err(RankError::Exchange(CollectiveError::Operation { what }));
+        };
+        let plan = &self.work.plan;
+        let mut copied = Ok(());
+        for (tensor, within, offset) in tensors_in(&plan.checkpoint, read.file, read.range) {
+            plan.placement.spans(
+                tensor,
+                within,
+                |r| r == self.rank,
+                |mut span| {
+                    span.source_offset += offset;
+                    if copied.is_ok() {
+                        // SAFETY: this rank has all of the read, so its bytes landed in an earlier generation, whose
+                        // workers have ended; no finish works on parameters that are handed on.
+                        copied = unsafe { self.memory().copy_back(&span, slot.bytes_mut()) };
+                    }
+                },
+            );
+        }
+        copied?;
+        scatter.find_spans(plan, self.rank, read);
+        count_sent(scatter.spans(), self.rank, &self.ranks);
+        exchange.contribute(round, slot);
         self.read_ended();
         Ok(())
     }
@@ -350,6 +439,9 @@ impl Job {
         fault::at_read(self.rank, number)?;
         let Work { plan, sources, .. } = &*self.work;
         let read = &plan.reads[self.rank as usize][number];
+        if read.from == ReadFrom::Parameters {
+            return self.pass_on(read, slot, scatter);
+        }
         let source = &sources[read.file as usize];
         let mut slab = pinned.lease_waiting().ok_or(RankError::Ended)?;
         let staged = source.read_staged(read.range, slab.bytes_mut())?;
@@ -372,13 +464,14 @@ impl Job {
         count_sent(scatter.spans(), self.rank, &self.ranks);
         let mut spans = scatter.spans().to_vec();
         spans.sort_by_key(|span| span.rank);
+        let covers = Some((read.file, read.range));
         for spans in spans.chunk_by(|a, b| a.rank == b.rank) {
             let Some(uploads) = self.ranks.here(spans[0].rank).and_then(|p| p.uploads.as_ref())
             else {
                 continue;
             };
             let origin = Origin::Host { staged: Arc::clone(&staged), begin };
-            uploads.place(spans.to_vec(), self.rank, origin)?;
+            uploads.place(spans.to_vec(), self.rank, origin, covers)?;
         }
         Ok(())
     }
@@ -392,8 +485,11 @@ impl Job {
         place_all(&spans, landed.host_bytes()?, &self.ranks)?;
         count_exchange(&spans, landed.source, &self.ranks);
         // what it lies in goes back before anyone can believe the rank to be ready (RNK-3)
+        let Read { file, range, .. } = landed.read;
         drop(landed);
-        self.land(&spans)
+        self.land(&spans)?;
+        self.note(file, range);
+        Ok(())
     }
 
     /// Counts what has landed, and tells each rank of its parameters that are complete.
@@ -411,7 +507,10 @@ impl Job {
     fn finish(&self, number: u32, workspace: &mut Vec<u8>) -> Result<(), RankError> {
         if let Some(uploads) = &self.own.uploads {
             // SAFETY: as below.
-            return unsafe { uploads.finish(number) };
+            if unsafe { uploads.finish(number) }? {
+                self.tell(&self.own, WorkerEvent::FinishDone(number));
+            }
+            return Ok(());
         }
         let finish = &self.work.plan.placement.finishes[number as usize];
         // SAFETY: the state machine pushes a finish once, after its inputs have landed (RNK-2); outputs belong to one
@@ -419,6 +518,11 @@ impl Job {
         unsafe { post_process::run(finish, self.rank, self.memory(), workspace) }?;
         self.tell(&self.own, WorkerEvent::FinishDone(number));
         Ok(())
+    }
+
+    /// Notes that everything of `range` that this rank needs has landed on it.
+    fn note(&self, file: u32, range: ByteRange) {
+        lock(&self.have).insert(file, range);
     }
 
     fn tell(&self, peer: &Peer, event: WorkerEvent) {
@@ -436,8 +540,10 @@ fn place_on_device(
     pinned: &Arc<SlotPool>,
     uploads: &Uploads,
 ) -> Result<(), RankError> {
+    let covers = Some((landed.read.file, landed.read.range));
     if landed.bytes.device_address().is_some() {
-        return uploads.place(spans, landed.source, Origin::Device { bytes: landed.bytes });
+        let origin = Origin::Device { bytes: landed.bytes };
+        return uploads.place(spans, landed.source, origin, covers);
     }
     // what all ranks of a host see may be for some of them only
     if spans.is_empty() {
@@ -453,7 +559,8 @@ fn place_on_device(
             landed = None;
         }
         let origin = Origin::Host { staged: Arc::new(Staged::new(slab)), begin: 0 };
-        uploads.place(packed, source, origin)?;
+        // uploads end in their order: with the last of them, all have
+        uploads.place(packed, source, origin, covers.filter(|_| spans.is_empty()))?;
     }
     Ok(())
 }

@@ -7,13 +7,11 @@
 use std::fmt::{self, Write};
 
 use longshore_models::declare::Split;
-use longshore_rank::protocol::{LoadPlan, ReadFrom};
+use longshore_rank::protocol::{LoadPlan, PlanName, ReadFrom};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::processes::message::PLAN_HASH_BYTES;
-
 /// The hash of `plan`.
-pub(crate) fn plan_hash(plan: &LoadPlan) -> [u8; PLAN_HASH_BYTES] {
+pub(crate) fn plan_hash(plan: &LoadPlan) -> PlanName {
     let mut hash = Hash(Xxh3::new());
     hash.text(env!("CARGO_PKG_VERSION"));
     for file in &plan.checkpoint.files {

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use longshore_rank::protocol::{Generation, Progress};
+use longshore_rank::protocol::{Generation, PlanName, Progress};
 use ractor::{Actor, ActorRef};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -12,26 +12,27 @@ use tokio::{
 use tracing::warn;
 
 use crate::{
+    coordination::{Outcome, Recovery},
     error::LoadError,
     link::{
         handshake::Purpose,
         listen::{Admitted, Listener},
         session::Timing,
     },
-    processes::{member::Gathered, message::PLAN_HASH_BYTES, remote::RemoteArguments},
-    supervisor::{Outcome, Supervisor, SupervisorArguments, SupervisorMessage},
+    processes::{member::Gathered, remote::RemoteArguments},
+    supervisor::{Supervisor, SupervisorArguments, SupervisorMessage},
 };
 
 /// What the coordinator is started with.
 #[derive(Debug)]
 pub(crate) struct HostingArguments {
     pub(crate) listener: Listener,
-    pub(crate) plan: [u8; PLAN_HASH_BYTES],
+    pub(crate) plan: PlanName,
     /// Each rank's counters, to be kept up to date.
     pub(crate) progress: Vec<Arc<Progress>>,
     pub(crate) timing: Timing,
-    /// How long ranks may take to join.
-    pub(crate) join_limit: Duration,
+    /// How long ranks may take to join, and what follows a loss.
+    pub(crate) recovery: Recovery,
     /// How long a rank may have work in hand without getting on.
     pub(crate) stuck_after: Duration,
 }
@@ -54,7 +55,7 @@ const END_LIMIT: Duration = Duration::from_secs(2);
 
 impl Hosting {
     pub(crate) async fn start(arguments: HostingArguments) -> Result<Self, LoadError> {
-        let HostingArguments { listener, plan, progress, timing, join_limit, stuck_after } =
+        let HostingArguments { listener, plan, progress, timing, recovery, stuck_after } =
             arguments;
         // one for a result, one for the news that a rank was lost
         let (tell_gathered, gathered) = mpsc::channel(2);
@@ -62,6 +63,7 @@ impl Hosting {
             world_size: progress.len() as u32,
             ranks: Vec::new(),
             stuck_after,
+            recovery,
             gathered: tell_gathered,
         };
         let (supervisor, ended) = Actor::spawn(None, Supervisor, start)
@@ -69,7 +71,7 @@ impl Hosting {
             .map_err(|e| LoadError::Runtime(e.to_string()))?;
         let address = listener.address();
         let (admitted, arriving) = mpsc::channel(progress.len());
-        let join = Joining { plan, progress, timing, join_limit };
+        let join = Joining { plan, progress, timing };
         let door = tokio::spawn({
             let supervisor = supervisor.clone();
             async move {
@@ -120,10 +122,9 @@ impl Hosting {
 
 /// Lets ranks in.
 struct Joining {
-    plan: [u8; PLAN_HASH_BYTES],
+    plan: PlanName,
     progress: Vec<Arc<Progress>>,
     timing: Timing,
-    join_limit: Duration,
 }
 
 impl Joining {
@@ -133,22 +134,8 @@ impl Joining {
         mut arriving: mpsc::Receiver<Admitted>,
         supervisor: ActorRef<SupervisorMessage>,
     ) {
-        let limit = tokio::time::sleep(self.join_limit);
-        tokio::pin!(limit);
-        let mut over = false;
-        loop {
-            tokio::select! {
-                admitted = arriving.recv() => match admitted {
-                    Some(admitted) => self.join(admitted, &supervisor),
-                    None => return,
-                },
-                () = &mut limit, if !over => {
-                    over = true;
-                    let after = self.join_limit;
-                    // a supervisor that is gone waits for nobody
-                    let _ = supervisor.cast(SupervisorMessage::JoiningEnded { after });
-                }
-            }
+        while let Some(admitted) = arriving.recv().await {
+            self.join(admitted, &supervisor);
         }
     }
 

@@ -9,6 +9,7 @@ use std::{
 };
 
 use longshore_kernels::cuda::driver::Device;
+use longshore_models::have::Have;
 use longshore_nccl::{Nccl, UniqueId, Version};
 use longshore_rank::{
     collective::{
@@ -18,7 +19,7 @@ use longshore_rank::{
         segment::{Form, Segment},
     },
     error::RankError,
-    protocol::{Endpoint, Generation, Join, NcclOffer},
+    protocol::{Endpoint, Generation, Join, LoadPlan, NcclOffer, PlanName},
 };
 use tokio::{sync::mpsc, time::timeout_at};
 
@@ -31,6 +32,7 @@ use crate::{
         tcp::into_blocking,
     },
     place::Place,
+    plan::{Plan, plan_hash},
     secret,
 };
 
@@ -63,6 +65,8 @@ pub(crate) struct HostJoin {
     pub(crate) receive_slots: u32,
     /// What an exchange over NCCL would set aside, and where; `None`: there is no device, no room, or nothing to exchange.
     pub(crate) nccl: Option<(nccl::Form, Arc<Device>)>,
+    /// The whole load.
+    pub(crate) plan: Plan,
     pub(crate) announced: Mutex<Option<Announced>>,
 }
 
@@ -95,6 +99,15 @@ impl Join for HostJoin {
         let announced = Announced { generation, segment, listener };
         *self.announced.lock().unwrap_or_else(PoisonError::into_inner) = Some(announced);
         Ok(endpoint)
+    }
+
+    fn plan(&self, have: &[Have]) -> Result<(Arc<LoadPlan>, PlanName), RankError> {
+        if have.iter().all(Have::is_empty) {
+            return Ok((Arc::clone(&self.plan.load), self.plan.hash()));
+        }
+        let rest = self.plan.rest(have).map_err(|e| RankError::Rest(e.line()))?;
+        let name = plan_hash(&rest);
+        Ok((Arc::new(rest), name))
     }
 
     fn join(

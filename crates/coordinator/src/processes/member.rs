@@ -1,15 +1,15 @@
 //! The rank's side of the control link: an actor that supervises the rank of this process, passes the coordinator's commands
 //! on to it and its events back, and keeps the finished parameters until every rank is complete.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, io, sync::Arc};
 
 use longshore_rank::{
     actor::{RankActor, RankArguments},
     error::RankError,
     params::{Home, ReadyParams},
     protocol::{
-        Contact, Generation, Join, Progress, RankCommand, RankEvent, RankEventKind, RankMessage,
-        RankReport, Work,
+        Contact, Generation, Join, PlanName, Progress, RankCommand, RankEvent, RankEventKind,
+        RankMessage, RankReport, Work,
     },
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -17,6 +17,7 @@ use tokio::{
     net::TcpStream,
     sync::{mpsc, oneshot},
 };
+use tracing::warn;
 
 use crate::{
     error::{LoadError, line},
@@ -25,7 +26,8 @@ use crate::{
         thread::{self, LinkThread},
     },
     processes::{
-        message::{Happened, PLAN_HASH_BYTES, Piece, ToCoordinator, ToRank},
+        Way,
+        message::{Happened, Piece, ToCoordinator, ToRank},
         remote::beat_of,
     },
 };
@@ -53,8 +55,10 @@ pub(crate) struct MemberArguments {
     pub(crate) work: Arc<Work>,
     pub(crate) home: Home,
     pub(crate) join: Arc<dyn Join>,
-    pub(crate) plan: [u8; PLAN_HASH_BYTES],
+    pub(crate) plan: PlanName,
     pub(crate) check_at_end: CheckAtEnd,
+    /// Where another coordinator is looked for if this one is lost; `None`: it would be in this process.
+    pub(crate) way: Option<Way>,
     pub(crate) released: oneshot::Sender<Released>,
 }
 
@@ -69,6 +73,8 @@ pub(crate) enum MemberMessage {
     Contribute(Piece, oneshot::Sender<Gathered>),
     /// The link has ended.
     LinkEnded,
+    /// Another coordinator was found, or not.
+    Successor(Result<TcpStream, LoadError>),
     /// Nothing is left to be done.
     End(oneshot::Sender<()>),
 }
@@ -93,7 +99,12 @@ impl TryFrom<MemberMessage> for RankEvent {
 pub(crate) struct MemberState {
     rank: ActorRef<RankMessage>,
     link: Option<LinkThread<ToCoordinator>>,
-    plan: [u8; PLAN_HASH_BYTES],
+    timing: Timing,
+    progress: Arc<Progress>,
+    way: Option<Way>,
+    /// How the coordinator was lost whose successor is looked for.
+    orphaned: Option<String>,
+    plan: PlanName,
     check_at_end: CheckAtEnd,
     generation: Generation,
     /// Complete on this rank, not yet everywhere.
@@ -126,11 +137,13 @@ impl Actor for Member {
             join: Some(join),
         };
         let (rank, _) = Actor::spawn_linked(None, RankActor, start, myself.get_cell()).await?;
-        let (link, told) = thread::spawn(stream, move || beat_of(&progress), timing)?;
-        tokio::spawn(pass_on(told, myself));
-        Ok(MemberState {
+        let mut state = MemberState {
             rank,
-            link: Some(link),
+            link: None,
+            timing,
+            progress,
+            way: arguments.way,
+            orphaned: None,
             plan,
             check_at_end: arguments.check_at_end,
             generation: 0,
@@ -138,7 +151,9 @@ impl Actor for Member {
             released: Some(arguments.released),
             gathering: VecDeque::new(),
             over: None,
-        })
+        };
+        state.link(stream, myself)?;
+        Ok(state)
     }
 
     async fn handle(
@@ -159,13 +174,39 @@ impl Actor for Member {
                 }
             },
             MemberMessage::LinkEnded => {
-                let reason = match state.link.take() {
-                    None => "it was ended".to_owned(),
+                let ended = match state.link.take() {
+                    None => Ok("it was ended".to_owned()),
                     Some(link) => match link.end().await {
-                        Ok(_) => "it ended the group".to_owned(),
-                        Err(e) => line(&e),
+                        Ok(_) => Ok("it ended the group".to_owned()),
+                        Err(e) => Err(line(&e)),
                     },
                 };
+                match (ended, &state.way) {
+                    // the load goes on, under whoever takes its place
+                    (Err(reason), Some(way))
+                        if state.released.is_some() && state.over.is_none() =>
+                    {
+                        warn!("the coordinator was lost ({reason}); its successor is looked for");
+                        let way = way.clone();
+                        state.orphaned = Some(reason);
+                        tokio::spawn(async move {
+                            let found = way.meet().await;
+                            // a member that is gone has no use for it
+                            let _ = myself.cast(MemberMessage::Successor(found));
+                        });
+                    }
+                    (Ok(reason) | Err(reason), _) => state.end(Over::Lost { reason }),
+                }
+            }
+            MemberMessage::Successor(Ok(stream)) => {
+                state.orphaned = None;
+                state.link(stream, myself)?;
+                let generation = state.generation;
+                state.say(ToCoordinator::Knows { generation }).await;
+            }
+            MemberMessage::Successor(Err(e)) => {
+                let lost = state.orphaned.take().unwrap_or_default();
+                let reason = format!("{lost}; then no other was found: {}", e.line());
                 state.end(Over::Lost { reason });
             }
             MemberMessage::End(done) => {
@@ -194,7 +235,7 @@ impl Actor for Member {
             _ => return Ok(()),
         };
         let text = RankError::Panicked(reason).to_string();
-        let what = Happened::Failed { text, refused: false, blames: None };
+        let what = Happened::Failed { text, refused: false, lasting: false, blames: None };
         state.say(ToCoordinator::Event { generation: state.generation, what }).await;
         Ok(())
     }
@@ -212,9 +253,25 @@ async fn pass_on(mut told: mpsc::Receiver<ToRank>, member: ActorRef<MemberMessag
 }
 
 impl MemberState {
+    /// Takes up the connection to a coordinator.
+    fn link(&mut self, stream: TcpStream, myself: ActorRef<MemberMessage>) -> io::Result<()> {
+        let progress = Arc::clone(&self.progress);
+        let (link, told) = thread::spawn(stream, move || beat_of(&progress), self.timing)?;
+        tokio::spawn(pass_on(told, myself));
+        self.link = Some(link);
+        Ok(())
+    }
+
     fn told(&mut self, told: ToRank) {
         match &told {
-            ToRank::Allocate { generation } => self.generation = *generation,
+            // RNK-4: the coordinator was told by now which generation this is
+            ToRank::Allocate { generation } if *generation <= self.generation => return,
+            ToRank::Allocate { generation } => {
+                self.generation = *generation;
+                // complete means now what it means in this generation
+                self.complete = None;
+            }
+            ToRank::Dismissed { why } => self.end(Over::Told { why: why.clone() }),
             ToRank::Release { generation } if *generation == self.generation => {
                 if let (Some(complete), Some(released)) =
                     (self.complete.take(), self.released.take())
@@ -246,21 +303,24 @@ impl MemberState {
             return;
         }
         let what = match kind {
-            RankEventKind::Allocated(Contact::Apart(endpoint)) => {
-                Happened::Allocated { endpoint, plan: self.plan }
+            RankEventKind::Allocated(Contact::Apart(endpoint), have) => {
+                Happened::Allocated { endpoint, plan: self.plan, have }
             }
-            RankEventKind::Allocated(Contact::Here(_)) => return,
-            RankEventKind::Prepared => Happened::Prepared,
+            RankEventKind::Allocated(Contact::Here(_), _) => return,
+            RankEventKind::Prepared(plan) => Happened::Prepared { plan },
             RankEventKind::Ready(params, report) => match (self.check_at_end)() {
                 Ok(()) => {
                     self.complete = params.map(|params| (params, report.clone()));
                     Happened::Ready(report)
                 }
-                Err(e) => Happened::Failed { text: e.line(), refused: false, blames: None },
+                Err(e) => {
+                    let (text, refused, lasting) = (e.line(), false, true);
+                    Happened::Failed { text, refused, lasting, blames: None }
+                }
             },
             RankEventKind::Failed(e) => {
-                let (refused, blames) = (e.is_refusal(), e.blames());
-                Happened::Failed { text: line(&e), refused, blames }
+                let (refused, lasting, blames) = (e.is_refusal(), e.is_lasting(), e.blames());
+                Happened::Failed { text: line(&e), refused, lasting, blames }
             }
         };
         self.say(ToCoordinator::Event { generation, what }).await;

@@ -1,11 +1,9 @@
 //! What goes over the control link. The words are those of `longshore_rank::protocol`, without what only has a meaning within
 //! one process.
 
-use longshore_rank::protocol::{Endpoint, Generation, RankCommand, RankReport};
+use longshore_models::have::Have;
+use longshore_rank::protocol::{Endpoint, Generation, PlanName, RankCommand, RankReport};
 use serde::{Deserialize, Serialize};
-
-/// Bytes of a plan's hash.
-pub(crate) const PLAN_HASH_BYTES: usize = 16;
 
 /// From the coordinator to a rank.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -21,6 +19,8 @@ pub(crate) enum ToRank {
         generation: Generation,
         /// All ranks.
         roster: Vec<Endpoint>,
+        /// What each of them has.
+        have: Vec<Have>,
     },
     /// [`RankCommand::Start`].
     Start {
@@ -39,6 +39,11 @@ pub(crate) enum ToRank {
         /// The generation.
         generation: Generation,
     },
+    /// The group goes on without this process: it ends.
+    Dismissed {
+        /// Why.
+        why: String,
+    },
     /// Every rank has contributed its piece: all of them, in the order of ranks, where the rank has asked for them.
     Gathered(Vec<Vec<u8>>),
 }
@@ -48,14 +53,14 @@ impl ToRank {
     pub(crate) fn command(self) -> Option<RankCommand> {
         Some(match self {
             ToRank::Allocate { generation } => RankCommand::Allocate { generation },
-            ToRank::Load { generation, roster } => {
+            ToRank::Load { generation, roster, have } => {
                 let peers = longshore_rank::protocol::Peers::Apart(roster.into());
-                RankCommand::Load { generation, peers }
+                RankCommand::Load { generation, peers, have: have.into() }
             }
             ToRank::Start { generation } => RankCommand::Start { generation },
             ToRank::Abort { generation, why } => RankCommand::Abort { generation, why },
             ToRank::Release { generation } => RankCommand::Release { generation },
-            ToRank::Gathered(_) => return None,
+            ToRank::Dismissed { .. } | ToRank::Gathered(_) => return None,
         })
     }
 }
@@ -63,6 +68,11 @@ impl ToRank {
 /// From a rank to the coordinator.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum ToCoordinator {
+    /// It was in this generation under another coordinator.
+    Knows {
+        /// The generation.
+        generation: Generation,
+    },
     /// Something happened in a load.
     Event {
         /// The generation that it speaks of.
@@ -90,11 +100,16 @@ pub(crate) enum Happened {
     Allocated {
         /// How others reach it.
         endpoint: Endpoint,
-        /// The plan that it will carry out.
-        plan: [u8; PLAN_HASH_BYTES],
+        /// The plan of the whole load.
+        plan: PlanName,
+        /// What has landed in them.
+        have: Have,
     },
     /// It can begin.
-    Prepared,
+    Prepared {
+        /// To carry out this plan.
+        plan: PlanName,
+    },
     /// It is complete.
     Ready(RankReport),
     /// It gave up.
@@ -103,6 +118,8 @@ pub(crate) enum Happened {
         text: String,
         /// Whether the user can mend it.
         refused: bool,
+        /// Whether no other process in its place would fare better.
+        lasting: bool,
         /// The rank that it could not go on without.
         blames: Option<u32>,
     },

@@ -11,7 +11,8 @@ use std::sync::{
 use longshore_rank::{
     error::RankError,
     protocol::{
-        Contact, Generation, Peers, Phase, Progress, RankCommand, RankEvent, RankEventKind,
+        Contact, Generation, Peers, Phase, PlanName, Progress, RankCommand, RankEvent,
+        RankEventKind,
     },
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -21,7 +22,7 @@ use tracing::warn;
 use crate::{
     error::line,
     link::session::{self, Beat, Ended, LinkError, OUTGOING_MAX, Overrun, Timing},
-    processes::message::{Happened, PLAN_HASH_BYTES, ToCoordinator, ToRank},
+    processes::message::{Happened, ToCoordinator, ToRank},
     supervisor::SupervisorMessage,
 };
 
@@ -39,7 +40,7 @@ pub(crate) struct RemoteArguments {
     /// Its counters, as of its last heartbeat.
     pub(crate) progress: Arc<Progress>,
     /// The plan that it must carry out.
-    pub(crate) plan: [u8; PLAN_HASH_BYTES],
+    pub(crate) plan: PlanName,
 }
 
 /// Everything that arrives in its mailbox.
@@ -50,6 +51,8 @@ pub(crate) enum RemoteMessage {
     Gathered(Vec<Vec<u8>>),
     /// Nothing is left to be said.
     End,
+    /// The group goes on without this process, for this reason.
+    Dismiss(String),
     Heard(ToCoordinator),
     Ended(Result<Ended, LinkError>),
 }
@@ -79,9 +82,10 @@ pub(crate) struct RemoteState {
     outgoing: Option<mpsc::Sender<ToRank>>,
     /// What the rank has said and was not looked at yet.
     waiting: Arc<AtomicUsize>,
-    plan: [u8; PLAN_HASH_BYTES],
+    plan: PlanName,
     generation: Generation,
     late: bool,
+    dismissed: bool,
 }
 
 impl Actor for RemoteRank {
@@ -112,9 +116,16 @@ impl Actor for RemoteRank {
             // an actor that is gone has no use for it
             let _ = myself.cast(RemoteMessage::Ended(ended));
         });
-        let (generation, late) = (0, false);
-        let outgoing = Some(outgoing);
-        Ok(RemoteState { rank, supervisor, outgoing, waiting, plan, generation, late })
+        Ok(RemoteState {
+            rank,
+            supervisor,
+            outgoing: Some(outgoing),
+            waiting,
+            plan,
+            generation: 0,
+            late: false,
+            dismissed: false,
+        })
     }
 
     async fn handle(
@@ -130,9 +141,17 @@ impl Actor for RemoteRank {
                 state.outgoing = None;
                 Ok(())
             }
+            RemoteMessage::Dismiss(why) => {
+                state.dismissed = true;
+                let told = state.tell(Some(ToRank::Dismissed { why }));
+                state.outgoing = None;
+                told
+            }
             RemoteMessage::Heard(said) => {
                 state.waiting.fetch_sub(1, Ordering::Relaxed);
-                state.heard(said);
+                if !state.dismissed {
+                    state.heard(said);
+                }
                 Ok(())
             }
             RemoteMessage::Ended(Ok(_)) if state.outgoing.is_none() => {
@@ -162,6 +181,9 @@ impl RemoteState {
 
     fn heard(&mut self, said: ToCoordinator) {
         match said {
+            ToCoordinator::Knows { generation } => {
+                self.report(SupervisorMessage::Knows(generation));
+            }
             ToCoordinator::Event { generation, what } => self.event(generation, what),
             ToCoordinator::Contributed(piece) => {
                 self.report(SupervisorMessage::Contributed { rank: self.rank, piece });
@@ -183,15 +205,20 @@ impl RemoteState {
             Happened::Allocated { plan, .. } if plan != self.plan => {
                 let text = "it plans another load than rank 0: source, options or version differ";
                 let (text, blames) = (text.into(), None);
-                RankEventKind::Failed(RankError::Reported { text, refused: true, blames })
+                RankEventKind::Failed(RankError::Reported {
+                    text,
+                    refused: true,
+                    lasting: true,
+                    blames,
+                })
             }
-            Happened::Allocated { endpoint, .. } => {
-                RankEventKind::Allocated(Contact::Apart(endpoint))
+            Happened::Allocated { endpoint, have, .. } => {
+                RankEventKind::Allocated(Contact::Apart(endpoint), have)
             }
-            Happened::Prepared => RankEventKind::Prepared,
+            Happened::Prepared { plan } => RankEventKind::Prepared(plan),
             Happened::Ready(report) => RankEventKind::Ready(None, report),
-            Happened::Failed { text, refused, blames } => {
-                RankEventKind::Failed(RankError::Reported { text, refused, blames })
+            Happened::Failed { text, refused, lasting, blames } => {
+                RankEventKind::Failed(RankError::Reported { text, refused, lasting, blames })
             }
         };
         let rank = self.rank;
@@ -208,8 +235,8 @@ impl RemoteState {
 fn to_rank(command: RankCommand) -> Option<ToRank> {
     Some(match command {
         RankCommand::Allocate { generation } => ToRank::Allocate { generation },
-        RankCommand::Load { generation, peers: Peers::Apart(roster) } => {
-            ToRank::Load { generation, roster: roster.to_vec() }
+        RankCommand::Load { generation, peers: Peers::Apart(roster), have } => {
+            ToRank::Load { generation, roster: roster.to_vec(), have: have.to_vec() }
         }
         // memory of the coordinator's process means nothing in another
         RankCommand::Load { peers: Peers::Here(_), .. } => return None,

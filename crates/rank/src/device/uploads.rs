@@ -10,7 +10,7 @@ use longshore_kernels::cuda::{
     driver::{CudaError, Device, Event, Stream},
     place::Runs,
 };
-use longshore_models::placement::Span;
+use longshore_models::{byte_range::ByteRange, placement::Span};
 
 use super::slabs::{ACCESS_BYTES, Form, NotPlaced, Slab, Slabs};
 use crate::{
@@ -72,8 +72,9 @@ pub(crate) enum Origin {
 /// What the device thread reports once the device has done it.
 #[derive(Debug)]
 pub(crate) enum Done {
-    /// These bytes, which `reader` has read, are in their places.
-    Placed { reader: u32, spans: Vec<Span> },
+    /// These bytes, which `reader` has read, are in their places; `covers`: with them, all that this rank needs of a range of
+    /// a file.
+    Placed { reader: u32, spans: Vec<Span>, covers: Option<(u32, ByteRange)> },
     /// This finish has run.
     Finished(u32),
 }
@@ -148,6 +149,7 @@ impl Uploads {
         spans: Vec<Span>,
         reader: u32,
         origin: Origin,
+        covers: Option<(u32, ByteRange)>,
     ) -> Result<(), RankError> {
         let mut slab = self.slabs.take().ok_or(RankError::Ended)?;
         let source = match &origin {
@@ -164,8 +166,11 @@ impl Uploads {
             self.forsake();
             return Err(e);
         }
-        let done = Done::Placed { reader, spans };
-        self.hand_over(Upload { end: End::Placed(slab), origin: Some(origin), done })
+        let done = Done::Placed { reader, spans, covers };
+        match self.hand_over(Upload { end: End::Placed(slab), origin: Some(origin), done })? {
+            None => Ok(()),
+            Some(_) => Err(RankError::Ended),
+        }
     }
 
     /// Enqueues the copy of all bytes between the first and the last that `spans` want. Returns the address of what lies at
@@ -219,14 +224,14 @@ impl Uploads {
         })
     }
 
-    /// Enqueues a finish.
+    /// Enqueues a finish; `true` if it has run and nobody is left to tell of it.
     ///
     /// # Safety
     /// As `post_process::run`.
     ///
     /// # Errors
     /// The device fails, or the load has ended.
-    pub(crate) unsafe fn finish(&self, number: u32) -> Result<(), RankError> {
+    pub(crate) unsafe fn finish(&self, number: u32) -> Result<bool, RankError> {
         // SAFETY: passed on from the caller; the parameters are kept by `self`, which waits for the device before it goes.
         let event = match unsafe { self.finisher.enqueue(number, &self.memory) } {
             Ok(event) => event,
@@ -236,22 +241,28 @@ impl Uploads {
             }
         };
         let done = Done::Finished(number);
-        self.hand_over(Upload { end: End::Reached(event), origin: None, done })
+        let upload = Upload { end: End::Reached(event), origin: None, done };
+        if self.hand_over(upload)?.is_none() {
+            return Ok(false);
+        }
+        self.finisher.check(number, &self.memory)?;
+        Ok(true)
     }
 
-    fn hand_over(&self, upload: Upload) -> Result<(), RankError> {
+    /// Leaves what was enqueued to whoever picks up what is done; where nobody does any more, waits for it and gives it back.
+    fn hand_over(&self, upload: Upload) -> Result<Option<Upload>, RankError> {
         let mut under_way = self.lock();
         if under_way.closed {
             drop(under_way);
             // what it uses must not go before the device is done with it
             upload.wait()?;
-            return Err(RankError::Ended);
+            return Ok(Some(upload));
         }
         self.progress.in_hand.fetch_add(1, Relaxed);
         under_way.queue.push_back(upload);
         drop(under_way);
         self.handed_over.notify_one();
-        Ok(())
+        Ok(None)
     }
 
     /// Waits for the oldest of what was handed over and has not been returned yet; `None` once this is closed and empty.

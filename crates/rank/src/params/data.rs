@@ -1,6 +1,6 @@
 //! The bytes of parameters, wherever they are, and reading them back from a device.
 
-use std::{borrow::Cow, sync::Arc};
+use std::{borrow::Cow, ops::Range, sync::Arc};
 
 use longshore_kernels::cuda::driver::{CudaError, Device, DeviceMemory, Stream};
 
@@ -71,6 +71,26 @@ impl DeviceAllocation {
             unsafe { self.stream.fill(self.memory.address() + offset, 0, bytes) }?;
         }
         self.stream.synchronize()
+    }
+
+    /// Copies bytes from each address to a range of `target`, and waits for it. Nobody writes them meanwhile.
+    pub(super) fn copy_to_host(
+        &self,
+        parts: impl Iterator<Item = (u64, Range<usize>)>,
+        target: &mut [u8],
+    ) -> Result<(), RankError> {
+        let first = self.memory.address();
+        for (address, range) in parts {
+            let (part, bytes) = (&mut target[range.clone()], range.len() as u64);
+            assert!(
+                address >= first && address + bytes <= first + self.memory.len(),
+                "range leaves the allocation"
+            );
+            // SAFETY: both ranges lie within their memory, which lives until the stream has been waited for below.
+            unsafe { self.stream.copy_to_host(part.as_mut_ptr(), address, bytes) }?;
+        }
+        self.stream.synchronize()?;
+        Ok(())
     }
 
     /// `bytes` bytes from `offset` on.

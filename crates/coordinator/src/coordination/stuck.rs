@@ -14,6 +14,10 @@ pub(crate) struct Watched {
     pub(crate) busy: bool,
     /// Whether it has nothing left to do.
     pub(crate) ready: bool,
+    /// What it is doing.
+    pub(crate) phase: &'static str,
+    /// Weight bytes that it has read from storage.
+    pub(crate) read_bytes: u64,
 }
 
 /// When each rank was last seen to get on.
@@ -51,7 +55,7 @@ mod tests {
     const AFTER: Duration = Duration::from_secs(10);
 
     fn rank(steps: u64, busy: bool) -> Watched {
-        Watched { steps, busy, ready: false }
+        Watched { steps, busy, ready: false, phase: "reading", read_bytes: 0 }
     }
 
     #[test]
@@ -68,7 +72,7 @@ mod tests {
     fn when_nobody_gets_on_the_first_unfinished_one_is_named() {
         let start = Instant::now();
         let mut stuck = Stuck::new(3, AFTER, start);
-        let ready = Watched { steps: 0, busy: false, ready: true };
+        let ready = Watched { ready: true, ..rank(0, false) };
         let later = start + AFTER;
         assert_eq!(stuck.look(&[ready, rank(0, false), rank(0, false)], later), Some(1));
         assert_eq!(stuck.look(&[ready, rank(0, false), rank(1, false)], later), None);

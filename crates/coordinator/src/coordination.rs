@@ -1,0 +1,357 @@
+//! What the coordinator decides: events in, orders out. Pure: no I/O, and the time is given.
+//!
+//! ```text
+//!            ┌──────────────── a rank is lost: next generation ────────────────┐
+//!            ▼                                                                 │
+//!  begin → allocate on all (each tells what it has) → load on all → start on all → ready from all → release
+//!                    ▲
+//!            a rank joins: its place was empty, or the one before was lost
+//! ```
+//!
+//! A lost rank ends the generation, not the load: the others stop, keep what has landed, and tell what that is; when its
+//! replacement has joined, all carry out a plan of what is left. It is dismissed before anyone does its work. The load ends with
+//! the first failure that no replacement can mend: one that the user has to mend, or one more loss than is allowed, or a
+//! replacement that does not come.
+
+mod stuck;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use longshore_models::have::Have;
+use longshore_rank::{
+    params::ReadyParams,
+    protocol::{
+        Contact, Generation, Peers, PlanName, RankCommand, RankEvent, RankEventKind, RankReport,
+    },
+};
+use tracing::debug;
+
+use self::stuck::Stuck;
+pub(crate) use self::stuck::Watched;
+use crate::error::{LoadError, line};
+
+/// How a load may go on after a loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Recovery {
+    /// How many lost ranks may be replaced.
+    pub(crate) replacements_max: u32,
+    /// How long ranks may take to join, at first and as replacements.
+    pub(crate) join_limit: Duration,
+}
+
+impl Recovery {
+    /// The first loss ends the load; nobody is waited for.
+    pub(crate) const NONE: Self = Self { replacements_max: 0, join_limit: Duration::MAX };
+}
+
+/// What all ranks ended with.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    /// In the order of ranks; parameters where they are in this process.
+    pub(crate) ranks: Vec<(Option<ReadyParams>, RankReport)>,
+    /// In which generation they became complete.
+    pub(crate) generation: Generation,
+    /// How many ranks were replaced on the way.
+    pub(crate) replaced: u32,
+}
+
+/// The answer to a load.
+pub(crate) type Outcome = Result<Loaded, LoadError>;
+
+/// What is to be done. A rank that cannot be told is about to be lost.
+#[derive(Debug)]
+pub(crate) enum Order {
+    /// Tell one rank.
+    Tell(u32, RankCommand),
+    /// Tell every rank that is there.
+    TellAll(RankCommand),
+    /// End this rank's process and its connection, if it has any, for this reason; whatever it says from now on is not heard.
+    Dismiss(u32, String),
+    /// Answer whoever asked for the load.
+    Answer(Outcome),
+}
+
+/// The state of one group.
+#[derive(Debug)]
+pub(crate) struct Coordination {
+    /// Whether each rank is there.
+    present: Vec<bool>,
+    stuck_after: Duration,
+    recovery: Recovery,
+    generation: Generation,
+    attempt: Option<Attempt>,
+    /// Whether a load was asked for.
+    begun: bool,
+    /// What ended earlier generations of this load.
+    losses: Vec<LoadError>,
+    /// A rank that was lost when nothing could replace it: nothing is done without it.
+    over: Option<(u32, String)>,
+}
+
+/// One generation of a load.
+#[derive(Debug)]
+struct Attempt {
+    contacts: Vec<Option<(Contact, Have)>>,
+    prepared: Vec<Option<PlanName>>,
+    ready: Vec<Option<(Option<ReadyParams>, RankReport)>>,
+    stuck: Stuck,
+    /// A failure that may only follow from another rank's, whose it is, and when it was reported.
+    suspicion: Option<(Instant, u32, LoadError)>,
+    /// Since when ranks may join.
+    since: Instant,
+}
+
+impl Attempt {
+    fn new(ranks: usize, stuck_after: Duration, now: Instant) -> Self {
+        Self {
+            contacts: vec![None; ranks],
+            prepared: vec![None; ranks],
+            ready: (0..ranks).map(|_| None).collect(),
+            stuck: Stuck::new(ranks, stuck_after, now),
+            suspicion: None,
+            since: now,
+        }
+    }
+}
+
+/// How long a rank that could not reach another is the cause only if nothing is heard of that one: a rank that fails or dies
+/// closes its connections to all, and the news of that may come by way of another first.
+const SUSPICION: Duration = Duration::from_millis(500);
+
+impl Coordination {
+    pub(crate) fn new(world_size: u32, stuck_after: Duration, recovery: Recovery) -> Self {
+        Self {
+            present: vec![false; world_size as usize],
+            stuck_after,
+            recovery,
+            generation: 0,
+            attempt: None,
+            begun: false,
+            losses: Vec::new(),
+            over: None,
+        }
+    }
+
+    /// Whether a rank is there.
+    pub(crate) fn is_present(&self, rank: u32) -> bool {
+        self.present.get(rank as usize).copied().unwrap_or(false)
+    }
+
+    /// The rank that nothing could replace, and how it was lost.
+    pub(crate) fn over(&self) -> Option<(u32, String)> {
+        self.over.clone()
+    }
+
+    /// A load is asked for, in this generation or a later one.
+    pub(crate) fn begin(&mut self, generation: Generation, now: Instant) -> Vec<Order> {
+        if let Some((rank, reason)) = self.over.clone() {
+            return vec![Order::Answer(Err(LoadError::RankLost { rank, reason }))];
+        }
+        self.begun = true;
+        self.losses.clear();
+        self.next_generation(generation, now)
+    }
+
+    /// A rank has joined.
+    pub(crate) fn joined(&mut self, rank: u32) -> Vec<Order> {
+        self.present[rank as usize] = true;
+        let allocate = RankCommand::Allocate { generation: self.generation };
+        self.attempt.iter().map(|_| Order::Tell(rank, allocate.clone())).collect()
+    }
+
+    /// A rank that has joined was in this generation before, under another coordinator: what is said from now on is of later ones.
+    pub(crate) fn knows(&mut self, generation: Generation, now: Instant) -> Vec<Order> {
+        if generation < self.generation {
+            return Vec::new();
+        }
+        match self.attempt {
+            Some(_) => self.next_generation(generation + 1, now),
+            None => {
+                self.generation = generation;
+                Vec::new()
+            }
+        }
+    }
+
+    fn next_generation(&mut self, at_least: Generation, now: Instant) -> Vec<Order> {
+        self.generation = at_least.max(self.generation + 1);
+        self.attempt = Some(Attempt::new(self.present.len(), self.stuck_after, now));
+        vec![Order::TellAll(RankCommand::Allocate { generation: self.generation })]
+    }
+
+    /// A rank has said something.
+    pub(crate) fn event(&mut self, event: RankEvent, now: Instant) -> Vec<Order> {
+        let RankEvent { rank, generation, kind } = event;
+        let at = rank as usize;
+        // RNK-4; one that was lost has nothing to say either
+        let current = generation == self.generation && self.present[at];
+        let Some(attempt) = self.attempt.as_mut().filter(|_| current) else {
+            debug!("rank {rank}: news of generation {generation} comes too late");
+            return Vec::new();
+        };
+        match kind {
+            RankEventKind::Allocated(contact, have) => {
+                attempt.contacts[at] = Some((contact, have));
+                let Some((peers, have)) = peers(&attempt.contacts) else { return Vec::new() };
+                vec![Order::TellAll(RankCommand::Load { generation, peers, have })]
+            }
+            RankEventKind::Prepared(plan) => {
+                attempt.prepared[at] = Some(plan);
+                let Some(plans) = attempt.prepared.iter().copied().collect::<Option<Vec<_>>>()
+                else {
+                    return Vec::new();
+                };
+                match plans.iter().position(|plan| *plan != plans[0]) {
+                    // every rank counts what lands on it by now
+                    None => vec![Order::TellAll(RankCommand::Start { generation })],
+                    Some(other) => {
+                        self.answer(Err(LoadError::OtherPlan { rank: other as u32, generation }))
+                    }
+                }
+            }
+            RankEventKind::Ready(params, report) => {
+                attempt.ready[at] = Some((params, report));
+                if !attempt.ready.iter().all(Option::is_some) {
+                    return Vec::new();
+                }
+                let ranks = attempt.ready.drain(..).flatten().collect();
+                let loaded = Loaded { ranks, generation, replaced: self.losses.len() as u32 };
+                let mut orders = vec![Order::TellAll(RankCommand::Release { generation })];
+                orders.extend(self.answer(Ok(loaded)));
+                orders
+            }
+            RankEventKind::Failed(source) => {
+                let blames_another = source.blames().is_some_and(|other| other != rank);
+                let lasting = source.is_lasting();
+                let failed = LoadError::Rank { rank, source };
+                if lasting {
+                    return self.answer(Err(failed));
+                }
+                if blames_another {
+                    attempt.suspicion.get_or_insert((now, rank, failed));
+                    return Vec::new();
+                }
+                self.lose(rank, failed, now)
+            }
+        }
+    }
+
+    /// A rank is gone.
+    pub(crate) fn lost(&mut self, rank: u32, reason: String, now: Instant) -> Vec<Order> {
+        if !self.is_present(rank) {
+            // it was dismissed
+            return Vec::new();
+        }
+        if self.attempt.is_some() {
+            return self.lose(rank, LoadError::RankLost { rank, reason }, now);
+        }
+        self.present[rank as usize] = false;
+        if !self.begun && self.recovery.replacements_max > 0 {
+            // nothing was asked for yet, and whoever comes in its place serves as well
+            return Vec::new();
+        }
+        let (rank, reason) = self.over.get_or_insert((rank, reason)).clone();
+        let why = LoadError::RankLost { rank, reason }.line();
+        // those that are complete may wait for each other
+        vec![Order::TellAll(RankCommand::Abort { generation: self.generation, why })]
+    }
+
+    /// Time has passed; `watched` tells of each rank, if all are there.
+    pub(crate) fn look(&mut self, watched: Option<&[Watched]>, now: Instant) -> Vec<Order> {
+        let Some(attempt) = &mut self.attempt else { return Vec::new() };
+        let over =
+            |(since, ..): &mut (Instant, u32, LoadError)| now.duration_since(*since) >= SUSPICION;
+        if let Some((_, rank, failed)) = attempt.suspicion.take_if(over) {
+            return self.lose(rank, failed, now);
+        }
+        if now.duration_since(attempt.since) >= self.recovery.join_limit
+            && self.present.contains(&false)
+        {
+            return self.missing();
+        }
+        // whoever has not joined is waited for
+        let Some(mut watched) = watched.map(<[Watched]>::to_vec) else { return Vec::new() };
+        for (watched, ready) in watched.iter_mut().zip(&attempt.ready) {
+            // its last look at the files may hang when everything else is done
+            watched.ready = ready.is_some();
+        }
+        match attempt.stuck.look(&watched, now) {
+            None => Vec::new(),
+            Some(rank) => {
+                let Watched { phase, read_bytes, .. } = watched[rank as usize];
+                let after = self.stuck_after;
+                self.lose(rank, LoadError::RankStuck { rank, after, phase, read_bytes }, now)
+            }
+        }
+    }
+
+    fn missing(&mut self) -> Vec<Order> {
+        let world_size = self.present.len() as u32;
+        let missing = (0..world_size).filter(|rank| !self.is_present(*rank)).collect();
+        let after = self.recovery.join_limit;
+        let missing = LoadError::Missing { missing, world_size, after };
+        let end = self.with_losses(missing);
+        self.answer(Err(end))
+    }
+
+    /// A rank that has to be replaced, if it may be.
+    fn lose(&mut self, rank: u32, cause: LoadError, now: Instant) -> Vec<Order> {
+        if self.losses.len() as u32 >= self.recovery.replacements_max {
+            self.over.get_or_insert((rank, cause.line()));
+            let end = self.with_losses(cause);
+            return self.answer(Err(end));
+        }
+        tracing::warn!("{}; its replacement is waited for", cause.line());
+        self.present[rank as usize] = false;
+        let mut orders = vec![Order::Dismiss(rank, cause.line())];
+        self.losses.push(cause);
+        orders.extend(self.next_generation(0, now));
+        orders
+    }
+
+    /// What ends the load, after what it had survived.
+    fn with_losses(&mut self, last: LoadError) -> LoadError {
+        if self.losses.is_empty() {
+            return last;
+        }
+        let mut causes = std::mem::take(&mut self.losses);
+        causes.push(last);
+        let later = causes.split_off(1).iter().map(|e| line(e)).collect();
+        LoadError::Losses { first: causes.swap_remove(0).line(), later }
+    }
+
+    /// Answers a load, once; a failure stops all ranks first.
+    fn answer(&mut self, outcome: Outcome) -> Vec<Order> {
+        if self.attempt.take().is_none() {
+            return Vec::new();
+        }
+        let mut orders = Vec::new();
+        if let Err(e) = &outcome {
+            let (generation, why) = (self.generation, e.line());
+            orders.push(Order::TellAll(RankCommand::Abort { generation, why }));
+        }
+        orders.push(Order::Answer(outcome));
+        orders
+    }
+}
+
+/// All ranks as each has to know them, and what each has, once all have said it.
+fn peers(contacts: &[Option<(Contact, Have)>]) -> Option<(Peers, Arc<Vec<Have>>)> {
+    let (mut here, mut apart, mut all) = (Vec::new(), Vec::new(), Vec::new());
+    for contact in contacts {
+        let (contact, have) = contact.as_ref()?;
+        all.push(have.clone());
+        match contact {
+            Contact::Here(peer) => here.push(peer.clone()),
+            Contact::Apart(endpoint) => apart.push(endpoint.clone()),
+        }
+    }
+    let peers = match apart.is_empty() {
+        true => Peers::Here(Arc::new(here)),
+        false => Peers::Apart(Arc::new(apart)),
+    };
+    Some((peers, Arc::new(all)))
+}
