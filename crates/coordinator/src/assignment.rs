@@ -9,15 +9,21 @@
 //! So a row-parallel weight is read by whole rows, never row by row, and the number of reads stays within twice
 //! `bytes / read_bytes` plus one for each run of tensors between skipped ones. Without exchange each rank reads all that
 //! it needs, across small gaps.
+//!
+//! [`assign_rest`] does the same for what is missing after a rank was lost.
+
+mod rest;
 
 use longshore_models::{
     byte_range::ByteRange,
     checkpoint::{Checkpoint, TensorId},
     declare::Split,
-    have::RankSet,
+    have::{Have, RankSet},
     placement::{PlacedPiece, Placement},
 };
 use longshore_rank::protocol::Read;
+
+pub use rest::assign_rest;
 
 /// What an assignment is made for.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +34,9 @@ pub struct Policy {
     pub read_bytes: u64,
     /// Without exchange: the longest gap between needed bytes that is read through.
     pub gap_bytes: u64,
+    /// With exchange: the longest gap between the runs of a row-parallel weight that is read through, where a rank reads
+    /// its own part alone because the others have theirs.
+    pub row_gap_bytes: u64,
 }
 
 /// The reads of every rank.
@@ -46,7 +55,8 @@ pub fn assign(placement: &Placement, checkpoint: &Checkpoint, policy: &Policy) -
     if policy.exchange {
         with_exchange(placement, checkpoint, policy)
     } else {
-        without_exchange(placement, checkpoint, policy)
+        let nothing = vec![Have::default(); placement.parallel.tp() as usize];
+        without_exchange(placement, checkpoint, policy, &nothing)
     }
 }
 
@@ -59,25 +69,21 @@ struct Run {
 }
 
 fn with_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Policy) -> Assignment {
-    let ranks = placement.parallel.tp() as usize;
-    let mut share = Share {
-        reads: vec![Vec::new(); ranks],
-        loads: vec![0; ranks],
-        in_round: vec![false; ranks],
-        round: 0,
-        any_round: false,
-    };
+    let mut share = Share::new(placement.parallel.tp() as usize);
     for run in runs(placement, checkpoint, policy.read_bytes) {
-        let reads = checkpoint.cut(run.file, run.range, policy.read_bytes);
-        reads.for_each(|range| share.give(run.file, range, run.owner));
+        for range in checkpoint.cut(run.file, run.range, policy.read_bytes) {
+            let reader = run.owner.map_or_else(|| share.least_loaded(), |rank| rank as usize);
+            share.loads[reader] += range.len();
+            share.push(reader, Read::new(run.file, range, None), run.owner.is_none());
+        }
     }
-    let rounds = share.round + u32::from(share.any_round);
-    Assignment { reads: share.reads, rounds, settled: vec![RankSet::default()] }
+    share.assignment(vec![RankSet::default()])
 }
 
 /// Reads given out so far.
 struct Share {
     reads: Vec<Vec<Read>>,
+    /// Bytes that each rank reads from storage.
     loads: Vec<u64>,
     /// Who contributes to the present round already.
     in_round: Vec<bool>,
@@ -86,11 +92,20 @@ struct Share {
 }
 
 impl Share {
-    fn give(&mut self, file: u32, range: ByteRange, owner: Option<u32>) {
-        let reader = owner.map_or_else(|| self.least_loaded(), |rank| rank as usize);
-        self.loads[reader] += range.len();
-        let round = owner.is_none().then(|| self.round_for(reader));
-        self.reads[reader].push(Read::new(file, range, round));
+    fn new(ranks: usize) -> Self {
+        Self {
+            reads: vec![Vec::new(); ranks],
+            loads: vec![0; ranks],
+            in_round: vec![false; ranks],
+            round: 0,
+            any_round: false,
+        }
+    }
+
+    /// Adds a read; `shared`: its bytes are handed on, in a round.
+    fn push(&mut self, reader: usize, read: Read, shared: bool) {
+        let round = shared.then(|| self.round_for(reader));
+        self.reads[reader].push(Read { round, ..read });
     }
 
     fn least_loaded(&self) -> usize {
@@ -107,6 +122,11 @@ impl Share {
         self.in_round[reader] = true;
         self.any_round = true;
         self.round
+    }
+
+    fn assignment(self, settled: Vec<RankSet>) -> Assignment {
+        let rounds = self.round + u32::from(self.any_round);
+        Assignment { reads: self.reads, rounds, settled }
     }
 }
 
@@ -193,25 +213,15 @@ fn pool_short_runs(runs: &mut Vec<Run>, read_bytes: u64) {
     *runs = pooled;
 }
 
-fn without_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Policy) -> Assignment {
-    let reads = (0..placement.parallel.tp()).map(|rank| {
-        let mut runs: Vec<Run> = Vec::new();
-        for (id, tensor) in checkpoint.tensors.iter().enumerate() {
-            let (file, start) = (tensor.file, tensor.file_range.start);
-            for piece in placement.pieces_of(id as TensorId) {
-                let Some(part) = piece.members.part(rank) else {
-                    continue;
-                };
-                // of a row-parallel weight, the whole rows: never a read per row
-                let ((r0, r1), (c0, c1)) = piece.part_rect(part);
-                if r0 == r1 || c0 == c1 {
-                    continue;
-                }
-                let range =
-                    ByteRange::new(start + r0 * piece.row_bytes, start + r1 * piece.row_bytes);
-                join(&mut runs, Run { file, range, owner: Some(rank) }, policy.gap_bytes);
-            }
-        }
+/// Each rank reads whatever it needs and does not have.
+fn without_exchange(
+    placement: &Placement,
+    checkpoint: &Checkpoint,
+    policy: &Policy,
+    have: &[Have],
+) -> Assignment {
+    let reads = (0..placement.parallel.tp()).zip(have).map(|(rank, have)| {
+        let runs = runs_of(placement, checkpoint, policy.gap_bytes, rank, have);
         let cuts = runs.iter().flat_map(|run| {
             let ranges = checkpoint.cut(run.file, run.range, policy.read_bytes);
             ranges.map(|range| Read::new(run.file, range, None))
@@ -219,6 +229,48 @@ fn without_exchange(placement: &Placement, checkpoint: &Checkpoint, policy: &Pol
         cuts.collect()
     });
     Assignment { reads: reads.collect(), rounds: 0, settled: vec![RankSet::default()] }
+}
+
+/// What `rank` needs and does not have, as runs in file order; no gap between two of them that is read through holds what
+/// it has.
+fn runs_of(
+    placement: &Placement,
+    checkpoint: &Checkpoint,
+    gap_bytes: u64,
+    rank: u32,
+    have: &Have,
+) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    let mut apart = false;
+    for (id, tensor) in checkpoint.tensors.iter().enumerate() {
+        let (file, start) = (tensor.file, tensor.file_range.start);
+        for piece in placement.pieces_of(id as TensorId) {
+            let Some(part) = piece.members.part(rank) else {
+                continue;
+            };
+            // of a row-parallel weight, the whole rows: never a read per row
+            let ((r0, r1), (c0, c1)) = piece.part_rect(part);
+            if r0 == r1 || c0 == c1 {
+                continue;
+            }
+            let rows = ByteRange::new(start + r0 * piece.row_bytes, start + r1 * piece.row_bytes);
+            for (range, there) in have.file(file).cut(rows) {
+                let within = ByteRange::new(range.start - start, range.end - start);
+                if piece.extent_in(part, within).is_none() {
+                    continue;
+                }
+                let run = Run { file, range, owner: Some(rank) };
+                if there {
+                    apart = true;
+                } else if std::mem::take(&mut apart) {
+                    runs.push(run);
+                } else {
+                    join(&mut runs, run, gap_bytes);
+                }
+            }
+        }
+    }
+    runs
 }
 
 /// Adds a run, joined to the one before across a gap of at most `gap_bytes`.

@@ -26,7 +26,7 @@ use crate::{
     load::{RunOptions, load, progress_of},
     out,
     plan::{Plan, PlanOptions},
-    report::{Done, RanksAs, Report, bytes_text},
+    report::{Done, Lost, RanksAs, Report, bytes_text},
     source,
 };
 
@@ -244,6 +244,7 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
         warnings: &group.warnings,
         verified: group.verified.as_ref(),
         generation: group.generation(),
+        lost: Lost::default(),
         ranks_as: RanksAs::Threads,
         peak_rss_bytes: None,
     };

@@ -31,7 +31,10 @@ use tracing::debug;
 
 use self::stuck::Stuck;
 pub(crate) use self::stuck::Watched;
-use crate::error::{LoadError, line};
+use crate::{
+    error::{LoadError, line},
+    report::Lost,
+};
 
 /// How a load may go on after a loss.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +57,8 @@ pub(crate) struct Loaded {
     pub(crate) ranks: Vec<(Option<ReadyParams>, RankReport)>,
     /// In which generation they became complete.
     pub(crate) generation: Generation,
-    /// How many ranks were replaced on the way.
-    pub(crate) replaced: u32,
+    /// What was lost on the way.
+    pub(crate) lost: Lost,
 }
 
 /// The answer to a load.
@@ -218,7 +221,8 @@ impl Coordination {
                     return Vec::new();
                 }
                 let ranks = attempt.ready.drain(..).flatten().collect();
-                let loaded = Loaded { ranks, generation, replaced: self.losses.len() as u32 };
+                let lost = Lost { ranks: self.losses.len() as u32, bytes_read: 0 };
+                let loaded = Loaded { ranks, generation, lost };
                 let mut orders = vec![Order::TellAll(RankCommand::Release { generation })];
                 orders.extend(self.answer(Ok(loaded)));
                 orders

@@ -1,5 +1,6 @@
 //! The plan of a load: placement and assignment, with what they will cost. Data; made once, then trusted.
 
+mod check;
 mod hash;
 
 pub(crate) use self::hash::plan_hash;
@@ -7,18 +8,18 @@ pub(crate) use self::hash::plan_hash;
 use std::sync::Arc;
 
 use longshore_models::{
-    arch::Model, checkpoint::Checkpoint, error::PlanError, options::ModelOptions,
-    parallel::Parallel, placement::Placement,
+    arch::Model, byte_range::ByteRange, checkpoint::Checkpoint, dtype::elem_bytes,
+    error::PlanError, have::Have, options::ModelOptions, parallel::Parallel, placement::Placement,
 };
 use longshore_rank::{
-    protocol::{LoadPlan, PlanName, Read},
+    protocol::{LoadPlan, PlanName, Read, ReadFrom},
     scatter::tensors_in,
     storage::FileIdentity,
     stream::slab_bytes,
 };
 
 use crate::{
-    assignment::{Assignment, Policy, assign},
+    assignment::{Assignment, Policy, assign, assign_rest},
     discover::Discovered,
     error::LoadError,
     origin::Origin,
@@ -85,6 +86,14 @@ pub const MEMORY_LIMIT_MIN: u64 = 128 << 10;
 /// Without exchange: gaps up to this length are read through. A read costs about as much as 64 KiB of bandwidth.
 const GAP_BYTES: u64 = 64 << 10;
 
+/// What a rank that replaces another reads through between the runs of a row-parallel weight: a block of a disk, which is
+/// read whole in any case.
+const ROW_GAP_BYTES: u64 = 4 << 10;
+
+/// The same, where each request takes a while to be answered: the time that a request costs brings some 3 MB (see
+/// [`REMOTE_READ_BYTES`]), but what is read through also takes bandwidth from others.
+const REMOTE_ROW_GAP_BYTES: u64 = 1 << 20;
+
 /// What one rank will do. Sizes in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RankForecast {
@@ -141,7 +150,7 @@ impl Plan {
         let (exchange, exchange_reason) =
             choose_exchange(options.exchange, remote, &placement, &checkpoint, read_bytes);
         let Assignment { reads, rounds, settled } =
-            assign(&placement, &checkpoint, &policy(exchange, read_bytes));
+            assign(&placement, &checkpoint, &policy(exchange, read_bytes, remote));
         let load = LoadPlan {
             checkpoint: Arc::new(checkpoint),
             placement: Arc::new(placement),
@@ -150,7 +159,7 @@ impl Plan {
             exchange,
             read_bytes_max: read_bytes,
         };
-        check_reads(&load, needed_bytes).map_err(refused)?;
+        check_needed(&load, needed_bytes).map_err(refused)?;
         Ok(Self {
             forecast: forecast(&load),
             origin,
@@ -163,6 +172,28 @@ impl Plan {
             exchange_reason,
             memory_limit: options.memory_limit,
         })
+    }
+
+    /// The plan of the next attempt at this load, of which each rank has some already (in order, one for each).
+    ///
+    /// # Errors
+    /// What a rank has cuts an element, or is not told of every rank.
+    pub fn rest(&self, have: &[Have]) -> Result<LoadPlan, LoadError> {
+        let refused = |source| LoadError::Plan { path: self.origin.shown().into(), source };
+        let LoadPlan { checkpoint, placement, exchange, read_bytes_max, .. } = &*self.load;
+        check_have(placement, checkpoint, have).map_err(refused)?;
+        let policy = policy(*exchange, *read_bytes_max, self.origin.is_remote());
+        let Assignment { reads, settled, .. } = assign_rest(placement, checkpoint, &policy, have);
+        let load = LoadPlan {
+            checkpoint: Arc::clone(checkpoint),
+            placement: Arc::clone(placement),
+            reads,
+            settled,
+            exchange: *exchange,
+            read_bytes_max: *read_bytes_max,
+        };
+        check::check_reads(&load, have).map_err(refused)?;
+        Ok(load)
     }
 
     /// What ranks that plan on their own have to agree on.
@@ -199,8 +230,9 @@ fn read_bytes(options: &PlanOptions, remote: bool) -> Result<u64, LoadError> {
     Ok(wanted.min(fits))
 }
 
-fn policy(exchange: bool, read_bytes: u64) -> Policy {
-    Policy { exchange, read_bytes, gap_bytes: GAP_BYTES }
+fn policy(exchange: bool, read_bytes: u64, remote: bool) -> Policy {
+    let row_gap_bytes = if remote { REMOTE_ROW_GAP_BYTES } else { ROW_GAP_BYTES };
+    Policy { exchange, read_bytes, gap_bytes: GAP_BYTES, row_gap_bytes }
 }
 
 /// Storage costs at least as much per byte as handing it on within a host, so `auto` compares bytes read alone.
@@ -220,7 +252,7 @@ fn choose_exchange(
         Exchange::Auto if remote => (true, "each byte is fetched once".into()),
         Exchange::Auto => {
             let needed_bytes = placement.needed_bytes(checkpoint);
-            let alone = assign(placement, checkpoint, &policy(false, read_bytes));
+            let alone = assign(placement, checkpoint, &policy(false, read_bytes, remote));
             let bytes: u64 = alone.reads.iter().flatten().map(|r| r.range.len()).sum();
             let reason = format!("{needed_bytes} bytes to read with exchange, {bytes} without");
             (needed_bytes <= bytes, reason)
@@ -228,8 +260,39 @@ fn choose_exchange(
     }
 }
 
-/// With exchange the reads cover the needed bytes, each once. A violation is a bug of ours.
-fn check_reads(load: &LoadPlan, needed_bytes: u64) -> Result<(), PlanError> {
+/// What a rank says that it has may be any numbers: it has to be of whole elements, which alone can be converted.
+fn check_have(
+    placement: &Placement,
+    checkpoint: &Checkpoint,
+    have: &[Have],
+) -> Result<(), PlanError> {
+    let wrong = |what, found| Err(PlanError::Inconsistent { what, found });
+    let ranks = placement.parallel.tp() as usize;
+    if have.len() != ranks {
+        return wrong("what ranks have".into(), format!("of {} ranks of {ranks}", have.len()));
+    }
+    for (rank, have) in have.iter().enumerate() {
+        for (file, ranges) in have.files() {
+            let mut ends = ranges.ranges().iter().flat_map(|range| [range.start, range.end]);
+            if let Some(end) = ends.find(|end| cuts_element(checkpoint, file, *end)) {
+                let found = format!("its byte {end} of file {file} is within an element");
+                return wrong(format!("what rank {rank} has"), found);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn cuts_element(checkpoint: &Checkpoint, file: u32, at: u64) -> bool {
+    let Some(before) = at.checked_sub(1) else { return false };
+    let mut tensors = checkpoint.tensors_in(file, ByteRange::new(before, at));
+    tensors.next().is_some_and(|(tensor, within, _)| {
+        within.end % elem_bytes(checkpoint.tensors[tensor as usize].dtype) != 0
+    })
+}
+
+/// With exchange the reads of a first load cover the needed bytes, each once. A violation is a bug of ours.
+fn check_needed(load: &LoadPlan, needed_bytes: u64) -> Result<(), PlanError> {
     if !load.exchange {
         return Ok(());
     }
@@ -245,12 +308,23 @@ fn check_reads(load: &LoadPlan, needed_bytes: u64) -> Result<(), PlanError> {
     Ok(())
 }
 
+/// How many bytes each rank of a load will read from storage.
+pub fn storage_bytes(load: &LoadPlan) -> Vec<u64> {
+    let bytes = |reads: &Vec<Read>| {
+        let stored = reads.iter().filter(|read| read.from == ReadFrom::Storage);
+        stored.map(|read| read.range.len()).sum()
+    };
+    load.reads.iter().map(bytes).collect()
+}
+
 fn forecast(load: &LoadPlan) -> Vec<RankForecast> {
     let mut forecast = vec![RankForecast::default(); load.reads.len()];
     for (reader, reads) in load.reads.iter().enumerate() {
         for read in reads {
-            forecast[reader].storage_bytes += read.range.len();
-            forecast[reader].reads += 1;
+            if read.from == ReadFrom::Storage {
+                forecast[reader].storage_bytes += read.range.len();
+                forecast[reader].reads += 1;
+            }
             if read.round.is_none() {
                 continue;
             }
@@ -258,7 +332,7 @@ fn forecast(load: &LoadPlan) -> Vec<RankForecast> {
                 load.placement.spans(
                     tensor,
                     within,
-                    |r| r != reader as u32,
+                    |r| r != reader as u32 && load.takes(r, read),
                     |span| {
                         forecast[reader].sent_bytes += span.source_bytes();
                         forecast[span.rank as usize].received_bytes += span.source_bytes();

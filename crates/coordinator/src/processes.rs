@@ -53,6 +53,7 @@ use crate::{
     },
     load::{Prepared, check_unchanged, given_back},
     place::Place,
+    report::Lost,
 };
 
 /// What becomes of a group that has lost a rank.
@@ -167,9 +168,9 @@ pub(crate) type Complete = (ReadyParams, Joined);
 pub(crate) struct Joined {
     /// On rank 0, what each rank did.
     pub(crate) reports: Option<Vec<RankReport>>,
-    /// On rank 0, the generation in which all became complete, and how many ranks were replaced on the way.
+    /// On rank 0, the generation in which all became complete, and what was lost on the way.
     pub(crate) generation: Generation,
-    pub(crate) replaced: u32,
+    pub(crate) lost: Lost,
     /// From the opening of the files until every rank was ready.
     pub(crate) seconds: f64,
     member: ActorRef<MemberMessage>,
@@ -196,18 +197,24 @@ pub(crate) async fn load(
         let (params, _) = wait(released).await?;
         let seconds = started.elapsed().as_secs_f64();
         given_back(slice::from_ref(&params)).await;
-        let joined =
-            Joined { reports: None, generation: 0, replaced: 0, seconds, member, hosting: None };
+        let joined = Joined {
+            reports: None,
+            generation: 0,
+            lost: Lost::default(),
+            seconds,
+            member,
+            hosting: None,
+        };
         return Ok((params, joined));
     };
     let hosting = host(listener, place, &prepared, options, progress).await?;
     match host_and_join(place, &prepared, options, &hosting).await {
-        Ok((member, params, Loaded { ranks, generation, replaced })) => {
+        Ok((member, params, Loaded { ranks, generation, lost })) => {
             let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
             let reports = Some(ranks.into_iter().map(|(_, report)| report).collect());
             given_back(slice::from_ref(&params)).await;
             let hosting = Some(hosting);
-            Ok((params, Joined { reports, generation, replaced, seconds, member, hosting }))
+            Ok((params, Joined { reports, generation, lost, seconds, member, hosting }))
         }
         Err(e) => {
             hosting.end().await;

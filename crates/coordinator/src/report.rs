@@ -144,6 +144,8 @@ pub struct Report {
     pub generation: u64,
     /// Ranks that were replaced.
     pub restarts: u32,
+    /// Weight bytes that these had asked of storage, as of their last heartbeats; not part of `storage_bytes_read`.
+    pub lost_bytes_read: u64,
     /// Each rank.
     pub ranks: Vec<RankEntry>,
     /// Tensors that no rank needs.
@@ -158,6 +160,15 @@ pub struct Report {
     pub digest: Option<String>,
 }
 
+/// What was lost in the course of a load that became complete all the same.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Lost {
+    /// Ranks that were replaced.
+    pub ranks: u32,
+    /// Weight bytes that they had asked of storage, as of their last heartbeats.
+    pub bytes_read: u64,
+}
+
 /// What a load was found to have done.
 #[derive(Debug, Clone, Copy)]
 pub struct Done<'a> {
@@ -169,6 +180,8 @@ pub struct Done<'a> {
     pub verified: Option<&'a Verified>,
     /// Its generation.
     pub generation: Generation,
+    /// What was lost on the way.
+    pub lost: Lost,
     /// What the ranks are.
     pub ranks_as: RanksAs,
     /// Peak resident memory of each rank, where ranks are processes.
@@ -219,6 +232,7 @@ impl Report {
             peak_rss_bytes: peak_rss_bytes(),
             generation: 1,
             restarts: 0,
+            lost_bytes_read: 0,
             ranks: ranks.collect(),
             skipped: skipped.collect(),
             verified: None,
@@ -246,6 +260,8 @@ impl Report {
         let on_device = done.reports.iter().any(|r| r.peak_device_bytes.is_some());
         this.device = if on_device { "cuda" } else { "cpu" };
         this.generation = done.generation;
+        this.restarts = done.lost.ranks;
+        this.lost_bytes_read = done.lost.bytes_read;
         this.warnings.extend_from_slice(done.warnings);
         this.verified = done.verified.cloned();
         this.storage_bytes_read = done.reports.iter().map(|r| r.storage_bytes_read).sum();
@@ -310,6 +326,15 @@ impl Report {
             if self.rounds == 1 { "" } else { "s" },
             self.exchange_reason,
         );
+        if self.restarts > 0 {
+            let _ = write!(
+                text,
+                "\n{} rank{} replaced, after {} read from storage",
+                self.restarts,
+                if self.restarts == 1 { "" } else { "s" },
+                bytes_text(self.lost_bytes_read),
+            );
+        }
         if !self.skipped.is_empty() {
             let _ = write!(text, "\n{} tensors skipped", self.skipped.len());
             let mut by_reason: BTreeMap<&str, u64> = BTreeMap::new();

@@ -119,6 +119,8 @@ pub(crate) struct SupervisorState {
     /// Where the answer to the load goes that is under way.
     done: Option<oneshot::Sender<Outcome>>,
     ending: bool,
+    /// What ranks that were lost had read.
+    lost_read_bytes: u64,
 }
 
 /// How often to look whether all ranks get on.
@@ -143,7 +145,8 @@ impl Actor for Supervisor {
             let _ = coordination.joined(number as u32);
         }
         myself.send_interval(LOOK_EVERY, || SupervisorMessage::Look);
-        Ok(SupervisorState { coordination, ranks, gathered, done: None, ending: false })
+        let (done, ending, lost_read_bytes) = (None, false, 0);
+        Ok(SupervisorState { coordination, ranks, gathered, done, ending, lost_read_bytes })
     }
 
     async fn handle(
@@ -286,8 +289,9 @@ impl SupervisorState {
             return;
         }
         let orders = self.coordination.lost(rank, reason, Instant::now());
-        self.ranks[rank as usize] = None;
         self.carry_out(orders);
+        // nobody waits for it, whether another comes in its place or not
+        self.vacate(rank);
         if let Some((rank, reason)) = self.coordination.over() {
             // whoever gathers is told as well, now or when it asks; a full queue holds the news already
             let _ = self.gathered.try_send(Err(LoadError::RankLost { rank, reason }));
@@ -305,7 +309,10 @@ impl SupervisorState {
                 }
                 Order::TellAll(command) => self.tell_all(&command),
                 Order::Dismiss(rank, why) => self.dismiss(rank, why),
-                Order::Answer(outcome) => {
+                Order::Answer(mut outcome) => {
+                    if let Ok(loaded) = &mut outcome {
+                        loaded.lost.bytes_read = self.lost_read_bytes;
+                    }
                     if let Some(done) = self.done.take() {
                         // whoever asked may have gone away
                         let _ = done.send(outcome);
@@ -315,9 +322,15 @@ impl SupervisorState {
         }
     }
 
+    fn vacate(&mut self, rank: u32) -> Option<Rank> {
+        let rank = self.ranks[rank as usize].take()?;
+        self.lost_read_bytes += rank.progress.read_bytes.swap(0, Ordering::Relaxed);
+        Some(rank)
+    }
+
     /// Makes room for a replacement.
     fn dismiss(&mut self, rank: u32, why: String) {
-        let Some(rank) = self.ranks[rank as usize].take() else { return };
+        let Some(rank) = self.vacate(rank) else { return };
         match rank.remote {
             // one that is gone already has nothing to be told
             Some(remote) => drop(remote.cast(RemoteMessage::Dismiss(why))),

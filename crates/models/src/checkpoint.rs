@@ -194,6 +194,22 @@ impl Checkpoint {
         }
     }
 
+    /// The tensors that `range` of `file` touches: `(tensor, the part of it, where that part begins in the range)`.
+    pub fn tensors_in(
+        &self,
+        file: u32,
+        range: ByteRange,
+    ) -> impl Iterator<Item = (TensorId, ByteRange, u64)> {
+        let first =
+            self.tensors.partition_point(|t| (t.file, t.file_range.end) <= (file, range.start));
+        let touched = move |t: &&Tensor| t.file == file && t.file_range.start < range.end;
+        self.tensors[first..].iter().take_while(touched).enumerate().filter_map(move |(i, t)| {
+            let (part, start) = (t.file_range.intersect(&range)?, t.file_range.start);
+            let within = ByteRange::new(part.start - start, part.end - start);
+            Some(((first + i) as TensorId, within, part.start - range.start))
+        })
+    }
+
     /// Bytes of data of all tensors, headers not counted.
     pub fn data_bytes(&self) -> u64 {
         self.tensors.iter().map(|t| t.file_range.len()).sum()

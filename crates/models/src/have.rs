@@ -86,6 +86,11 @@ impl Have {
         self.0.get(file as usize).unwrap_or(&NOTHING)
     }
 
+    /// Of each file what there is, as far as there is anything.
+    pub fn files(&self) -> impl Iterator<Item = (u32, &RangeSet)> {
+        self.0.iter().enumerate().map(|(file, ranges)| (file as u32, ranges))
+    }
+
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
         self.0.iter().all(|file| file.0.is_empty())
@@ -135,6 +140,26 @@ impl RankSet {
     pub fn contains(&self, rank: u32) -> bool {
         self.0.get(rank as usize / 64).is_some_and(|word| word >> (rank % 64) & 1 == 1)
     }
+
+    /// Whether no rank is in it.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The ranks, in order.
+    pub fn iter(&self) -> impl Iterator<Item = u32> {
+        let bits = |(i, word): (usize, &u64)| {
+            let (first, word) = (64 * i as u32, *word);
+            (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| first + bit)
+        };
+        self.0.iter().enumerate().flat_map(bits)
+    }
+
+    /// The only rank, when there is just one.
+    pub fn sole(&self) -> Option<u32> {
+        let mut ranks = self.iter();
+        ranks.next().filter(|_| ranks.next().is_none())
+    }
 }
 
 impl FromIterator<u32> for RankSet {
@@ -183,5 +208,10 @@ mod tests {
         let set: RankSet = [0, 63, 64, 200].into_iter().collect();
         let there: Vec<u32> = (0..300).filter(|r| set.contains(*r)).collect();
         assert_eq!(there, [0, 63, 64, 200]);
+        assert_eq!(set.iter().collect::<Vec<u32>>(), there);
+        assert_eq!(set.sole(), None);
+        assert!(!set.is_empty() && RankSet::default().is_empty());
+        assert_eq!(RankSet::from_iter([70, 70]).sole(), Some(70));
+        assert_eq!(RankSet::default().sole(), None);
     }
 }

@@ -112,6 +112,14 @@ impl Members {
         self.first..self.first + self.count
     }
 
+    /// The member ranks that hold `part`, in order.
+    pub fn holders(&self, part: u32) -> impl Iterator<Item = u32> + Clone + use<> {
+        let Self { first, count, modulo, rep } = *self;
+        let rounds = (0..count).step_by(modulo.max(1) as usize);
+        let held = move |round: u32| round + part * rep..round + (part + 1) * rep;
+        rounds.flat_map(held).filter(move |&at| at < count).map(move |at| first + at)
+    }
+
     /// Number of different parts.
     pub fn parts(&self) -> u32 {
         self.modulo / self.rep
@@ -153,6 +161,25 @@ mod tests {
         assert!(Members::split(p, 1).is_exclusive());
         assert!(!Members::split(p, 2).is_exclusive());
         assert_eq!(Members::every_group(p).copies(), 2);
+    }
+
+    #[test]
+    fn holders_of_a_part_are_the_members_that_hold_it() {
+        let p = Parallel::new(8, 2).unwrap();
+        let members = [
+            Members::split(p, 1),
+            Members::split(p, 2),
+            Members::replicated(p),
+            Members::expert_group(p, 1),
+            Members::every_group(p),
+            Members::every_group(p).whole(),
+        ];
+        for m in members {
+            for part in 0..m.parts() {
+                let want: Vec<u32> = m.ranks().filter(|&r| m.part(r) == Some(part)).collect();
+                assert_eq!(m.holders(part).collect::<Vec<u32>>(), want, "{m:?} {part}");
+            }
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! right shape and dtype; every byte of every parameter is written by exactly one piece. It is linear in the number of
 //! tensors: the spans of one rank are computed when they are asked for ([`Placement::spans`]), never stored.
 
+mod closed;
 mod lookup;
 mod span;
 mod validate;
@@ -247,6 +248,38 @@ impl PlacedPiece {
                 (self.rows, (first, (first + per).min(self.row_bytes)))
             }
         }
+    }
+
+    /// What part `part` covers of `range` of the tensor: from the first byte to the last, with whatever lies between.
+    pub fn extent_in(&self, part: u32, range: ByteRange) -> Option<ByteRange> {
+        let ((r0, r1), (c0, c1)) = self.part_rect(part);
+        if r0 >= r1 || c0 >= c1 || range.is_empty() {
+            return None;
+        }
+        let row_bytes = self.row_bytes;
+        let (row, col) = (range.start / row_bytes, range.start % row_bytes);
+        let start = match row {
+            _ if row < r0 => r0 * row_bytes + c0,
+            _ if col < c1 => row * row_bytes + col.max(c0),
+            _ => (row + 1) * row_bytes + c0,
+        };
+        // the row that holds the last byte, and the bytes of it that are in the range
+        let (row, cols) = ((range.end - 1) / row_bytes, (range.end - 1) % row_bytes + 1);
+        let end = match row {
+            _ if row >= r1 => (r1 - 1) * row_bytes + c1,
+            _ if cols > c0 => row * row_bytes + cols.min(c1),
+            0 => return None,
+            _ => (row - 1) * row_bytes + c1,
+        };
+        (start < end && start < (r1 - 1) * row_bytes + c1 && end > r0 * row_bytes + c0)
+            .then(|| ByteRange::new(start, end))
+    }
+
+    /// How many bytes part `part` covers of `range` of the tensor.
+    pub fn bytes_in(&self, part: u32, range: ByteRange) -> u64 {
+        let mut bytes = 0;
+        self.spans(0, part, range, &mut |span| bytes += span.source_bytes());
+        bytes
     }
 
     /// Bytes of the tensor that part `part` covers.

@@ -180,4 +180,19 @@ impl Finish {
             Finish::ExpertScalars(s) => vec![s.w13_scale_2, s.w2_scale_2, s.w13_input, s.w2_input],
         }
     }
+
+    /// The parameters that this writes; those that it changes in place are among its inputs as well.
+    pub fn outputs(&self) -> Vec<ParamId> {
+        match self {
+            Finish::MlaSplit(m) => vec![m.w_kc, m.w_vc],
+            Finish::KvScales(s) => vec![s.k, s.v],
+            Finish::Reorder(m, _) => vec![m.param],
+            Finish::SwizzleInto(s) => vec![s.target],
+            Finish::LinearScalars(s) => vec![s.alpha, s.inverse],
+            Finish::ExpertScalars(s) => {
+                let made = [s.g1_alphas, s.g2_alphas, s.w13_quant, s.w2_quant];
+                made.into_iter().chain(s.g1_scale_c).collect()
+            }
+        }
+    }
 }

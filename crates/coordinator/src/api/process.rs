@@ -138,11 +138,12 @@ impl Rank {
     /// On rank 0, what the load did on all ranks.
     pub fn report(&self) -> Option<Report> {
         let reports = self.joined.reports.as_deref()?;
-        let (warnings, generation) = (self.warnings.as_slice(), 1);
+        let (warnings, generation) = (self.warnings.as_slice(), self.joined.generation);
         let (ranks_as, peak_rss_bytes) = (RanksAs::Processes, None);
         // of the others' shares nothing is known here but that they were verified
         let verified = None;
-        let done = Done { reports, warnings, verified, generation, ranks_as, peak_rss_bytes };
+        let lost = self.joined.lost;
+        let done = Done { reports, warnings, verified, generation, lost, ranks_as, peak_rss_bytes };
         let mut report = Report::of_load(&self.plan, &self.source, &done);
         report.seconds = Some(self.joined.seconds);
         Some(report)

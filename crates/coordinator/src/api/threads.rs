@@ -15,7 +15,7 @@ use crate::{
     group::Group,
     load::{self, progress_of},
     plan::Plan,
-    report::{Done, RanksAs, Report},
+    report::{Done, Lost, RanksAs, Report},
 };
 
 impl Load {
@@ -155,6 +155,7 @@ impl Loaded {
             warnings: &self.group.warnings,
             verified: self.group.verified.as_ref(),
             generation: self.group.generation(),
+            lost: Lost::default(),
             peak_rss_bytes: None,
             ranks_as: RanksAs::Threads,
         };

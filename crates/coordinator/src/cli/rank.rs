@@ -201,7 +201,15 @@ impl Rank<'_> {
         let (ranks_as, peak_rss_bytes) = (RanksAs::Processes, Some(peaks.as_slice()));
         let verified = holdings.iter().filter_map(|h| h.verified.clone()).reduce(Verified::merge);
         let verified = verified.as_ref();
-        let done = Done { reports, warnings, verified, generation: 1, ranks_as, peak_rss_bytes };
+        let done = Done {
+            reports,
+            warnings,
+            verified,
+            generation: joined.generation,
+            lost: joined.lost,
+            ranks_as,
+            peak_rss_bytes,
+        };
         let mut report = Report::of_load(self.plan, self.source, &done);
         report.seconds = Some(phases.ready_seconds(joined.seconds));
         if hash {

@@ -8,8 +8,8 @@ use longshore_rank::{
     error::RankError,
     params::{Home, ReadyParams},
     protocol::{
-        Contact, Generation, Join, PlanName, Progress, RankCommand, RankEvent, RankEventKind,
-        RankMessage, RankReport, Work,
+        Contact, Generation, Join, LoadPlan, PlanName, Progress, RankCommand, RankEvent,
+        RankEventKind, RankMessage, RankReport, Work,
     },
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -97,6 +97,8 @@ impl TryFrom<MemberMessage> for RankEvent {
 }
 
 pub(crate) struct MemberState {
+    number: u32,
+    work: Arc<Work>,
     rank: ActorRef<RankMessage>,
     link: Option<LinkThread<ToCoordinator>>,
     timing: Timing,
@@ -127,17 +129,20 @@ impl Actor for Member {
     ) -> Result<MemberState, ActorProcessingErr> {
         let MemberArguments { rank, stream, timing, progress, work, home, join, plan, .. } =
             arguments;
+        let number = rank;
         let start = RankArguments {
             rank,
             events: myself.get_derived(),
             progress: Arc::clone(&progress),
-            work,
+            work: Arc::clone(&work),
             home,
             reuse: None,
             join: Some(join),
         };
         let (rank, _) = Actor::spawn_linked(None, RankActor, start, myself.get_cell()).await?;
         let mut state = MemberState {
+            number,
+            work,
             rank,
             link: None,
             timing,
@@ -304,6 +309,8 @@ impl MemberState {
         }
         let what = match kind {
             RankEventKind::Allocated(Contact::Apart(endpoint), have) => {
+                let LoadPlan { placement, checkpoint, .. } = &*self.work.plan;
+                let have = placement.closed(checkpoint, self.number, &have);
                 Happened::Allocated { endpoint, plan: self.plan, have }
             }
             RankEventKind::Allocated(Contact::Here(_), _) => return,

@@ -187,6 +187,10 @@ mod tests {
             let mut want = naive(&piece, part);
             want.retain(|(from, _)| (range.start..range.end).contains(from));
             want.sort_unstable();
+            let extent = want.first().zip(want.last());
+            let extent = extent.map(|(first, last)| ByteRange::new(first.0, last.0 + 1));
+            proptest::prop_assert_eq!(piece.extent_in(part, range), extent);
+            proptest::prop_assert_eq!(piece.bytes_in(part, range), want.len() as u64);
             proptest::prop_assert_eq!(spanned(&piece, part, range), want);
         }
     }
