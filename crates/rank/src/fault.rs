@@ -1,8 +1,9 @@
 //! Faults on demand, for tests of what happens when a rank fails. Only debug builds have them.
 //!
 //! `LONGSHORE_FAULT=rank=1,read=3,do=hang` makes rank 1 hang at its read number 3; `at=prepared` in the place of `read`, when
-//! it comes to that [`Point`]. `do` is one of `hang`, `slow` (one second for every read from there on), `panic`, `error`,
-//! `exit`, `kill` and `stop` (SIGKILL, SIGSTOP). A process that was started again (`LONGSHORE_RESTARTS` is set and not 0)
+//! it comes to that [`Point`]. `do` is one of `hang`, `slow` (every read from there on takes `ms` milliseconds more, 1000 if it
+//! does not say), `panic`, `error`, `exit`, `kill` and `stop` (SIGKILL, SIGSTOP). `rank=all` means every rank. Several
+//! faults are apart by semicolons. A process that was started again (`LONGSHORE_RESTARTS` is set and not 0)
 //! has no more faults, unless `again=1` is there too.
 
 use crate::error::RankError;
@@ -54,57 +55,64 @@ mod on_demand {
 
     #[derive(Debug)]
     struct Fault {
-        rank: u32,
+        /// `None`: all of them.
+        rank: Option<u32>,
         read: Option<usize>,
         at: Option<String>,
         what: String,
+        pause: Duration,
     }
 
-    fn wanted() -> Option<&'static Fault> {
-        static WANTED: OnceLock<Option<Fault>> = OnceLock::new();
-        let parse = || {
-            let text = std::env::var(FAULT_VARIABLE).ok()?;
-            let value = |key: &str| {
-                let mut parts = text.split(',').filter_map(|part| part.split_once('='));
-                parts.find(|(k, _)| *k == key).map(|(_, v)| v.to_owned())
-            };
+    fn wanted(rank: u32) -> impl Iterator<Item = &'static Fault> {
+        static WANTED: OnceLock<Vec<Fault>> = OnceLock::new();
+        let all = WANTED.get_or_init(|| {
+            let text = std::env::var(FAULT_VARIABLE).unwrap_or_default();
             let again = std::env::var(RESTARTS_VARIABLE).is_ok_and(|count| count != "0");
-            if again && value("again").is_none() {
-                return None;
-            }
-            let read = value("read").and_then(|number| number.parse().ok());
-            Some(Fault {
-                rank: value("rank")?.parse().ok()?,
-                read,
-                at: value("at"),
-                what: value("do")?,
-            })
-        };
-        WANTED.get_or_init(parse).as_ref()
+            text.split(';').filter_map(|text| Fault::parse(text, again)).collect()
+        });
+        all.iter().filter(move |fault| fault.rank.is_none_or(|wanted| wanted == rank))
     }
 
     pub(super) fn at_read(rank: u32, number: usize) -> Result<(), RankError> {
-        let Some(fault) = wanted().filter(|fault| fault.rank == rank) else { return Ok(()) };
-        match fault.read {
-            Some(read) if fault.what == "slow" && number >= read => {
-                std::thread::sleep(Duration::from_secs(1));
-                Ok(())
+        for fault in wanted(rank) {
+            match fault.read {
+                Some(read) if fault.what == "slow" && number >= read => {
+                    std::thread::sleep(fault.pause);
+                }
+                Some(read) if number == read => fault.happen()?,
+                _ => {}
             }
-            Some(read) if number == read => fault.happen(),
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     pub(super) fn at_point(rank: u32, point: Point) {
-        let is_there =
-            |fault: &&Fault| fault.rank == rank && fault.at.as_deref() == Some(point.name());
-        if let Some(fault) = wanted().filter(is_there) {
+        for fault in wanted(rank).filter(|fault| fault.at.as_deref() == Some(point.name())) {
             // between two points there is no one to take an error
             let _ = fault.happen();
         }
     }
 
     impl Fault {
+        fn parse(text: &str, again: bool) -> Option<Self> {
+            let value = |key: &str| {
+                let mut parts = text.split(',').filter_map(|part| part.split_once('='));
+                parts.find(|(k, _)| *k == key).map(|(_, v)| v.to_owned())
+            };
+            if again && value("again").is_none() {
+                return None;
+            }
+            let rank = value("rank")?;
+            let millis = value("ms").and_then(|ms| ms.parse().ok()).unwrap_or(1000);
+            Some(Self {
+                rank: if rank == "all" { None } else { Some(rank.parse().ok()?) },
+                read: value("read").and_then(|number| number.parse().ok()),
+                at: value("at"),
+                what: value("do")?,
+                pause: Duration::from_millis(millis),
+            })
+        }
+
         #[expect(clippy::panic, reason = "it is what was asked for")]
         fn happen(&self) -> Result<(), RankError> {
             match self.what.as_str() {
