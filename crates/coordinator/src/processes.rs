@@ -54,6 +54,18 @@ use crate::{
     place::Place,
 };
 
+/// What becomes of a group that has lost a rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnLoss {
+    /// It waits for the process that is started in the lost one's place.
+    #[default]
+    Wait,
+    /// It goes on with fewer ranks, where the model can be split so.
+    Shrink,
+    /// It ends at once.
+    Fail,
+}
+
 /// How a group of processes is held together.
 #[derive(Debug, Clone, Copy)]
 pub struct GroupOptions {
@@ -67,6 +79,10 @@ pub struct GroupOptions {
     pub stuck_after: Duration,
     /// How long ranks may take to join.
     pub join_limit: Duration,
+    /// What becomes of the group when a rank is lost.
+    pub on_loss: OnLoss,
+    /// How many lost ranks are replaced, all ranks together.
+    pub max_restarts: u32,
 }
 
 impl GroupOptions {
@@ -92,9 +108,14 @@ impl Default for GroupOptions {
             silent_after,
             stuck_after: STUCK_AFTER,
             join_limit: Duration::from_secs(120),
+            on_loss: OnLoss::default(),
+            max_restarts: MAX_RESTARTS,
         }
     }
 }
+
+/// A process or a host may be lost in the course of a load; what is lost again and again is not mended by one more.
+pub const MAX_RESTARTS: u32 = 3;
 
 /// A read of 2 MiB that takes longer will not come back: networked storage retries within seconds.
 pub const STUCK_AFTER: Duration = Duration::from_secs(60);
