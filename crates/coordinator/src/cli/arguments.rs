@@ -12,7 +12,7 @@ use crate::{
     error::LoadError,
     load::RunOptions,
     plan::{Exchange, MEMORY_LIMIT, PlanOptions},
-    processes::{GroupOptions, TIME_LIMITS, Transport},
+    processes::{GroupOptions, MAX_RESTARTS, OnLoss, TIME_LIMITS, Transport},
     synth::{Scale, Synth},
 };
 
@@ -156,6 +156,12 @@ pub(super) struct RunArgs {
     /// they are on one host and TCP elsewhere; TCP; NCCL.
     #[arg(long, value_enum, default_value_t = TransportArg::Auto)]
     transport: TransportArg,
+    /// When a rank process is lost: wait for the one that is started in its place, shrink the group, or fail at once.
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = OnLossArg::Wait)]
+    on_loss: OnLossArg,
+    /// How many lost rank processes are replaced, all ranks together.
+    #[arg(long, value_name = "N", default_value_t = MAX_RESTARTS)]
+    max_restarts: u32,
 }
 
 #[derive(Debug, Args)]
@@ -242,6 +248,13 @@ enum TransportArg {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnLossArg {
+    Wait,
+    Shrink,
+    Fail,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum RanksArg {
     Threads,
     Processes,
@@ -325,8 +338,11 @@ impl RankArgs {
 
 impl RunArgs {
     /// How a group of processes is held together.
-    pub(super) fn group_options(&self) -> GroupOptions {
-        GroupOptions {
+    ///
+    /// # Errors
+    /// It is to shrink, which it cannot yet.
+    pub(super) fn group_options(&self) -> Result<GroupOptions, LoadError> {
+        Ok(GroupOptions {
             transport: match self.transport {
                 TransportArg::Auto => Transport::Auto,
                 TransportArg::Host => Transport::Host,
@@ -335,9 +351,22 @@ impl RunArgs {
             },
             stuck_after: self.progress_timeout,
             join_limit: self.join_timeout,
+            on_loss: self.on_loss()?,
+            max_restarts: self.max_restarts,
             ..GroupOptions::default()
         }
-        .with_silent_after(self.heartbeat_timeout)
+        .with_silent_after(self.heartbeat_timeout))
+    }
+
+    fn on_loss(&self) -> Result<OnLoss, LoadError> {
+        match self.on_loss {
+            OnLossArg::Wait => Ok(OnLoss::Wait),
+            OnLossArg::Fail => Ok(OnLoss::Fail),
+            OnLossArg::Shrink => {
+                let reason = "a group cannot shrink yet; wait for a replacement, or fail".into();
+                Err(LoadError::Option { option: "--on-loss", reason })
+            }
+        }
     }
 
     /// # Errors
@@ -445,6 +474,25 @@ mod tests {
     fn command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    fn group_options(arguments: &[&str]) -> Result<GroupOptions, LoadError> {
+        let line = [&["longshore", "rank", "checkpoint"], arguments].concat();
+        match Cli::try_parse_from(line).unwrap().command {
+            Command::Rank(rank) => rank.run.group_options(),
+            other => unreachable!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_lost_rank_is_waited_for_unless_told_otherwise() {
+        let group = group_options(&[]).unwrap();
+        assert_eq!((group.on_loss, group.max_restarts), (OnLoss::Wait, 3));
+        let group = group_options(&["--on-loss", "fail", "--max-restarts", "0"]).unwrap();
+        assert_eq!((group.on_loss, group.max_restarts), (OnLoss::Fail, 0));
+        let refused = group_options(&["--on-loss=shrink"]).unwrap_err();
+        assert_eq!(refused.exit_code(), 2);
+        assert!(refused.line().starts_with("--on-loss: a group cannot shrink yet"), "{refused}");
     }
 
     #[test]

@@ -33,8 +33,9 @@ pub(super) fn launch(
 ) -> ExitCode {
     start_log(log_level, None);
     match rank_command(load, arguments).and_then(|command| {
+        let group = load.run.group_options()?;
         let shared = device::are_shared(load.run.plan.device_choice(), load.tp);
-        let nccl_hosts = shared && load.run.group_options().transport == Transport::Nccl;
+        let nccl_hosts = shared && group.transport == Transport::Nccl;
         let final_lines = FinalLines::One;
         let launch = Launch { final_lines, nccl_hosts, ..Launch::new(command, load.tp) };
         launch.run()
@@ -101,7 +102,7 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
     let run = &arguments.run;
     let tp = arguments.tp(place.world_size)?;
     refuse_reload(&run.reload)?;
-    let (options, group) = (run.run_options()?, run.group_options());
+    let (options, group) = (run.run_options()?, run.group_options()?);
     let source = &run.plan.source;
     let door = Door::open(place)?;
     let mut phases = Phases::default();
