@@ -363,7 +363,9 @@ pub(crate) async fn attempt(
     let (gathered, _) = mpsc::channel(1);
     let (world_size, stuck_after) = (ranks.len() as u32, prepared.options.stuck_after);
     let recovery = Recovery::NONE;
-    let arguments = SupervisorArguments { world_size, ranks, stuck_after, recovery, gathered };
+    let admissions = None;
+    let arguments =
+        SupervisorArguments { world_size, ranks, stuck_after, recovery, admissions, gathered };
     let (supervisor, handle) = Actor::spawn(None, Supervisor, arguments)
         .await
         .map_err(|e| LoadError::Runtime(e.to_string()))?;

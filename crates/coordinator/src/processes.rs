@@ -33,7 +33,7 @@ use longshore_rank::{
     protocol::{Generation, Progress, RankReport},
 };
 use ractor::{Actor, ActorRef};
-use tokio::{net::TcpStream, sync::oneshot};
+use tokio::sync::oneshot;
 
 pub use self::join::Transport;
 use self::{
@@ -46,7 +46,7 @@ use crate::{
     coordination::{Loaded, Recovery},
     error::LoadError,
     link::{
-        connect::connect,
+        connect::{Connected, connect},
         handshake::{Credentials, Purpose, Terms},
         listen::{ListenError, Listener, Tried},
         session::Timing,
@@ -278,13 +278,13 @@ async fn join(
 ) -> Result<(ActorRef<MemberMessage>, oneshot::Receiver<member::Released>), LoadError> {
     let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Meet(e);
     let way = Way { place: place.clone(), limit: options.join_limit };
-    let stream = way.meet_at(hosting.map(|hosting| hosting.address)).await?;
-    let address = stream.local_addr().map_err(|e| failed(e.into()))?.ip();
+    let coordinator = way.meet_at(hosting.map(|hosting| hosting.address)).await?;
+    let address = coordinator.stream.local_addr().map_err(|e| failed(e.into()))?.ip();
     let (released, outcome) = oneshot::channel();
     let checked = Arc::clone(prepared);
     let start = MemberArguments {
         rank: place.rank,
-        stream,
+        coordinator,
         timing: timing(options),
         progress: Arc::default(),
         work: prepared.work(),
@@ -312,12 +312,12 @@ impl Way {
     ///
     /// # Errors
     /// There is none in time, or it lets this rank not in.
-    pub(crate) async fn meet(&self) -> Result<TcpStream, LoadError> {
+    pub(crate) async fn meet(&self) -> Result<Connected, LoadError> {
         self.meet_at(None).await
     }
 
     /// [`Way::meet`], where it is known where it listens on this host.
-    async fn meet_at(&self, here: Option<SocketAddr>) -> Result<TcpStream, LoadError> {
+    async fn meet_at(&self, here: Option<SocketAddr>) -> Result<Connected, LoadError> {
         let deadline = tokio::time::Instant::now() + self.limit;
         let candidates = resolve(&self.place, deadline).await;
         let mut candidates = candidates.map_err(|e| LoadError::Meet(e.into()))?;
@@ -329,9 +329,7 @@ impl Way {
         let Place { rank, world_size, attempt, ref secret, .. } = self.place;
         let credentials =
             Credentials::new(secret.clone(), rank, world_size, attempt, Purpose::Control);
-        let (stream, _) =
-            connect(&candidates, &credentials, deadline).await.map_err(LoadError::Join)?;
-        Ok(stream)
+        connect(&candidates, &credentials, deadline).await.map_err(LoadError::Join)
     }
 }
 

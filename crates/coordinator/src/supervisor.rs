@@ -14,13 +14,18 @@ use longshore_rank::{
     protocol::{Generation, Progress, RankCommand, RankEvent, Work},
 };
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, DerivedActorRef, SupervisionEvent};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
 
 use crate::{
     coordination::{Coordination, Order, Outcome, Recovery, Watched},
     error::LoadError,
+    fence::ProcessIdentity,
+    link::handshake::Admissions,
     processes::{
-        member::Gathered,
+        member::{Gathered, fence},
         message::Piece,
         remote::{RemoteArguments, RemoteMessage, RemoteRank},
     },
@@ -59,6 +64,8 @@ pub(crate) struct SupervisorArguments {
     pub(crate) stuck_after: Duration,
     /// How a load may go on after a loss.
     pub(crate) recovery: Recovery,
+    /// Who was let in, where ranks are processes: one that is lost makes room.
+    pub(crate) admissions: Option<Admissions>,
     /// Where a piece of every rank goes, when all have contributed one.
     pub(crate) gathered: mpsc::Sender<Gathered>,
 }
@@ -105,6 +112,7 @@ struct Rank {
     id: ActorId,
     commands: DerivedActorRef<RankCommand>,
     remote: Option<ActorRef<RemoteMessage>>,
+    process: Option<ProcessIdentity>,
     progress: Arc<Progress>,
     /// What it has contributed and was not gathered yet; it waits until that was before it contributes more.
     piece: Option<Piece>,
@@ -115,6 +123,7 @@ pub(crate) struct SupervisorState {
     coordination: Coordination,
     /// `None`: it has not joined yet, or was lost.
     ranks: Vec<Option<Rank>>,
+    admissions: Option<Admissions>,
     gathered: mpsc::Sender<Gathered>,
     /// Where the answer to the load goes that is under way.
     done: Option<oneshot::Sender<Outcome>>,
@@ -122,6 +131,9 @@ pub(crate) struct SupervisorState {
     /// What ranks that were lost had read.
     lost_read_bytes: u64,
 }
+
+/// How long a rank that is dismissed may take to end.
+const DISMISSED_WITHIN: Duration = Duration::from_millis(500);
 
 /// How often to look whether all ranks get on.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -136,7 +148,8 @@ impl Actor for Supervisor {
         myself: ActorRef<SupervisorMessage>,
         arguments: SupervisorArguments,
     ) -> Result<SupervisorState, ActorProcessingErr> {
-        let SupervisorArguments { world_size, stuck_after, recovery, gathered, .. } = arguments;
+        let SupervisorArguments { world_size, stuck_after, recovery, admissions, gathered, .. } =
+            arguments;
         let mut coordination = Coordination::new(world_size, stuck_after, recovery);
         let mut ranks: Vec<Option<Rank>> = (0..world_size).map(|_| None).collect();
         for (number, member) in arguments.ranks.into_iter().enumerate() {
@@ -146,7 +159,15 @@ impl Actor for Supervisor {
         }
         myself.send_interval(LOOK_EVERY, || SupervisorMessage::Look);
         let (done, ending, lost_read_bytes) = (None, false, 0);
-        Ok(SupervisorState { coordination, ranks, gathered, done, ending, lost_read_bytes })
+        Ok(SupervisorState {
+            coordination,
+            ranks,
+            admissions,
+            gathered,
+            done,
+            ending,
+            lost_read_bytes,
+        })
     }
 
     async fn handle(
@@ -221,7 +242,7 @@ async fn bring_up(
     number: u32,
     member: Member,
 ) -> Result<Rank, ActorProcessingErr> {
-    let (id, commands, remote, progress) = match member {
+    let (id, commands, remote, process, progress) = match member {
         Member::Here { work, home, reuse, progress } => {
             let start = RankArguments {
                 rank: number,
@@ -233,17 +254,17 @@ async fn bring_up(
                 join: None,
             };
             let (actor, _) = Actor::spawn_linked(None, RankActor, start, myself.get_cell()).await?;
-            (actor.get_id(), actor.get_derived(), None, progress)
+            (actor.get_id(), actor.get_derived(), None, None, progress)
         }
         Member::Apart(start) => {
-            let progress = Arc::clone(&start.progress);
+            let (process, progress) = (start.process.clone(), Arc::clone(&start.progress));
             let start = (start, myself.clone());
             let (actor, _) =
                 Actor::spawn_linked(None, RemoteRank, start, myself.get_cell()).await?;
-            (actor.get_id(), actor.get_derived(), Some(actor), progress)
+            (actor.get_id(), actor.get_derived(), Some(actor), process, progress)
         }
     };
-    Ok(Rank { id, commands, remote, progress, piece: None })
+    Ok(Rank { id, commands, remote, process, progress, piece: None })
 }
 
 fn is_running(rank: &Rank) -> bool {
@@ -330,12 +351,23 @@ impl SupervisorState {
 
     /// Makes room for a replacement.
     fn dismiss(&mut self, rank: u32, why: String) {
-        let Some(rank) = self.vacate(rank) else { return };
-        match rank.remote {
-            // one that is gone already has nothing to be told
-            Some(remote) => drop(remote.cast(RemoteMessage::Dismiss(why))),
-            None => rank.commands.get_cell().stop(None),
-        }
+        let Some(gone) = self.vacate(rank) else { return };
+        let Some(remote) = gone.remote else {
+            return gone.commands.get_cell().stop(None);
+        };
+        // one that is gone already has nothing to be told
+        let told = remote.cast(RemoteMessage::Dismiss(why)).is_ok();
+        let admissions = self.admissions.clone();
+        tokio::spawn(async move {
+            if told {
+                // it ends by itself and says why, if it still can
+                let _ = timeout(DISMISSED_WITHIN, remote.get_cell().wait(None)).await;
+            }
+            fence(gone.process).await;
+            if let Some(admissions) = admissions {
+                admissions.forget(rank);
+            }
+        });
     }
 
     fn contributed(&mut self, rank: u32, piece: Piece) {

@@ -64,6 +64,7 @@ impl Hosting {
             ranks: Vec::new(),
             stuck_after,
             recovery,
+            admissions: Some(listener.admissions()),
             gathered: tell_gathered,
         };
         let (supervisor, ended) = Actor::spawn(None, Supervisor, start)
@@ -147,7 +148,8 @@ impl Joining {
         }
         let Some(progress) = self.progress.get(rank as usize) else { return };
         let (progress, plan, timing) = (Arc::clone(progress), self.plan, self.timing);
-        let rank = RemoteArguments { rank, stream, timing, progress, plan };
+        let process = joined.process;
+        let rank = RemoteArguments { rank, process, stream, timing, progress, plan };
         // as above
         let _ = supervisor.cast(SupervisorMessage::Joined(rank));
     }

@@ -13,15 +13,14 @@ use longshore_rank::{
     },
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
-use tokio::{
-    net::TcpStream,
-    sync::{mpsc, oneshot},
-};
+use tokio::sync::{mpsc, oneshot};
 use tracing::warn;
 
 use crate::{
     error::{LoadError, line},
+    fence::{Fenced, ProcessIdentity},
     link::{
+        connect::Connected,
         session::Timing,
         thread::{self, LinkThread},
     },
@@ -48,8 +47,8 @@ pub(crate) type CheckAtEnd = Box<dyn Fn() -> Result<(), LoadError> + Send>;
 /// What it is started with.
 pub(crate) struct MemberArguments {
     pub(crate) rank: u32,
-    /// The connection to the coordinator, right behind the handshake.
-    pub(crate) stream: TcpStream,
+    /// The connection to the coordinator.
+    pub(crate) coordinator: Connected,
     pub(crate) timing: Timing,
     pub(crate) progress: Arc<Progress>,
     pub(crate) work: Arc<Work>,
@@ -74,7 +73,7 @@ pub(crate) enum MemberMessage {
     /// The link has ended.
     LinkEnded,
     /// Another coordinator was found, or not.
-    Successor(Result<TcpStream, LoadError>),
+    Successor(Result<Connected, LoadError>),
     /// Nothing is left to be done.
     End(oneshot::Sender<()>),
 }
@@ -101,6 +100,8 @@ pub(crate) struct MemberState {
     work: Arc<Work>,
     rank: ActorRef<RankMessage>,
     link: Option<LinkThread<ToCoordinator>>,
+    /// The coordinator's process.
+    coordinator: Option<ProcessIdentity>,
     timing: Timing,
     progress: Arc<Progress>,
     way: Option<Way>,
@@ -127,7 +128,7 @@ impl Actor for Member {
         myself: ActorRef<MemberMessage>,
         arguments: MemberArguments,
     ) -> Result<MemberState, ActorProcessingErr> {
-        let MemberArguments { rank, stream, timing, progress, work, home, join, plan, .. } =
+        let MemberArguments { rank, coordinator, timing, progress, work, home, join, plan, .. } =
             arguments;
         let number = rank;
         let start = RankArguments {
@@ -145,6 +146,7 @@ impl Actor for Member {
             work,
             rank,
             link: None,
+            coordinator: None,
             timing,
             progress,
             way: arguments.way,
@@ -157,7 +159,7 @@ impl Actor for Member {
             gathering: VecDeque::new(),
             over: None,
         };
-        state.link(stream, myself)?;
+        state.link(coordinator, myself)?;
         Ok(state)
     }
 
@@ -194,7 +196,9 @@ impl Actor for Member {
                         warn!("the coordinator was lost ({reason}); its successor is looked for");
                         let way = way.clone();
                         state.orphaned = Some(reason);
+                        let gone = state.coordinator.take();
                         tokio::spawn(async move {
+                            fence(gone).await;
                             let found = way.meet().await;
                             // a member that is gone has no use for it
                             let _ = myself.cast(MemberMessage::Successor(found));
@@ -203,9 +207,9 @@ impl Actor for Member {
                     (Ok(reason) | Err(reason), _) => state.end(Over::Lost { reason }),
                 }
             }
-            MemberMessage::Successor(Ok(stream)) => {
+            MemberMessage::Successor(Ok(coordinator)) => {
                 state.orphaned = None;
-                state.link(stream, myself)?;
+                state.link(coordinator, myself)?;
                 let generation = state.generation;
                 state.say(ToCoordinator::Knows { generation }).await;
             }
@@ -246,6 +250,15 @@ impl Actor for Member {
     }
 }
 
+/// Makes sure that a process that counts as lost does nothing any more.
+pub(crate) async fn fence(process: Option<ProcessIdentity>) {
+    let Some(process) = process else { return };
+    let killed = tokio::task::spawn_blocking(move || process.kill()).await;
+    if let Ok(Fenced::Failed(e)) = killed {
+        warn!("a process that counts as lost may still be there: {e}");
+    }
+}
+
 /// Hands on what the coordinator says, until the link ends.
 async fn pass_on(mut told: mpsc::Receiver<ToRank>, member: ActorRef<MemberMessage>) {
     while let Some(message) = told.recv().await {
@@ -259,7 +272,9 @@ async fn pass_on(mut told: mpsc::Receiver<ToRank>, member: ActorRef<MemberMessag
 
 impl MemberState {
     /// Takes up the connection to a coordinator.
-    fn link(&mut self, stream: TcpStream, myself: ActorRef<MemberMessage>) -> io::Result<()> {
+    fn link(&mut self, coordinator: Connected, myself: ActorRef<MemberMessage>) -> io::Result<()> {
+        let Connected { stream, process, .. } = coordinator;
+        self.coordinator = process;
         let progress = Arc::clone(&self.progress);
         let (link, told) = thread::spawn(stream, move || beat_of(&progress), self.timing)?;
         tokio::spawn(pass_on(told, myself));

@@ -21,6 +21,7 @@ use tracing::warn;
 
 use crate::{
     error::line,
+    fence::ProcessIdentity,
     link::session::{self, Beat, Ended, LinkError, OUTGOING_MAX, Overrun, Timing},
     processes::message::{Happened, ToCoordinator, ToRank},
     supervisor::SupervisorMessage,
@@ -34,6 +35,8 @@ pub(crate) struct RemoteRank;
 #[derive(Debug)]
 pub(crate) struct RemoteArguments {
     pub(crate) rank: u32,
+    /// Which process it is, as far as that can be told.
+    pub(crate) process: Option<ProcessIdentity>,
     /// The connection, right behind the handshake.
     pub(crate) stream: TcpStream,
     pub(crate) timing: Timing,
@@ -98,7 +101,7 @@ impl Actor for RemoteRank {
         myself: ActorRef<RemoteMessage>,
         (arguments, supervisor): Self::Arguments,
     ) -> Result<RemoteState, ActorProcessingErr> {
-        let RemoteArguments { rank, stream, timing, progress, plan } = arguments;
+        let RemoteArguments { rank, stream, timing, progress, plan, .. } = arguments;
         let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
         let waiting: Arc<AtomicUsize> = Arc::default();
         let unheard = Arc::clone(&waiting);
