@@ -35,6 +35,7 @@
 //! | – | instead of 2 to 7, for servers that place weights themselves | [`tensors`] | headers → tensors as they are stored, each once |
 //! | 8 | results | [`digest`], [`out`], [`report`] | complete parameters → digest, files, JSON, table |
 //! | – | the wire between coordinator and ranks in other processes | [`link`], [`secret`] | messages ⇄ messages, heartbeats, how it ended |
+//! | – | a process that counts as lost is kept from doing anything more | [`fence`] | which process it was → it is gone |
 
 mod api;
 pub mod assignment;
@@ -44,6 +45,7 @@ mod device;
 pub mod digest;
 pub mod discover;
 pub mod error;
+pub mod fence;
 pub mod group;
 pub mod inspect;
 pub mod launch;

@@ -24,6 +24,7 @@ use tokio::{sync::mpsc, time::timeout_at};
 
 use crate::{
     error::line,
+    fence::host_identity,
     link::{
         connect::connect,
         handshake::{Credentials, Purpose, Terms},
@@ -357,15 +358,4 @@ fn pass_barrier(collective: &dyn Collective) -> Result<(), CollectiveError> {
         }
         collective.wait(Duration::from_millis(100));
     }
-}
-
-/// What tells this host from any other, as far as memory is concerned: processes with the same answer can open each
-/// other's. Containers on one machine count as hosts of their own, and so do network namespaces.
-fn host_identity() -> io::Result<String> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    let namespace = |name: &str| std::fs::read_link(format!("/proc/self/ns/{name}"));
-    let (pid, net) = (namespace("pid")?, namespace("net")?);
-    // SAFETY: the call has no preconditions and cannot fail.
-    let user = unsafe { libc::geteuid() };
-    Ok(format!("{} {} {} user:{user}", boot.trim(), pid.display(), net.display()))
 }
