@@ -45,7 +45,7 @@ use self::{
 use crate::{
     error::LoadError,
     link::{
-        connect::connect,
+        connect::{Connected, connect},
         handshake::{Credentials, Purpose, Terms},
         listen::{ListenError, Listener, Tried},
         session::Timing,
@@ -264,7 +264,7 @@ async fn join(
     }
     let Place { rank, world_size, attempt, ref secret, .. } = *place;
     let credentials = Credentials::new(secret.clone(), rank, world_size, attempt, Purpose::Control);
-    let (stream, _) =
+    let Connected { stream, .. } =
         connect(&candidates, &credentials, deadline).await.map_err(LoadError::Join)?;
     let address = stream.local_addr().map_err(|e| failed(e.into()))?.ip();
     let (released, outcome) = oneshot::channel();

@@ -26,7 +26,7 @@ use crate::{
     error::line,
     fence::host_identity,
     link::{
-        connect::connect,
+        connect::{Connected, connect},
         handshake::{Credentials, Purpose, Terms},
         listen::{Admitted, Listener},
         tcp::into_blocking,
@@ -269,7 +269,7 @@ impl HostJoin {
         let failed = |what: String| CollectiveError::Connection { with: rank, what };
         let Place { rank: own, world_size, attempt, ref secret, .. } = self.place;
         let credentials = Credentials::new(secret.clone(), own, world_size, attempt, Purpose::Data);
-        let (stream, _) =
+        let Connected { stream, .. } =
             connect(&[address], &credentials, deadline).await.map_err(|e| failed(line(&e)))?;
         into_blocking(stream).map_err(|e| failed(e.to_string()))
     }
