@@ -47,7 +47,7 @@ pub(super) enum Command {
     Rank(RankArgs),
     /// List what the cache directory holds of models whose weights are elsewhere, or remove it.
     Cache(CacheArgs),
-    /// Start a command as every rank of this host, and again when one fails; takes torchrun's flags.
+    /// Start a command as every rank of this host, and as one that fails again; takes torchrun's flags.
     Launch(LaunchArgs),
 }
 

@@ -20,7 +20,7 @@ use crate::{
     out::{self, RankFile},
     place::Place,
     plan::Plan,
-    processes::{self, Door, Joined, Transport},
+    processes::{self, Door, Joined, OnLoss, Transport},
     report::{Done, RanksAs, Report, peak_rss_bytes},
     verify::Verified,
 };
@@ -37,7 +37,12 @@ pub(super) fn launch(
         let shared = device::are_shared(load.run.plan.device_choice(), load.tp);
         let nccl_hosts = shared && group.transport == Transport::Nccl;
         let final_lines = FinalLines::One;
-        let launch = Launch { final_lines, nccl_hosts, ..Launch::new(command, load.tp) };
+        let max_restarts = match group.on_loss {
+            OnLoss::Fail => 0,
+            OnLoss::Wait | OnLoss::Shrink => group.max_restarts,
+        };
+        let launch = Launch::new(command, load.tp);
+        let launch = Launch { max_restarts, final_lines, nccl_hosts, ..launch };
         launch.run()
     }) {
         Ok(ended) => launch::exit(&ended),
