@@ -224,8 +224,8 @@ impl RemoteFile for Weights {
         FileIdentity::remote(info.bytes, info.identity.to_string())
     }
 
-    fn read(&self, range: ByteRange, target: &mut [u8]) -> Result<RemoteRead, RankError> {
-        match self.0.read(range.start..range.end, target) {
+    fn read(&self, range: ByteRange, targets: &mut [&mut [u8]]) -> Result<RemoteRead, RankError> {
+        match self.0.read_scattered(range.start..range.end, targets) {
             Ok(report) => Ok(RemoteRead {
                 requests: report.requests,
                 retried_bytes: report.asked_again_bytes,

@@ -85,14 +85,15 @@ pub trait RemoteFile: fmt::Debug + Send + Sync {
     /// Which file it is, and in which state: all reads are of that state.
     fn identity(&self) -> FileIdentity;
 
-    /// Fills `target` with `range`; several threads may do so at once.
+    /// Fills `targets`, one after the other, with `range`, which is as long as all of them; several threads may do so at
+    /// once.
     ///
     /// # Errors
     /// Not all of it can be had within this storage's limits of time, or the file is not the same any more.
-    fn read(&self, range: ByteRange, target: &mut [u8]) -> Result<RemoteRead, RankError>;
+    fn read(&self, range: ByteRange, targets: &mut [&mut [u8]]) -> Result<RemoteRead, RankError>;
 }
 
-/// What a read of a [`RemoteFile`] took.
+/// What a scattered read took, or one of a [`RemoteFile`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RemoteRead {
     /// Requests.
@@ -168,7 +169,7 @@ impl CheckpointSource {
         Ok(Self { name: name.to_owned(), identity, mode, handle })
     }
 
-    /// A file that is elsewhere. It is read into slabs, as files past the page cache are.
+    /// A file that is elsewhere.
     pub fn remote(name: &str, file: Arc<dyn RemoteFile>) -> Self {
         let mode = IoMode { direct: true, reason: "not on local storage", resident: None };
         let (name, identity) = (name.to_owned(), file.identity());
@@ -213,7 +214,7 @@ impl CheckpointSource {
                 return Ok(Staged { begin: 0, padding_bytes: 0, reads, retried_bytes: 0 });
             }
             Handle::Remote(file) => {
-                let read = file.read(range, &mut slab[..range.len() as usize])?;
+                let read = file.read(range, &mut [&mut slab[..range.len() as usize]])?;
                 let RemoteRead { requests: reads, retried_bytes } = read;
                 return Ok(Staged { begin: 0, padding_bytes: 0, reads, retried_bytes });
             }
@@ -244,7 +245,7 @@ impl CheckpointSource {
     pub fn read_full(&self, range: ByteRange, target: &mut [u8]) -> Result<u64, RankError> {
         match &self.handle {
             Handle::Local { buffered, .. } => self.read_buffered(buffered, range, target),
-            Handle::Remote(file) => file.read(range, target).map(|read| read.requests),
+            Handle::Remote(file) => file.read(range, &mut [target]).map(|read| read.requests),
         }
     }
 
@@ -268,20 +269,30 @@ impl CheckpointSource {
         Ok(reads)
     }
 
-    /// Reads `range` through the page cache into `targets`, one after the other; returns the number of reads.
+    /// Reads `range` into `targets`, one after the other; through the page cache where there is one.
     ///
     /// # Safety
-    /// Every target must be valid for writes of its length, and nothing else may access it meanwhile.
+    /// Every target must be initialised memory, valid for writes of its length, and nothing else may access it meanwhile.
     ///
     /// # Errors
-    /// The read fails, or the file has become shorter, or is not on local storage.
+    /// The read fails, or the file has become shorter.
     pub unsafe fn read_scattered(
         &self,
         range: ByteRange,
         targets: &mut [libc::iovec],
-    ) -> Result<u64, RankError> {
-        let Handle::Local { buffered, .. } = &self.handle else {
-            return Err(self.read_error(range, io::ErrorKind::Unsupported.into()));
+    ) -> Result<RemoteRead, RankError> {
+        let buffered = match &self.handle {
+            Handle::Local { buffered, .. } => buffered,
+            Handle::Remote(file) => {
+                let slice = |target: &libc::iovec| {
+                    // SAFETY: the caller vouches for the memory, and that it is used by nobody else meanwhile.
+                    unsafe {
+                        std::slice::from_raw_parts_mut(target.iov_base.cast::<u8>(), target.iov_len)
+                    }
+                };
+                let mut targets: Vec<&mut [u8]> = targets.iter().map(slice).collect();
+                return file.read(range, &mut targets);
+            }
         };
         let (mut at, mut reads, mut first) = (range.start, 0, 0);
         while first < targets.len() {
@@ -309,7 +320,7 @@ impl CheckpointSource {
             at += n as u64;
             first += advance(&mut targets[first..], n as usize);
         }
-        Ok(reads)
+        Ok(RemoteRead { requests: reads, retried_bytes: 0 })
     }
 
     fn read_error(&self, range: ByteRange, source: io::Error) -> RankError {
@@ -404,8 +415,8 @@ mod tests {
             .collect();
         let range = ByteRange::new(17, 17 + total as u64);
         // SAFETY: the vectors are alive and used by nobody else.
-        let reads = unsafe { source.read_scattered(range, &mut iov) }.unwrap();
-        assert_eq!(reads, 2);
+        let read = unsafe { source.read_scattered(range, &mut iov) }.unwrap();
+        assert_eq!(read.requests, 2);
         assert_eq!(parts.concat(), &data[17..17 + total]);
     }
 
