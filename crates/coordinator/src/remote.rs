@@ -229,6 +229,7 @@ impl RemoteFile for Weights {
             Ok(report) => Ok(RemoteRead {
                 requests: report.requests,
                 retried_bytes: report.asked_again_bytes,
+                cached_bytes: 0,
             }),
             Err(e) => {
                 let refused = e.is_refusal();

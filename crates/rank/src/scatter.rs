@@ -115,6 +115,8 @@ pub struct Outcome {
     pub padding_bytes: u64,
     /// Bytes that were asked of storage once more.
     pub retried_bytes: u64,
+    /// Bytes that came from what this host has kept of the storage.
+    pub cached_bytes: u64,
 }
 
 impl Scatter {
@@ -232,7 +234,7 @@ impl Scatter {
         for part in self.parts.iter().filter(|part| !part.in_place) {
             place_all(&self.spans[part.spans.clone()], slab, ranks)?;
         }
-        Ok(Outcome { reads, padding_bytes: 0, retried_bytes: 0 })
+        Ok(Outcome { reads, ..Outcome::default() })
     }
 
     /// The runs without their repetitions.
@@ -283,8 +285,8 @@ impl Scatter {
         if let Some(slot) = slot {
             self.fill_slot(bytes, slot, ranks);
         }
-        let Staged { padding_bytes, reads, retried_bytes, .. } = staged;
-        Ok(Outcome { reads, padding_bytes, retried_bytes })
+        let Staged { padding_bytes, reads, retried_bytes, cached_bytes, .. } = staged;
+        Ok(Outcome { reads, padding_bytes, retried_bytes, cached_bytes })
     }
 
     /// Copies what other processes want to the same offsets of a slot, once for all of them.

@@ -78,6 +78,14 @@ impl FileIdentity {
     pub fn remote(bytes: u64, version: impl Into<String>) -> Self {
         Self { bytes, state: State::Remote(version.into()) }
     }
+
+    /// What its storage calls this state, where it is not on local storage.
+    pub fn version(&self) -> Option<&str> {
+        match &self.state {
+            State::Local { .. } => None,
+            State::Remote(version) => Some(version),
+        }
+    }
 }
 
 /// A file that is not on local storage.
@@ -99,6 +107,8 @@ pub struct RemoteRead {
     pub requests: u64,
     /// Bytes that were asked for once more, because a request failed or was slow.
     pub retried_bytes: u64,
+    /// Bytes of the range that were not asked for, as they were kept on this host.
+    pub cached_bytes: u64,
 }
 
 /// An open checkpoint file.
@@ -210,12 +220,12 @@ impl CheckpointSource {
             Handle::Local { buffered, direct: None } => {
                 let target = &mut slab[..range.len() as usize];
                 let reads = self.read_buffered(buffered, range, target)?;
-                return Ok(Staged { begin: 0, padding_bytes: 0, reads, retried_bytes: 0 });
+                return Ok(Staged { reads, ..Staged::default() });
             }
             Handle::Remote(file) => {
                 let read = file.read(range, &mut slab[..range.len() as usize])?;
-                let RemoteRead { requests: reads, retried_bytes } = read;
-                return Ok(Staged { begin: 0, padding_bytes: 0, reads, retried_bytes });
+                let RemoteRead { requests: reads, retried_bytes, cached_bytes } = read;
+                return Ok(Staged { reads, retried_bytes, cached_bytes, ..Staged::default() });
             }
         };
         let start = range.start - range.start % DIRECT_ALIGNMENT;
@@ -234,7 +244,7 @@ impl CheckpointSource {
             }
         }
         let padding_bytes = (got.max(wanted) - range.len() as usize) as u64;
-        Ok(Staged { begin, padding_bytes, reads, retried_bytes: 0 })
+        Ok(Staged { begin, padding_bytes, reads, ..Staged::default() })
     }
 
     /// Fills `target` with `range`, through the page cache where there is one; returns the number of reads.
@@ -325,7 +335,7 @@ impl CheckpointSource {
 pub const IOV_MAX: usize = 1024;
 
 /// What a staged read did.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Staged {
     /// Where in the slab the wanted range begins.
     pub begin: usize,
@@ -335,6 +345,8 @@ pub struct Staged {
     pub reads: u64,
     /// Bytes that were asked for once more.
     pub retried_bytes: u64,
+    /// Bytes of the range that came from what this host has kept of the storage.
+    pub cached_bytes: u64,
 }
 
 /// Skips `bytes` bytes of the targets: how many are full, and the next one shortened.
