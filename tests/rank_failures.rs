@@ -33,8 +33,6 @@ fn story() -> Story {
 fn load(story: &Story, tp: u32, fault: &str, extra: &[&str]) -> Running {
     let tp = tp.to_string();
     let load = ["load", "checkpoint", "--ranks", "processes", "--tp", &tp, "--out", "out"];
-    // what becomes of a group that replaces its lost ranks is told in recovery.rs
-    let load = [&load[..], &["--on-loss", "fail"]].concat();
     // small reads, so that every rank has several
     let quiet = ["--read-size", "64KiB", "--json", "--log-level", "error"];
     let end = ["--on-loss", "fail"];

@@ -1,16 +1,7 @@
 //! A lost rank costs seconds: whenever and however a rank process goes, the load completes with the same bytes, and what the
 //! others had is not read again.
-//!
-//! `LONGSHORE_KILLS=N` kills at N random moments of each kind rather than at a few; `LONGSHORE_SEED=S` chooses them.
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
-
-use std::{
-    env,
-    path::Path,
-    thread,
-    time::{Duration, Instant},
-};
 
 use longshore_harness::generator::{Checkpoint, Family, Scheme};
 use longshore_rank::fault::Point;
@@ -19,7 +10,7 @@ use serde_json::Value;
 #[path = "common/processes.rs"]
 mod processes;
 
-use processes::{Running, Story, signal};
+use processes::{Running, Story};
 
 /// Small reads, so that every rank has several.
 const QUIET: [&str; 5] = ["--read-size", "64KiB", "--json", "--log-level", "error"];
@@ -82,7 +73,12 @@ fn a_rank_that_is_killed_at_any_boundary_is_replaced() {
                 if rank > 0 {
                     assert_eq!(report["restarts"], 1, "{what}");
                 }
-                assert_eq!(report["generation"].as_u64().unwrap() > 1, rank > 0 || point != Point::Allocated, "{what}: {}", report["generation"]);
+                assert_eq!(
+                    report["generation"].as_u64().unwrap() > 1,
+                    rank > 0 || point != Point::Allocated,
+                    "{what}: {}",
+                    report["generation"]
+                );
             }
         }
     }

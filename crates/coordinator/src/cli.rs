@@ -18,7 +18,8 @@ use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
-    cache, digest,
+    cache::{self, weights},
+    digest,
     discover::discover,
     error::LoadError,
     group::Group,
@@ -148,7 +149,7 @@ fn make_plan(
     phases: &mut Phases,
 ) -> Result<Plan, LoadError> {
     let origin = phases.measure("source", || match arguments.download {
-        false => source::resolve(source),
+        false => source::resolve(source, arguments.keep().as_ref()),
         true => source::download(source),
     })?;
     let discovered = phases.measure("headers", || discover(origin))?;
@@ -173,7 +174,7 @@ fn run_plan(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
 }
 
 fn run_inspect(arguments: &InspectArgs, json: bool) -> Result<(), LoadError> {
-    let discovered = discover(source::resolve(&arguments.source)?)?;
+    let discovered = discover(source::resolve(&arguments.source, None)?)?;
     let options = PlanOptions { model: arguments.model_options(), ..PlanOptions::default() };
     let plan = Plan::new(discovered, &options)?;
     let mut inspection = Inspection::new(&plan, &arguments.source);
@@ -197,12 +198,18 @@ fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
 }
 
 fn run_cache(arguments: &CacheArgs, json: bool) -> Result<(), LoadError> {
-    let dir = cache::directory()?;
-    let (found, done) = match arguments.action.unwrap_or(CacheAction::List) {
+    let action = arguments.action.unwrap_or(CacheAction::List);
+    let (dir, of_weights) = match &arguments.cache_dir {
+        Some(dir) => (dir.clone(), true),
+        None => (cache::directory()?, false),
+    };
+    let (found, done) = match action {
+        CacheAction::List if of_weights => (weights::list(&dir), ""),
         CacheAction::List => (cache::list(&dir)?, ""),
         CacheAction::Prune { unused_for } => {
             let unused = Duration::from_secs(u64::from(unused_for) * 86_400);
-            (cache::prune(&dir, unused)?, " removed")
+            let prune = if of_weights { weights::prune } else { cache::prune };
+            (prune(&dir, unused)?, " removed")
         }
     };
     print(&found, json, || {

@@ -345,7 +345,10 @@ impl SupervisorState {
 
     fn vacate(&mut self, rank: u32) -> Option<Rank> {
         let rank = self.ranks[rank as usize].take()?;
-        self.lost_read_bytes += rank.progress.read_bytes.swap(0, Ordering::Relaxed);
+        let Progress { read_bytes, cached_bytes, .. } = &*rank.progress;
+        let (read, cached) =
+            (read_bytes.swap(0, Ordering::Relaxed), cached_bytes.swap(0, Ordering::Relaxed));
+        self.lost_read_bytes += read.saturating_sub(cached);
         Some(rank)
     }
 

@@ -418,8 +418,10 @@ impl RankState {
         use std::sync::atomic::Ordering::Relaxed;
         let p = &self.arguments.progress;
         let (peak_staging_bytes, final_staging_bytes) = running.job.staging_bytes();
+        let cached_bytes_read = p.cached_bytes.load(Relaxed);
         RankReport {
-            storage_bytes_read: p.read_bytes.load(Relaxed),
+            storage_bytes_read: p.read_bytes.load(Relaxed).saturating_sub(cached_bytes_read),
+            cached_bytes_read,
             padding_bytes_read: p.padding_bytes.load(Relaxed),
             retried_bytes: p.retried_bytes.load(Relaxed),
             reads: p.reads.load(Relaxed),

@@ -300,6 +300,8 @@ pub enum RankEventKind {
 pub struct RankReport {
     /// Weight bytes that it asked of storage.
     pub storage_bytes_read: u64,
+    /// Weight bytes that it read from what this host has kept of the storage, and so did not ask for.
+    pub cached_bytes_read: u64,
     /// Bytes read beyond them because direct I/O works in blocks.
     pub padding_bytes_read: u64,
     /// Bytes that it asked of storage once more, because a request failed or was slow.
@@ -360,8 +362,10 @@ impl Phase {
 #[derive(Debug, Default)]
 pub struct Progress {
     phase: AtomicU8,
-    /// Weight bytes read from storage.
+    /// Weight bytes read, from storage or from what this host has kept of it.
     pub read_bytes: AtomicU64,
+    /// Those of them that were kept.
+    pub cached_bytes: AtomicU64,
     /// Bytes read for alignment only.
     pub padding_bytes: AtomicU64,
     /// Bytes asked of storage once more, because a request failed or was slow.

@@ -115,6 +115,8 @@ pub struct Outcome {
     pub padding_bytes: u64,
     /// Bytes that were asked of storage once more.
     pub retried_bytes: u64,
+    /// Bytes that came from what this host has kept of the storage.
+    pub cached_bytes: u64,
 }
 
 impl Scatter {
@@ -135,7 +137,7 @@ impl Scatter {
         slab: Slab<'_>,
     ) -> Result<Outcome, RankError> {
         self.find_spans(plan, rank, read);
-        if source.mode.direct && !source.is_remote() {
+        if source.mode.direct && !source.scatters() {
             return self.read_staged(read.range, source, ranks, slab);
         }
         self.find_runs(ranks);
@@ -232,8 +234,8 @@ impl Scatter {
         for part in self.parts.iter().filter(|part| !part.in_place) {
             place_all(&self.spans[part.spans.clone()], slab, ranks)?;
         }
-        let RemoteRead { requests: reads, retried_bytes } = read;
-        Ok(Outcome { reads, padding_bytes: 0, retried_bytes })
+        let RemoteRead { requests: reads, retried_bytes, cached_bytes } = read;
+        Ok(Outcome { reads, padding_bytes: 0, retried_bytes, cached_bytes })
     }
 
     /// The runs without their repetitions.
@@ -284,8 +286,8 @@ impl Scatter {
         if let Some(slot) = slot {
             self.fill_slot(bytes, slot, ranks);
         }
-        let Staged { padding_bytes, reads, retried_bytes, .. } = staged;
-        Ok(Outcome { reads, padding_bytes, retried_bytes })
+        let Staged { padding_bytes, reads, retried_bytes, cached_bytes, .. } = staged;
+        Ok(Outcome { reads, padding_bytes, retried_bytes, cached_bytes })
     }
 
     /// Copies what other processes want to the same offsets of a slot, once for all of them.

@@ -78,6 +78,14 @@ impl FileIdentity {
     pub fn remote(bytes: u64, version: impl Into<String>) -> Self {
         Self { bytes, state: State::Remote(version.into()) }
     }
+
+    /// What its storage calls this state, where it is not on local storage.
+    pub fn version(&self) -> Option<&str> {
+        match &self.state {
+            State::Local { .. } => None,
+            State::Remote(version) => Some(version),
+        }
+    }
 }
 
 /// A file that is not on local storage.
@@ -91,6 +99,11 @@ pub trait RemoteFile: fmt::Debug + Send + Sync {
     /// # Errors
     /// Not all of it can be had within this storage's limits of time, or the file is not the same any more.
     fn read(&self, range: ByteRange, targets: &mut [&mut [u8]]) -> Result<RemoteRead, RankError>;
+
+    /// Whether many targets cost no more than one.
+    fn scatters(&self) -> bool {
+        true
+    }
 }
 
 /// What a scattered read took, or one of a [`RemoteFile`].
@@ -100,6 +113,8 @@ pub struct RemoteRead {
     pub requests: u64,
     /// Bytes that were asked for once more, because a request failed or was slow.
     pub retried_bytes: u64,
+    /// Bytes of the range that were not asked for, as they were kept on this host.
+    pub cached_bytes: u64,
 }
 
 /// An open checkpoint file.
@@ -181,6 +196,11 @@ impl CheckpointSource {
         matches!(self.handle, Handle::Remote(_))
     }
 
+    /// Whether it is not on local storage and is read into many places as well as into one.
+    pub(crate) fn scatters(&self) -> bool {
+        matches!(&self.handle, Handle::Remote(file) if file.scatters())
+    }
+
     /// What the opened file is now.
     ///
     /// # Errors
@@ -211,12 +231,12 @@ impl CheckpointSource {
             Handle::Local { buffered, direct: None } => {
                 let target = &mut slab[..range.len() as usize];
                 let reads = self.read_buffered(buffered, range, target)?;
-                return Ok(Staged { begin: 0, padding_bytes: 0, reads, retried_bytes: 0 });
+                return Ok(Staged { reads, ..Staged::default() });
             }
             Handle::Remote(file) => {
                 let read = file.read(range, &mut [&mut slab[..range.len() as usize]])?;
-                let RemoteRead { requests: reads, retried_bytes } = read;
-                return Ok(Staged { begin: 0, padding_bytes: 0, reads, retried_bytes });
+                let RemoteRead { requests: reads, retried_bytes, cached_bytes } = read;
+                return Ok(Staged { reads, retried_bytes, cached_bytes, ..Staged::default() });
             }
         };
         let start = range.start - range.start % DIRECT_ALIGNMENT;
@@ -235,7 +255,7 @@ impl CheckpointSource {
             }
         }
         let padding_bytes = (got.max(wanted) - range.len() as usize) as u64;
-        Ok(Staged { begin, padding_bytes, reads, retried_bytes: 0 })
+        Ok(Staged { begin, padding_bytes, reads, ..Staged::default() })
     }
 
     /// Fills `target` with `range`, through the page cache where there is one; returns the number of reads.
@@ -320,7 +340,7 @@ impl CheckpointSource {
             at += n as u64;
             first += advance(&mut targets[first..], n as usize);
         }
-        Ok(RemoteRead { requests: reads, retried_bytes: 0 })
+        Ok(RemoteRead { requests: reads, ..RemoteRead::default() })
     }
 
     fn read_error(&self, range: ByteRange, source: io::Error) -> RankError {
@@ -336,7 +356,7 @@ impl CheckpointSource {
 pub const IOV_MAX: usize = 1024;
 
 /// What a staged read did.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Staged {
     /// Where in the slab the wanted range begins.
     pub begin: usize,
@@ -346,6 +366,8 @@ pub struct Staged {
     pub reads: u64,
     /// Bytes that were asked for once more.
     pub retried_bytes: u64,
+    /// Bytes of the range that came from what this host has kept of the storage.
+    pub cached_bytes: u64,
 }
 
 /// Skips `bytes` bytes of the targets: how many are full, and the next one shortened.

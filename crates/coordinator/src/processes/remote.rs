@@ -255,6 +255,7 @@ fn note(progress: &Progress, beat: &Beat) {
     progress.steps.store(beat.progress, Ordering::Relaxed);
     progress.in_hand.store(u64::from(!beat.waiting), Ordering::Relaxed);
     progress.read_bytes.store(beat.read_bytes, Ordering::Relaxed);
+    progress.cached_bytes.store(beat.cached_bytes, Ordering::Relaxed);
     progress.received_bytes.store(beat.received_bytes, Ordering::Relaxed);
     progress.sent_bytes.store(beat.sent_bytes, Ordering::Relaxed);
 }
@@ -264,6 +265,7 @@ pub(crate) fn beat_of(progress: &Progress) -> Beat {
     Beat {
         progress: progress.steps.load(Ordering::Relaxed),
         read_bytes: progress.read_bytes.load(Ordering::Relaxed),
+        cached_bytes: progress.cached_bytes.load(Ordering::Relaxed),
         received_bytes: progress.received_bytes.load(Ordering::Relaxed),
         sent_bytes: progress.sent_bytes.load(Ordering::Relaxed),
         phase: progress.phase() as u8,
