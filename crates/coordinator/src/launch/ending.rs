@@ -100,12 +100,14 @@ impl Cause {
 
     /// Its part of the line of a group that failed for several.
     fn part(&self, held: &[Held]) -> String {
-        match self.said(held) {
+        let spoke = matches!(self.first.end, End::Exited(code) if is_spoken(code));
+        match self.said(held).filter(|_| spoke) {
+            // of one that was killed, or had no say, the others know less than the launcher
             None => self.end(),
-            Some(said) if said.process == self.first.process => {
+            Some(said) if said.process == self.first.process && self.first.rank != 0 => {
                 format!("{}: {}", self.end(), said.text())
             }
-            // another's words name the rank that they are about
+            // rank 0, and whoever speaks for another, names whom it is about
             Some(said) => said.text(),
         }
     }
@@ -297,7 +299,7 @@ mod tests {
         };
         let causes = vec![alone(0), alone(1), alone(2)];
         let line = "rank 1 was killed by signal 9 (SIGKILL); then rank 1 exited with code 1: no disk; \
-            then rank 2 was lost";
+            then rank 2 was killed by signal 9 (SIGKILL)";
         assert_eq!(judge(causes.clone(), false), (1, Some(line.to_owned())));
         assert_eq!(judge(causes, true), (1, None));
         assert_eq!(judge(vec![alone(2)], false), (1, Some("rank 2 was lost".to_owned())));
