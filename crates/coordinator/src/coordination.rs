@@ -43,11 +43,14 @@ pub(crate) struct Recovery {
     pub(crate) replacements_max: u32,
     /// How long ranks may take to join, at first and as replacements.
     pub(crate) join_limit: Duration,
+    /// The rank of the coordinator's own process, where ranks are processes.
+    pub(crate) own_rank: Option<u32>,
 }
 
 impl Recovery {
     /// The first loss ends the load; nobody is waited for.
-    pub(crate) const NONE: Self = Self { replacements_max: 0, join_limit: Duration::MAX };
+    pub(crate) const NONE: Self =
+        Self { replacements_max: 0, join_limit: Duration::MAX, own_rank: None };
 }
 
 /// What all ranks ended with.
@@ -255,7 +258,7 @@ impl Coordination {
         self.present[rank as usize] = false;
         if !self.begun && self.recovery.replacements_max > 0 {
             // nothing was asked for yet, and whoever comes in its place serves as well
-            return Vec::new();
+            return vec![Order::Dismiss(rank, reason)];
         }
         let (rank, reason) = self.over.get_or_insert((rank, reason)).clone();
         let why = LoadError::RankLost { rank, reason }.line();
@@ -309,6 +312,11 @@ impl Coordination {
             return self.answer(Err(end));
         }
         tracing::warn!("{}; its replacement is waited for", cause.line());
+        if self.recovery.own_rank == Some(rank) {
+            // this process goes, and the coordinator with it; the others are not to end but to look for the next one
+            self.attempt = None;
+            return vec![Order::Answer(Err(LoadError::Replaced { why: cause.line() }))];
+        }
         self.present[rank as usize] = false;
         let mut orders = vec![Order::Dismiss(rank, cause.line())];
         self.losses.push(cause);

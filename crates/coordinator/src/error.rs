@@ -250,6 +250,12 @@ pub enum LoadError {
         /// What happened to the connection.
         reason: String,
     },
+    /// The load goes on without this process, in whose place another one is waited for.
+    #[error("{why}")]
+    Replaced {
+        /// Why.
+        why: String,
+    },
     /// The coordinator has ended the load, and tells the cause itself.
     #[error("the coordinator ended the load: {why}")]
     GroupEnded {
@@ -288,6 +294,7 @@ impl LoadError {
             #[cfg(feature = "remote")]
             LoadError::Store(_) => 1,
             LoadError::Reload { source, .. } => source.exit_code(),
+            LoadError::Replaced { .. } => crate::launch::REPLACE_ME,
             LoadError::Rank { .. }
             | LoadError::RankLost { .. }
             | LoadError::RankStuck { .. }

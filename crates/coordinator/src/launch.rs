@@ -33,6 +33,7 @@ use std::{ffi::OsString, io};
 
 use crate::{error::LoadError, secret::SECRET_VARIABLE};
 
+pub(crate) use self::ending::REPLACE_ME;
 use self::run::Events;
 
 /// The port of rank 0's host where there are several hosts and none was given; torchrun's default.

@@ -94,7 +94,8 @@ impl GroupOptions {
             OnLoss::Wait | OnLoss::Shrink => self.max_restarts,
             OnLoss::Fail => 0,
         };
-        Recovery { replacements_max, join_limit: self.join_limit }
+        // the coordinator is in rank 0's process
+        Recovery { replacements_max, join_limit: self.join_limit, own_rank: Some(0) }
     }
 
     /// With another limit to silence, and heartbeats to go with it.
@@ -215,6 +216,10 @@ pub(crate) async fn load(
             given_back(slice::from_ref(&params)).await;
             let hosting = Some(hosting);
             Ok((params, Joined { reports, generation, lost, seconds, member, hosting }))
+        }
+        Err(e @ LoadError::Replaced { .. }) => {
+            hosting.vanish().await;
+            Err(e)
         }
         Err(e) => {
             hosting.end().await;

@@ -25,6 +25,11 @@ impl End {
     pub(super) fn is_failure(self) -> bool {
         self != End::Exited(0)
     }
+
+    /// Of a `longshore` command: whether its group has failed, which another process would not change.
+    pub(super) fn is_verdict(self) -> bool {
+        matches!(self, End::Exited(1 | 2))
+    }
 }
 
 impl fmt::Display for End {
@@ -155,8 +160,10 @@ impl Outcome {
         match self {
             Outcome::Done => 0,
             Outcome::Interrupted { signal } => of_signal(*signal),
+            Outcome::Failed { rank_0: Some(REPLACE_ME), .. } if lines == FinalLines::One => 1,
             Outcome::Failed { rank_0: Some(code), .. } => *code,
             Outcome::Failed { last, .. } => match last.first.end {
+                End::Exited(REPLACE_ME) if lines == FinalLines::One => 1,
                 End::Exited(code) if lines == FinalLines::Each || is_spoken(code) => code,
                 // a rank that is lost is a failed load, whatever took it
                 _ if lines == FinalLines::One => 1,
@@ -173,18 +180,26 @@ impl Outcome {
             Outcome::Interrupted { signal } => Some(format!("ended by {}", signal_text(*signal))),
             Outcome::Failed { rank_0: Some(_), .. } if lines == FinalLines::One && printed => None,
             Outcome::Failed { earlier, last, .. } if earlier.is_empty() => Some(last.line(held)),
-            Outcome::Failed { earlier, last, .. } => {
-                let parts = earlier.iter().chain([last]).map(|cause| cause.part(held));
+            Outcome::Failed { earlier, last, rank_0 } => {
+                // the coordinator's verdict names what was lost since its process started
+                let verdict = rank_0.is_some_and(|code| End::Exited(code).is_verdict());
+                let unknown =
+                    |cause: &&Cause| lines == FinalLines::Each || !verdict || cause.first.rank == 0;
+                let parts =
+                    earlier.iter().filter(unknown).chain([last]).map(|cause| cause.part(held));
                 Some(parts.collect::<Vec<_>>().join("; then "))
             }
         }
     }
 }
 
-/// Whether a `longshore` command that exits with `code` has said why: it knows two codes for what it fails with.
+/// Whether a `longshore` command that exits with `code` has said why.
 fn is_spoken(code: u8) -> bool {
-    matches!(code, 1 | 2)
+    matches!(code, 1 | 2 | REPLACE_ME)
 }
+
+/// What a rank exits with that another process is to take the place of. Source: `EX_TEMPFAIL` of BSD's sysexits.
+pub(crate) const REPLACE_ME: u8 = 75;
 
 /// What a shell exits with after a process that a signal ended.
 fn of_signal(signal: i32) -> u8 {

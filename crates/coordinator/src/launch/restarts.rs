@@ -9,6 +9,8 @@
 //!   together has failed.
 //! * Otherwise each of them counts.
 //!
+//! What a `longshore` command ends with by itself is its group's verdict, and final: it has replaced what could be replaced.
+//!
 //! While it is open which it will be, ranks are started again only as far as the number allows if each counts; the others
 //! are held until the second is over.
 
@@ -178,9 +180,8 @@ impl Restarts {
             rank.state = State::Held;
             rank.losses += 1;
         });
-        // what a `longshore` command refuses it refuses again
-        let refused = self.lines == FinalLines::One && gone.end == End::Exited(2);
-        self.over = refused || self.counted.saturating_add(rounds) > self.max;
+        let verdict = self.lines == FinalLines::One && gone.end.is_verdict();
+        self.over = verdict || self.counted.saturating_add(rounds) > self.max;
     }
 
     /// Lets those start that are held, if there are not too many.
@@ -265,7 +266,7 @@ fn pause(losses: u32) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::ending::End, *};
 
     const KILLED: End = End::Killed(libc::SIGKILL);
     const FAILED: End = End::Exited(1);

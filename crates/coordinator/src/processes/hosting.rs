@@ -110,6 +110,14 @@ impl Hosting {
         gathered
     }
 
+    /// Goes without a word: the ranks go on, and look for another coordinator.
+    pub(crate) async fn vanish(self) {
+        self.door.abort();
+        self.supervisor.kill();
+        // an actor that does not end is left to the end of the process
+        let _ = timeout(END_LIMIT, self.ended).await;
+    }
+
     /// Says goodbye to all ranks.
     pub(crate) async fn end(self) {
         // an actor that is gone has said it

@@ -291,7 +291,7 @@ impl MemberState {
                 // complete means now what it means in this generation
                 self.complete = None;
             }
-            ToRank::Dismissed { why } => self.end(Over::Told { why: why.clone() }),
+            ToRank::Dismissed { why } => self.end(Over::Dismissed { why: why.clone() }),
             ToRank::Release { generation } if *generation == self.generation => {
                 if let (Some(complete), Some(released)) =
                     (self.complete.take(), self.released.take())
@@ -378,6 +378,8 @@ impl MemberState {
 enum Over {
     /// The coordinator said so.
     Told { why: String },
+    /// The group goes on without this process.
+    Dismissed { why: String },
     /// The coordinator is gone.
     Lost { reason: String },
 }
@@ -386,6 +388,7 @@ impl Over {
     fn error(&self) -> LoadError {
         match self {
             Over::Told { why } => LoadError::GroupEnded { why: why.clone() },
+            Over::Dismissed { why } => LoadError::Replaced { why: why.clone() },
             Over::Lost { reason } => LoadError::CoordinatorLost { reason: reason.clone() },
         }
     }

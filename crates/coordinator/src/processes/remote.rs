@@ -17,6 +17,7 @@ use longshore_rank::{
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::{net::TcpStream, sync::mpsc};
+use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use crate::{
@@ -79,6 +80,8 @@ impl TryFrom<RemoteMessage> for RankCommand {
 
 #[derive(Debug)]
 pub(crate) struct RemoteState {
+    // dropped first: one that is killed says no goodbye
+    _session: AbortOnDropHandle<()>,
     rank: u32,
     supervisor: ActorRef<SupervisorMessage>,
     /// `None` once nothing is left to be said.
@@ -105,7 +108,7 @@ impl Actor for RemoteRank {
         let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
         let waiting: Arc<AtomicUsize> = Arc::default();
         let unheard = Arc::clone(&waiting);
-        tokio::spawn(async move {
+        let session = tokio::spawn(async move {
             // the mailbox has no bound, so what waits in it is counted
             let heard = |message| {
                 if unheard.fetch_add(1, Ordering::Relaxed) >= OUTGOING_MAX {
@@ -120,6 +123,7 @@ impl Actor for RemoteRank {
             let _ = myself.cast(RemoteMessage::Ended(ended));
         });
         Ok(RemoteState {
+            _session: AbortOnDropHandle::new(session),
             rank,
             supervisor,
             outgoing: Some(outgoing),
