@@ -4,7 +4,8 @@
 //! 2. All ranks that miss a byte get it by the same read (with exchange).
 //! 3. A byte that a rank has in its parameters as in the file is handed over, by a rank that has it; every other is read
 //!    from storage, by a rank that misses something of the same tensor where others have theirs.
-//! 4. Nothing is read that nobody takes, beyond gaps of at most `row_gap_bytes` (with exchange).
+//! 4. Nothing is read from storage that nobody takes, but for gaps of at most `row_gap_bytes` between what is taken (with
+//!    exchange).
 //! 5. A rank that misses nothing reads nothing from storage.
 //! 6. A read has a round exactly if another rank takes of it; a rank's rounds go up; no read is too long; reads are in the order
 //!    of the files.
@@ -102,6 +103,9 @@ impl<'a> Model<'a> {
         let (mut number, mut rounds) = (0, 0);
         for (reader, reads) in (0..).zip(&assignment.reads) {
             check_order(reads, policy).map_err(|wrong| format!("rank {reader}: {wrong}"))?;
+            if !first_load {
+                self.check_idle(reader, reads)?;
+            }
             for read in reads {
                 number += 1;
                 rounds = rounds.max(read.round.map_or(0, |round| round + 1));
@@ -115,9 +119,10 @@ impl<'a> Model<'a> {
                 }
                 let from = match read.from {
                     ReadFrom::Parameters => self.check_handed_over(reader, read),
-                    ReadFrom::Storage => {
-                        self.check_stored(reader, read, &taking, policy, first_load)
+                    ReadFrom::Storage if policy.exchange => {
+                        self.check_stored(reader, number, read, policy.row_gap_bytes)
                     }
+                    ReadFrom::Storage => Ok(()),
                 };
                 from.map_err(|wrong| format!("rank {reader} reads {read:?}: {wrong}"))?;
             }
@@ -125,13 +130,15 @@ impl<'a> Model<'a> {
         if rounds != assignment.rounds {
             return Err(format!("{rounds} rounds of {}", assignment.rounds));
         }
+        if policy.exchange {
+            self.check_ends(assignment)?;
+        }
         self.check_all_brought(policy)
     }
 
     /// Brings `takers` what they need of a read; returns which of them need anything.
     fn bring(&mut self, number: u32, takers: &[u32], read: &Read) -> Result<RankSet, String> {
-        let (file, range) =
-            (read.file as usize, read.range.start as usize..read.range.end as usize);
+        let (file, range) = place(read);
         let mut taking = RankSet::default();
         for &rank in takers {
             let state = &self.state[rank as usize][file][range.clone()];
@@ -171,39 +178,59 @@ impl<'a> Model<'a> {
         self.state.iter().any(|files| files[file as usize][at as usize] == NEEDED)
     }
 
+    /// What `reader` reads as the `number`th read of all is for those that take it.
     fn check_stored(
         &self,
         reader: u32,
+        number: u32,
         read: &Read,
-        taking: &RankSet,
-        policy: &Policy,
-        first_load: bool,
+        row_gap_bytes: u64,
     ) -> Result<(), String> {
-        let missed = |files: &Vec<Vec<u8>>| files.iter().flatten().any(|byte| *byte == NEEDED);
-        if !missed(&self.state[reader as usize]) && !first_load {
-            return Err("it misses nothing".into());
-        }
-        if !policy.exchange {
-            return Ok(());
-        }
+        let (file, range) = place(read);
+        let states: Vec<&[u8]> = self.state.iter().map(|s| &s[file][range.clone()]).collect();
+        let brought: Vec<&[u32]> = self.brought.iter().map(|b| &b[file][range.clone()]).collect();
         let (mut gap, mut someone_has) = (0, false);
-        let taking: Vec<u32> = taking.iter().collect();
-        for at in read.range.start..read.range.end {
-            let state = |rank: u32| self.state[rank as usize][read.file as usize][at as usize];
-            let taken = taking.iter().any(|&rank| state(rank) == NEEDED);
+        for at in 0..range.len() {
+            let taken = brought.iter().any(|brought| brought[at] == number);
             gap = if taken { 0 } else { gap + 1 };
-            if gap > policy.row_gap_bytes {
+            if gap > row_gap_bytes {
                 return Err(format!("nobody takes of the bytes up to {at}"));
             }
-            let has = |files: &Vec<Vec<u8>>| files[read.file as usize][at as usize] == NEEDED | HAD;
-            let had = self.state.iter().any(has);
-            if taken && had && self.as_in_file[read.file as usize][at as usize] {
+            let had = states.iter().any(|state| state[at] == NEEDED | HAD);
+            if taken && had && self.as_in_file[file][range.start + at] {
                 return Err(format!("byte {at} could be handed over"));
             }
             someone_has |= had;
         }
         if someone_has && !self.misses_within_tensors(reader, read) {
             return Err("others have theirs, and it misses nothing there".into());
+        }
+        Ok(())
+    }
+
+    /// A rank that misses nothing reads nothing from storage.
+    fn check_idle(&self, rank: u32, reads: &[Read]) -> Result<(), String> {
+        let reads = reads.iter().any(|read| read.from == ReadFrom::Storage);
+        let misses = || self.state[rank as usize].iter().flatten().any(|byte| *byte == NEEDED);
+        if reads && !misses() {
+            return Err(format!("rank {rank} misses nothing, and reads"));
+        }
+        Ok(())
+    }
+
+    /// Each stretch of what is read from storage begins and ends with a byte that a rank is brought.
+    fn check_ends(&self, assignment: &Assignment) -> Result<(), String> {
+        let mut stored = Have::default();
+        let reads = assignment.reads.iter().flatten();
+        for read in reads.filter(|read| read.from == ReadFrom::Storage) {
+            stored.insert(read.file, read.range);
+        }
+        for (file, ranges) in stored.files() {
+            let taken = |at: u64| self.brought.iter().any(|b| b[file as usize][at as usize] > 0);
+            let mut ranges = ranges.ranges().iter();
+            if let Some(range) = ranges.find(|range| !taken(range.start) || !taken(range.end - 1)) {
+                return Err(format!("an end of {range} of file {file} is read for nobody"));
+            }
         }
         Ok(())
     }
@@ -267,6 +294,11 @@ impl<'a> Model<'a> {
         }
         Ok(())
     }
+}
+
+/// The file and the bytes of a read, as indices.
+fn place(read: &Read) -> (usize, std::ops::Range<usize>) {
+    (read.file as usize, read.range.start as usize..read.range.end as usize)
 }
 
 /// Calls `each` with every rank below `ranks` and every byte of the tensor that it needs of `piece`.
