@@ -664,12 +664,15 @@ fn of_the_final_lines_of_longshore_commands_one_is_left() {
     assert_eq!(launch(script, 0).unwrap(), ended(2, None, 0));
     // rank 0 had no chance to
     let script = "test $RANK = 1 || exec sleep 1000; echo 'longshore: disk' >&2; exit 1";
+    assert_eq!(launch(script, 1).unwrap(), ended(1, Some("disk"), 0));
+    // it would do better as another process
+    let script = "test $RANK = 1 || exec sleep 1000; echo 'longshore: disk' >&2; exit 75";
     assert_eq!(launch(script, 0).unwrap(), ended(1, Some("disk"), 0));
-    let both = "rank 1 exited with code 1: disk; then rank 1 exited with code 1: disk";
+    let both = "rank 1 exited with code 75: disk; then rank 1 exited with code 75: disk";
     assert_eq!(launch(script, 1).unwrap(), ended(1, Some(both), 1));
     // a line of one that was started again is none of a group that ends well
     let script = "test $LONGSHORE_RESTARTS = 1 && exit; test $RANK = 1 || exit 0; \
-        echo 'longshore: disk' >&2; exit 1";
+        echo 'longshore: disk' >&2; exit 75";
     assert_eq!(launch(script, 1).unwrap(), ended(0, None, 1));
     // nobody had
     let killed = launch("test $RANK = 2 || exec sleep 1000; kill -9 $$", 0).unwrap();

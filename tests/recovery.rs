@@ -75,14 +75,12 @@ fn a_rank_that_is_killed_at_any_boundary_is_replaced() {
                 let fault = format!("rank={rank},at={},do=kill", point.name());
                 let report = undisturbed.check(undisturbed.load(&fault, extra), &what);
                 if rank > 0 {
-                    assert_eq!(report["restarts"], 1, "{what}");
+                    assert_eq!(
+                        (&report["restarts"], &report["generation"]),
+                        (&1.into(), &2.into()),
+                        "{what}"
+                    );
                 }
-                assert_eq!(
-                    report["generation"].as_u64().unwrap() > 1,
-                    rank > 0 || point != Point::Allocated,
-                    "{what}: {}",
-                    report["generation"]
-                );
             }
         }
     }
@@ -127,7 +125,7 @@ fn a_rank_that_stops_is_replaced_and_does_no_harm_when_it_goes_on() {
         for point in [Point::Prepared, Point::Started, Point::Read] {
             let what = format!("rank {rank} stops when {}", point.name());
             let fault = format!("rank={rank},at={},do=stop", point.name());
-            let load = undisturbed.load(&fault, &["--heartbeat-timeout", "1"]);
+            let load = undisturbed.load(&fault, &["--heartbeat-timeout", "3"]);
             let report = undisturbed.check(load, &what);
             assert!(report["generation"].as_u64().unwrap() > 1, "{what}");
         }

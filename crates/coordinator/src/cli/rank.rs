@@ -130,13 +130,24 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
     if let Some(watch) = watch {
         watch.stop();
     }
+    // what is lost from here on was not a part of the load any more, which is done once more by all
+    let once_more = group.on_loss == OnLoss::Wait && group.max_restarts > 0;
     let done = joined.and_then(|(params, mut joined)| {
         let (out, hash) = (run.out.as_deref(), !run.no_digest);
         let rank = Rank { place, plan: &plan, source, out, params: &params };
         let own = Holding { verified, ..Holding::default() };
         let report = runtime.block_on(rank.results(&mut joined, own, &warnings, hash, phases));
         runtime.block_on(joined.end());
-        report
+        report.map_err(|e| match e {
+            LoadError::RankLost { .. }
+            | LoadError::GroupEnded { .. }
+            | LoadError::CoordinatorLost { .. }
+                if once_more =>
+            {
+                LoadError::Replaced { why: e.line() }
+            }
+            other => other,
+        })
     });
     // a read that hangs in the kernel must not keep the process from ending
     runtime.shutdown_background();

@@ -182,7 +182,8 @@ impl Outcome {
             Outcome::Failed { earlier, last, .. } if earlier.is_empty() => Some(last.line(held)),
             Outcome::Failed { earlier, last, rank_0 } => {
                 // the coordinator's verdict names what was lost since its process started
-                let verdict = rank_0.is_some_and(|code| End::Exited(code).is_verdict());
+                let verdict = last.first.rank == 0
+                    && rank_0.is_some_and(|code| End::Exited(code).is_verdict());
                 let unknown =
                     |cause: &&Cause| lines == FinalLines::Each || !verdict || cause.first.rank == 0;
                 let parts =

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use super::{
     FinalLines,
-    ending::{Cause, End, Gone},
+    ending::{Cause, Gone},
 };
 
 /// Failures within this time after a first one may be one failure of the group.
