@@ -65,7 +65,7 @@ fn a_rank_that_is_killed_at_any_boundary_is_replaced() {
     for (tp, family, extra) in [
         (2, Family::DeepseekV3, &[][..]),
         (2, Family::Llama, &["--transport", "tcp"]),
-        (3, Family::Llama, &["--exchange", "off"]),
+        (2, Family::Llama, &["--exchange", "off"]),
         (4, Family::DeepseekV3, &["--io", "direct"]),
     ] {
         let undisturbed = Undisturbed::new(tp, family, Scheme::Bf16);

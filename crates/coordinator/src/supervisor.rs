@@ -16,7 +16,7 @@ use longshore_rank::{
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, DerivedActorRef, SupervisionEvent};
 use tokio::{
     sync::{mpsc, oneshot},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use crate::{
@@ -134,6 +134,9 @@ pub(crate) struct SupervisorState {
 
 /// How long a rank that is dismissed may take to end.
 const DISMISSED_WITHIN: Duration = Duration::from_millis(500);
+
+/// From the end of its connection to the end of its process.
+const LEAVE: Duration = Duration::from_millis(250);
 
 /// How often to look whether all ranks get on.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -365,6 +368,7 @@ impl SupervisorState {
             if told {
                 // it ends by itself and says why, if it still can
                 let _ = timeout(DISMISSED_WITHIN, remote.get_cell().wait(None)).await;
+                sleep(LEAVE).await;
             }
             fence(gone.process).await;
             if let Some(admissions) = admissions {

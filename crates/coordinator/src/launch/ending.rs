@@ -181,13 +181,14 @@ impl Outcome {
             Outcome::Failed { rank_0: Some(_), .. } if lines == FinalLines::One && printed => None,
             Outcome::Failed { earlier, last, .. } if earlier.is_empty() => Some(last.line(held)),
             Outcome::Failed { earlier, last, rank_0 } => {
-                // the coordinator's verdict names what was lost since its process started
-                let verdict = last.first.rank == 0
-                    && rank_0.is_some_and(|code| End::Exited(code).is_verdict());
-                let unknown =
-                    |cause: &&Cause| lines == FinalLines::Each || !verdict || cause.first.rank == 0;
-                let parts =
-                    earlier.iter().filter(unknown).chain([last]).map(|cause| cause.part(held));
+                // the coordinator's verdict names all that was lost since its process started
+                let verdict = rank_0.is_some_and(|code| End::Exited(code).is_verdict());
+                if lines == FinalLines::One && verdict {
+                    let before = earlier.iter().filter(|cause| cause.first.rank == 0);
+                    let parts = before.map(|cause| cause.part(held)).chain([last.line(held)]);
+                    return Some(parts.collect::<Vec<_>>().join("; then "));
+                }
+                let parts = earlier.iter().chain([last]).map(|cause| cause.part(held));
                 Some(parts.collect::<Vec<_>>().join("; then "))
             }
         }
@@ -314,9 +315,8 @@ mod tests {
             (outcome.code(FinalLines::One), outcome.line(FinalLines::One, &words, printed))
         };
         let causes = vec![alone(0), alone(1), alone(2)];
-        let line = "rank 1 was killed by signal 9 (SIGKILL); then rank 1 exited with code 1: no disk; \
-            then rank 2 was killed by signal 9 (SIGKILL)";
-        assert_eq!(judge(causes.clone(), false), (1, Some(line.to_owned())));
+        // its coordinator has seen them all
+        assert_eq!(judge(causes.clone(), false), (1, Some("rank 2 was lost".to_owned())));
         assert_eq!(judge(causes, true), (1, None));
         assert_eq!(judge(vec![alone(2)], false), (1, Some("rank 2 was lost".to_owned())));
         // of a whole group that failed, one speaks
