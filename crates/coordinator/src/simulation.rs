@@ -39,6 +39,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use self::{bug::Bug, run::Outcome, scenario::Scenario};
@@ -77,10 +78,13 @@ fn hold(seeds: Range<u64>) {
         panic!("seed {seed}: {why}\n{:#?}", Scenario::new(*seed));
     }
     let complete = ended.iter().filter(|outcome| outcome.answer.is_ok()).count();
-    let replaced: usize = ended.iter().map(|outcome| outcome.processes).sum();
+    let processes: usize = ended.iter().map(|outcome| outcome.processes).sum();
     let handed_on: u64 = ended.iter().map(|outcome| outcome.handed_on_bytes).sum();
+    let resumed: u32 = ended.iter().map(|outcome| outcome.resumed).sum();
+    let simulated: Duration = ended.iter().map(|outcome| outcome.elapsed).sum();
     println!(
-        "{complete} of {} complete, {replaced} processes, {handed_on} bytes handed on",
+        "{complete} of {} loads complete, {processes} processes, {resumed} times a rank went on with what it had, \
+         {handed_on} bytes out of parameters, {simulated:.0?} simulated",
         ended.len()
     );
 }

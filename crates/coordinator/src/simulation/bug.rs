@@ -25,8 +25,8 @@ pub(super) enum Bug {
     HearsOldWorkers,
     /// All are released when all but one are ready.
     ReleasesTooSoon,
-    /// A rank that was dismissed is heard on.
-    HearsDismissed,
+    /// A process is let in as a rank that is there.
+    SeatsTwo,
     /// Nobody tells a replacement what to do.
     ForgetsReplacement,
 }
@@ -44,7 +44,7 @@ impl Bug {
         Bug::HearsOldGeneration,
         Bug::HearsOldWorkers,
         Bug::ReleasesTooSoon,
-        Bug::HearsDismissed,
+        Bug::SeatsTwo,
         Bug::ForgetsReplacement,
     ];
 }

@@ -223,7 +223,7 @@ impl Host {
     }
 
     fn join(&mut self, rank: u32, stream: TcpStream) -> Vec<Order> {
-        if self.coordination.is_present(rank) {
+        if self.coordination.is_present(rank) && !self.world.has(Bug::SeatsTwo) {
             // it tries again
             return Vec::new();
         }
@@ -244,7 +244,7 @@ impl Host {
         let (world, timing) = (Rc::clone(&self.world), self.world.timing());
         self.world.spawn(async move {
             let heard = |message| {
-                if !remote.dismissed.get() || world.has(Bug::HearsDismissed) {
+                if !remote.dismissed.get() {
                     hear(&world, &remote, connection, message, &said);
                 }
                 Ok::<(), Overrun>(())
@@ -329,9 +329,6 @@ impl Host {
         if let Some(outgoing) = remote.outgoing.take() {
             // as with commands
             let _ = outgoing.try_send(ToRank::Dismissed { why });
-            if self.world.has(Bug::HearsDismissed) {
-                *remote.outgoing.borrow_mut() = Some(outgoing);
-            }
         }
     }
 }

@@ -31,6 +31,8 @@ pub(super) struct Outcome {
     /// Processes that were started.
     pub(super) processes: usize,
     pub(super) handed_on_bytes: u64,
+    /// How often a rank went on with what it had.
+    pub(super) resumed: u32,
     pub(super) elapsed: Duration,
     /// Of everything that happened, in order.
     pub(super) trace: u64,
@@ -80,9 +82,12 @@ pub(super) fn run(scenario: Scenario, bug: Option<Bug>) -> Result<Outcome, Strin
 /// What is done to the hosts.
 #[derive(Debug, Clone, Copy)]
 enum Act {
+    /// Unless there is one by now.
     Start(u32),
-    /// [`Act::Start`], because the one before has ended by itself.
+    /// The same, because the one before has ended by itself.
     Replace(u32),
+    /// Starts another in the place of this one, which may not be dead.
+    Supersede(ProcessId),
     Fault(Fault),
     Resume(ProcessId),
     Release(ProcessId, ProcessId),
@@ -132,7 +137,16 @@ impl Driver {
         for (_, act) in due {
             info!("{now:?}: {act:?}");
             match act {
-                Act::Start(rank) | Act::Replace(rank) => self.start(sim, rank),
+                Act::Start(rank) | Act::Replace(rank) if self.is_gone(self.latest(rank)) => {
+                    self.start(sim, rank);
+                }
+                Act::Start(_) | Act::Replace(_) => {}
+                Act::Supersede(process) => {
+                    let rank = self.world.watch.borrow().processes[process].rank;
+                    if self.latest(rank) == process {
+                        self.start(sim, rank);
+                    }
+                }
                 Act::Fault(fault) => self.fault(sim, fault),
                 Act::Resume(process) => self.gates[process].resume(),
                 Act::Release(a, b) => sim.release(self.host(a), self.host(b)),
@@ -169,15 +183,20 @@ impl Driver {
         });
     }
 
+    /// The latest process of a rank, if it ever had one.
+    fn latest(&self, rank: u32) -> ProcessId {
+        self.world.latest.borrow()[rank as usize]
+    }
+
+    fn is_gone(&self, process: ProcessId) -> bool {
+        self.world.watch.borrow().processes.get(process).is_none_or(|seen| seen.gone)
+    }
+
     fn fault(&mut self, sim: &mut Sim<'_>, fault: Fault) {
-        let latest = |rank: u32| self.world.latest.borrow()[rank as usize];
-        let gone = |process: ProcessId| {
-            self.world.watch.borrow().processes.get(process).is_none_or(|seen| seen.gone)
-        };
         match fault {
             Fault::Crash { rank, silently, back } => {
-                let process = latest(rank);
-                if gone(process) {
+                let process = self.latest(rank);
+                if self.is_gone(process) {
                     return;
                 }
                 if silently {
@@ -193,19 +212,23 @@ impl Driver {
                 }
             }
             Fault::Pause { rank, lasting, replaced } => {
-                let process = latest(rank);
-                if gone(process) {
+                let process = self.latest(rank);
+                if self.is_gone(process) {
                     return;
                 }
                 self.gates[process].paused.set(true);
                 self.at(lasting, Act::Resume(process));
+                // of two coordinators nobody knows which is the right one: the other ranks have to have left the first
+                let noticed = self.world.scenario.silent_after + Duration::from_millis(500);
+                let least = if rank == 0 { noticed } else { Duration::ZERO };
+                let replaced = replaced.map(|replaced| replaced.max(least));
                 if let Some(replaced) = replaced.filter(|replaced| *replaced < lasting) {
-                    self.at(replaced, Act::Start(rank));
+                    self.at(replaced, Act::Supersede(process));
                 }
             }
             Fault::Hold { a, b, lasting } | Fault::Cut { a, b, lasting } => {
-                let (a, b) = (latest(a), latest(b));
-                if a == b || gone(a) || gone(b) {
+                let (a, b) = (self.latest(a), self.latest(b));
+                if a == b || self.is_gone(a) || self.is_gone(b) {
                     return;
                 }
                 if matches!(fault, Fault::Hold { .. }) {
@@ -254,6 +277,7 @@ impl Driver {
             answer,
             processes: watch.processes.len(),
             handed_on_bytes: watch.handed_on_bytes,
+            resumed: watch.resumed,
             elapsed: self.now(),
             trace: watch.trace(),
         }
@@ -271,7 +295,7 @@ impl Driver {
         let latest = self.world.latest.borrow()[0];
         let seen = |lost: &Seen| lost.gone && lost.exited.is_none();
         let lost = self.world.watch.borrow().processes.get(latest).is_some_and(seen);
-        let comes = |act: &Act| matches!(act, Act::Start(0) | Act::Replace(0));
+        let comes = |act: &Act| matches!(act, Act::Start(0) | Act::Replace(0) | Act::Supersede(_));
         lost && !self.agenda.iter().any(|(_, act)| comes(act))
     }
 

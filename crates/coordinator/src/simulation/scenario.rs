@@ -42,6 +42,7 @@ pub(super) enum Point {
     Received,
     Finished,
     Ready,
+    Released,
     Orphaned,
 }
 
@@ -73,13 +74,17 @@ impl Scenario {
             shape: dice.pick(&[Shape::Dense, Shape::Dense, Shape::Experts, Shape::Latent]),
             ranks,
             exchange: dice.chance(85),
-            read_bytes: dice.pick(&[2 << 10, 4 << 10, 4 << 10, 16 << 10]),
+            read_bytes: dice.pick(&[1 << 10, 2 << 10, 4 << 10, 16 << 10]),
         };
         let forgiving = dice.chance(85);
-        let count = dice.pick(&[0, 1, 1, 2, 2, 3, 4, 6]);
-        let faults =
-            (0..count).map(|_| (when(&mut dice, ranks), fault(&mut dice, ranks, forgiving)));
-        let faults = faults.collect();
+        let count = dice.pick(&[0, 1, 1, 2, 2, 3, 4, 6, 8]);
+        let mut faults: Vec<(When, Fault)> = Vec::with_capacity(count);
+        for _ in 0..count {
+            // two at once are another thing than one after the other
+            let together = faults.last().filter(|_| dice.chance(25)).map(|(when, _)| *when);
+            let when = together.unwrap_or_else(|| when(&mut dice, ranks));
+            faults.push((when, fault(&mut dice, ranks, forgiving)));
+        }
         Self {
             seed,
             form,
@@ -101,7 +106,7 @@ impl Scenario {
 }
 
 fn when(dice: &mut Dice, ranks: u32) -> When {
-    if dice.chance(35) {
+    if dice.chance(25) {
         return When::At(dice.millis(0, 1500));
     }
     let points = [
@@ -114,12 +119,15 @@ fn when(dice: &mut Dice, ranks: u32) -> When {
         Point::Received,
         Point::Finished,
         Point::Ready,
+        Point::Ready,
+        Point::Released,
         Point::Orphaned,
     ];
     let (point, rank) = (dice.pick(&points), dice.below(ranks.into()) as u32);
     let often = match point {
-        Point::Read | Point::Received | Point::Finished => 1 + dice.below(12) as u32,
-        _ => dice.pick(&[1, 1, 1, 2, 3]),
+        Point::Read | Point::Received | Point::Finished => 1 + dice.below(20) as u32,
+        Point::Released => 1,
+        _ => dice.pick(&[1, 1, 2, 2, 3, 4]),
     };
     let later = if dice.chance(60) { Duration::ZERO } else { dice.millis(1, 150) };
     When::Reached(rank, point, often, later)

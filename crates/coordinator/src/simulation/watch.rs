@@ -23,11 +23,13 @@ pub(super) struct Watch {
     /// What was done, to tell that anything was.
     pub(super) storage_bytes: u64,
     pub(super) handed_on_bytes: u64,
+    /// How often a rank went on with what it had.
+    pub(super) resumed: u32,
     /// Of everything that was seen, in order.
     trace: Xxh3,
 }
 
-const POINTS: usize = 8;
+const POINTS: usize = 9;
 
 /// One process.
 #[derive(Debug)]
@@ -59,6 +61,7 @@ impl Watch {
             answers: Vec::new(),
             storage_bytes: 0,
             handed_on_bytes: 0,
+            resumed: 0,
             trace: Xxh3::new(),
         }
     }
@@ -125,6 +128,9 @@ impl Watch {
     /// A process has told what it has.
     pub(super) fn announce(&mut self, process: ProcessId, generation: Generation, have: Have) {
         self.reach(process, Point::Announced);
+        if !have.is_empty() {
+            self.resumed += 1;
+        }
         self.processes[process].announced.push((generation, have));
     }
 
@@ -201,6 +207,7 @@ impl Watch {
         process: ProcessId,
         generation: Generation,
     ) -> Result<(), String> {
+        self.reach(process, Point::Released);
         self.processes[process].released = Some(generation);
         self.all(process, generation, "is released, not ready is", |seen| &seen.ready)
     }
