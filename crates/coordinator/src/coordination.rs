@@ -91,6 +91,8 @@ pub(crate) struct Coordination {
     attempt: Option<Attempt>,
     /// Whether a load was asked for.
     begun: bool,
+    /// In which generation every rank became complete.
+    complete: Option<Generation>,
     /// What ended earlier generations of this load.
     losses: Vec<LoadError>,
     /// A rank that was lost when nothing could replace it: nothing is done without it.
@@ -136,6 +138,7 @@ impl Coordination {
             generation: 0,
             attempt: None,
             begun: false,
+            complete: None,
             losses: Vec::new(),
             over: None,
         }
@@ -164,8 +167,25 @@ impl Coordination {
     /// A rank has joined.
     pub(crate) fn joined(&mut self, rank: u32) -> Vec<Order> {
         self.present[rank as usize] = true;
-        let allocate = RankCommand::Allocate { generation: self.generation };
-        self.attempt.iter().map(|_| Order::Tell(rank, allocate.clone())).collect()
+        let generation = self.generation;
+        match (&self.attempt, self.begun) {
+            (Some(_), _) => vec![Order::Tell(rank, RankCommand::Allocate { generation })],
+            (None, false) => Vec::new(),
+            (None, true) => self.too_late(rank),
+        }
+    }
+
+    /// A rank joins when the load is over. One that was complete like all others, and was lost before it heard so, is told now;
+    /// nobody else takes notice of a release. More will not come of it, and a process that nobody tells would wait for ever.
+    fn too_late(&mut self, rank: u32) -> Vec<Order> {
+        self.present[rank as usize] = false;
+        let why = match self.over.clone() {
+            Some((rank, reason)) => LoadError::RankLost { rank, reason }.line(),
+            None => "the load has ended".to_owned(),
+        };
+        let release = |generation| Order::Tell(rank, RankCommand::Release { generation });
+        let release = self.complete.map(release);
+        release.into_iter().chain([Order::Dismiss(rank, why)]).collect()
     }
 
     /// A rank that has joined was in this generation before, under another coordinator: what is said from now on is of later ones.
@@ -184,6 +204,7 @@ impl Coordination {
 
     fn next_generation(&mut self, at_least: Generation, now: Instant) -> Vec<Order> {
         self.generation = at_least.max(self.generation + 1);
+        self.complete = None;
         self.attempt = Some(Attempt::new(self.present.len(), self.stuck_after, now));
         vec![Order::TellAll(RankCommand::Allocate { generation: self.generation })]
     }
@@ -226,6 +247,7 @@ impl Coordination {
                 let ranks = attempt.ready.drain(..).flatten().collect();
                 let lost = Lost { ranks: self.losses.len() as u32, bytes_read: 0 };
                 let loaded = Loaded { ranks, generation, lost };
+                self.complete = Some(generation);
                 let mut orders = vec![Order::TellAll(RankCommand::Release { generation })];
                 orders.extend(self.answer(Ok(loaded)));
                 orders
@@ -366,4 +388,33 @@ fn peers(contacts: &[Option<(Contact, Have)>]) -> Option<(Peers, Arc<Vec<Have>>)
         false => Peers::Apart(Arc::new(apart)),
     };
     Some((peers, Arc::new(all)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ready(rank: u32, generation: Generation) -> RankEvent {
+        RankEvent { rank, generation, kind: RankEventKind::Ready(None, RankReport::default()) }
+    }
+
+    /// A link may break between the last rank's news and the release: found by simulation.
+    #[test]
+    fn a_rank_that_missed_its_release_is_told_when_it_is_back() {
+        let now = Instant::now();
+        let recovery = Recovery { replacements_max: 3, join_limit: Duration::from_secs(10) };
+        let mut coordination = Coordination::new(2, Duration::from_secs(10), recovery);
+        coordination.begin(4, now);
+        (0..2).for_each(|rank| drop(coordination.joined(rank)));
+        coordination.event(ready(0, 4), now);
+        let orders = coordination.event(ready(1, 4), now);
+        assert!(matches!(orders[..], [Order::TellAll(RankCommand::Release { generation: 4 }), _]));
+        coordination.lost(1, "nothing was heard".to_owned(), now);
+        match &coordination.joined(1)[..] {
+            [Order::Tell(1, RankCommand::Release { generation: 4 }), Order::Dismiss(1, why)] => {
+                assert_eq!(why, "rank 1 was lost: nothing was heard");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
 }

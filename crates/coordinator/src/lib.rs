@@ -61,6 +61,8 @@ pub mod processes;
 mod remote;
 pub mod report;
 pub mod secret;
+#[cfg(test)]
+mod simulation;
 pub mod source;
 mod supervisor;
 pub mod synth;

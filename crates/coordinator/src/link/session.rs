@@ -176,6 +176,8 @@ async fn conclude(
 ) -> Result<Ended, LinkError> {
     tokio::pin!(reading);
     let wrote = tokio::select! {
+        // what was heard counts first; in order, as everything here, so that a simulation repeats
+        biased;
         read = &mut reading => return read.map(|()| Ended::ByeReceived),
         wrote = writing => wrote,
     };
@@ -247,6 +249,8 @@ where
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let packet = tokio::select! {
+            // a message is a sign of life as well
+            biased;
             message = outgoing.recv() => message.map_or(Packet::Bye, Packet::Message),
             _ = beats.tick() => Packet::Beat(beat()),
         };

@@ -239,7 +239,7 @@ impl RemoteState {
 }
 
 /// A command as it goes over the link.
-fn to_rank(command: RankCommand) -> Option<ToRank> {
+pub(crate) fn to_rank(command: RankCommand) -> Option<ToRank> {
     Some(match command {
         RankCommand::Allocate { generation } => ToRank::Allocate { generation },
         RankCommand::Load { generation, peers: Peers::Apart(roster), have } => {

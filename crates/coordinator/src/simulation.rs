@@ -1,0 +1,138 @@
+//! A whole group under simulation: coordinator, links and ranks in one thread, with a clock, a network and a storage of their
+//! own, all from one seed.
+//!
+//! Tests of processes show that what is foreseen is survived; here chance looks for what nobody has foreseen. A seed gives world
+//! size, checkpoint, timing, and a schedule of losses, pauses, delayed and lost messages and failing storage (`scenario`).
+//! Invariants hold after every step (`watch`, `memory`); then nothing goes wrong any more, and the load has to come to its end.
+//!
+//! | real | simulated |
+//! |---|---|
+//! | what the coordinator decides (`coordination`) | its actor (`coordinator`) |
+//! | what is left, and who reads it (`plan`, `assignment`, placement and have-sets) | storage, parameters, finishes (`world`, `memory`) |
+//! | what a rank decides (`longshore_rank::state`) | its actor and workers (`rank`, `job`) |
+//! | handshake, session, frames, messages as bytes (`link`, `processes::message`) | network and clock (turmoil), processes (`member`) |
+//! | | rounds between ranks over TCP alone (`exchange`): neither shared memory nor NCCL |
+//!
+//! Every process has a host of its own, its successors as well: so one that was thought dead can go on beside the one in its place.
+//!
+//! A failing seed is printed, and repeats: `LONGSHORE_SEEDS=17..18 cargo test -p longshore --lib simulation -- --ignored`, with
+//! `RUST_LOG=longshore=info` and `--nocapture` step by step. Seeds that have found something stay in `simulation/seeds.txt`. `scripts/simulate.sh` runs many.
+
+mod base;
+mod bug;
+mod coordinator;
+mod dice;
+mod exchange;
+mod job;
+mod member;
+mod memory;
+mod rank;
+mod run;
+mod scenario;
+mod watch;
+mod world;
+
+use std::{
+    ops::Range,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use self::{bug::Bug, run::Outcome, scenario::Scenario};
+
+/// Runs seeds on all processors; those that did not end as they should, the first of each processor.
+fn failures(seeds: Range<u64>, bug: Option<Bug>) -> (Vec<(u64, String)>, Vec<Outcome>) {
+    let next = AtomicU64::new(seeds.start);
+    let (failed, ended) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= seeds.end || !failed.lock().unwrap().is_empty() {
+                        return;
+                    }
+                    match run::run(Scenario::new(seed), bug) {
+                        Ok(outcome) => ended.lock().unwrap().push(outcome),
+                        Err(why) => failed.lock().unwrap().push((seed, why)),
+                    }
+                }
+            });
+        }
+    });
+    let mut failed = failed.into_inner().unwrap();
+    failed.sort();
+    (failed, ended.into_inner().unwrap())
+}
+
+fn hold(seeds: Range<u64>) {
+    let shown = tracing_subscriber::EnvFilter::from_default_env();
+    // another test may have set it
+    let _ = tracing_subscriber::fmt().with_env_filter(shown).with_test_writer().try_init();
+    let (failed, ended) = failures(seeds, None);
+    if let Some((seed, why)) = failed.first() {
+        panic!("seed {seed}: {why}\n{:#?}", Scenario::new(*seed));
+    }
+    let complete = ended.iter().filter(|outcome| outcome.answer.is_ok()).count();
+    let processes: usize = ended.iter().map(|outcome| outcome.processes).sum();
+    let handed_on: u64 = ended.iter().map(|outcome| outcome.handed_on_bytes).sum();
+    let resumed: u32 = ended.iter().map(|outcome| outcome.resumed).sum();
+    let simulated: Duration = ended.iter().map(|outcome| outcome.elapsed).sum();
+    println!(
+        "{complete} of {} loads complete, {processes} processes, {resumed} times a rank went on with what it had, \
+         {handed_on} bytes out of parameters, {simulated:.0?} simulated",
+        ended.len()
+    );
+}
+
+#[test]
+fn five_hundred_seeds_hold() {
+    hold(0..500);
+}
+
+/// Seeds that have found something once.
+#[test]
+fn seeds_that_have_failed_hold() {
+    for line in include_str!("simulation/seeds.txt").lines() {
+        let seed = line.split('#').next().unwrap_or_default().trim();
+        if !seed.is_empty() {
+            let seed: u64 = seed.parse().unwrap();
+            hold(seed..seed + 1);
+        }
+    }
+}
+
+/// As many seeds as are asked for: `LONGSHORE_SEEDS=0..20000`.
+#[test]
+#[ignore = "for scripts/simulate.sh, and to repeat a seed"]
+fn seeds_that_are_asked_for_hold() {
+    let asked = std::env::var("LONGSHORE_SEEDS").expect("LONGSHORE_SEEDS=first..end");
+    let (first, end) = asked.split_once("..").expect("first..end");
+    hold(first.parse().unwrap()..end.parse().unwrap());
+}
+
+#[test]
+fn a_seed_repeats() {
+    for seed in 0..20 {
+        let twice = [(); 2].map(|()| run::run(Scenario::new(seed), None));
+        assert_eq!(twice[0], twice[1], "seed {seed}");
+    }
+}
+
+/// Each invariant catches the bug that it is there for.
+#[test]
+fn planted_bugs_are_caught_within_two_hundred_seeds() {
+    let mut missed = Vec::new();
+    for bug in Bug::ALL {
+        let (failed, _) = failures(0..200, Some(bug));
+        match failed.first() {
+            Some((seed, why)) => println!("{bug:?}: seed {seed}: {why}"),
+            None => missed.push(bug),
+        }
+    }
+    assert!(missed.is_empty(), "not caught: {missed:?}");
+}

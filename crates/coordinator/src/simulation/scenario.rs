@@ -1,0 +1,158 @@
+//! A seed → world size, checkpoint, timing, and what goes wrong when.
+
+use std::time::Duration;
+
+use crate::simulation::{
+    base::{Form, Shape},
+    dice::Dice,
+};
+
+/// Everything about one run that is not decided as it goes.
+#[derive(Debug, Clone)]
+pub(super) struct Scenario {
+    pub(super) seed: u64,
+    pub(super) form: Form,
+    /// Reads under way on a rank.
+    pub(super) concurrency: u32,
+    /// Slots to send from, and to receive into from each other rank.
+    pub(super) slots: u32,
+    pub(super) replacements_max: u32,
+    pub(super) silent_after: Duration,
+    /// How long a read takes at most.
+    pub(super) read_millis: u64,
+    pub(super) latency_millis: u64,
+    pub(super) faults: Vec<(When, Fault)>,
+}
+
+/// When a fault comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum When {
+    At(Duration),
+    /// So long after a process of this rank has got there for the so-many-th time.
+    Reached(u32, Point, u32, Duration),
+}
+
+/// Where a rank has got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Point {
+    Announced,
+    Prepared,
+    Started,
+    Read,
+    Received,
+    Finished,
+    Ready,
+    Released,
+    Orphaned,
+}
+
+/// What goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// The rank's process ends and its memory with it; `silently`: its host as well, so that nobody is told. Another comes in its
+    /// place after a while, or never.
+    Crash { rank: u32, silently: bool, back: Option<Duration> },
+    /// The process stands still, its memory and connections do not go away; another may come in its place meanwhile.
+    Pause { rank: u32, lasting: Duration, replaced: Option<Duration> },
+    /// What two ranks say to each other comes late.
+    Hold { a: u32, b: u32, lasting: Duration },
+    /// What they say is lost.
+    Cut { a: u32, b: u32, lasting: Duration },
+    /// A read of this rank fails.
+    StorageFails { rank: u32 },
+    /// The reads of this rank return only afterwards.
+    StorageHangs { rank: u32, lasting: Duration },
+    /// They take so many times as long.
+    StorageSlow { rank: u32, times: u32, lasting: Duration },
+}
+
+impl Scenario {
+    pub(super) fn new(seed: u64) -> Self {
+        let mut dice = Dice::new(seed, "scenario", 0);
+        let ranks = dice.pick(&[1, 2, 2, 2, 4, 4, 4, 8]);
+        let form = Form {
+            shape: dice.pick(&[Shape::Dense, Shape::Dense, Shape::Experts, Shape::Latent]),
+            ranks,
+            exchange: dice.chance(85),
+            read_bytes: dice.pick(&[1 << 10, 2 << 10, 4 << 10, 16 << 10]),
+        };
+        let forgiving = dice.chance(85);
+        let count = dice.pick(&[0, 1, 1, 2, 2, 3, 4, 6, 8]);
+        let mut faults: Vec<(When, Fault)> = Vec::with_capacity(count);
+        for _ in 0..count {
+            // two at once are another thing than one after the other
+            let together = faults.last().filter(|_| dice.chance(25)).map(|(when, _)| *when);
+            let when = together.unwrap_or_else(|| when(&mut dice, ranks));
+            faults.push((when, fault(&mut dice, ranks, forgiving)));
+        }
+        Self {
+            seed,
+            form,
+            concurrency: dice.pick(&[1, 2, 3]),
+            slots: dice.pick(&[1, 2, 4]),
+            // what is simulated for as long as it takes has no limit that could be met
+            replacements_max: if forgiving { 1000 } else { dice.pick(&[0, 1, 2]) },
+            silent_after: Duration::from_millis(dice.pick(&[500, 1000])),
+            read_millis: dice.pick(&[5, 20, 60]),
+            latency_millis: dice.pick(&[2, 10, 40]),
+            faults,
+        }
+    }
+
+    /// Whether the load may come to nothing: losses may be more than are allowed, or a replacement may not come.
+    pub(super) fn may_fail(&self) -> bool {
+        self.replacements_max < 1000
+    }
+}
+
+fn when(dice: &mut Dice, ranks: u32) -> When {
+    if dice.chance(25) {
+        return When::At(dice.millis(0, 1500));
+    }
+    let points = [
+        Point::Announced,
+        Point::Prepared,
+        Point::Started,
+        Point::Read,
+        Point::Read,
+        Point::Received,
+        Point::Received,
+        Point::Finished,
+        Point::Ready,
+        Point::Ready,
+        Point::Released,
+        Point::Orphaned,
+    ];
+    let (point, rank) = (dice.pick(&points), dice.below(ranks.into()) as u32);
+    let often = match point {
+        Point::Read | Point::Received | Point::Finished => 1 + dice.below(20) as u32,
+        Point::Released => 1,
+        _ => dice.pick(&[1, 1, 2, 2, 3, 4]),
+    };
+    let later = if dice.chance(60) { Duration::ZERO } else { dice.millis(1, 150) };
+    When::Reached(rank, point, often, later)
+}
+
+fn fault(dice: &mut Dice, ranks: u32, forgiving: bool) -> Fault {
+    // rank 0's process is the coordinator's as well
+    let rank = if dice.chance(25) { 0 } else { dice.below(ranks.into()) as u32 };
+    let other = dice.below(ranks.into()) as u32;
+    match dice.below(100) {
+        0..40 => {
+            let never = !forgiving && dice.chance(30);
+            let back = (!never).then(|| dice.millis(20, 2500));
+            Fault::Crash { rank, silently: dice.chance(25), back }
+        }
+        40..60 => {
+            let replaced = dice.chance(75).then(|| dice.millis(50, 1500));
+            Fault::Pause { rank, lasting: dice.millis(50, 5000), replaced }
+        }
+        60..70 => Fault::Hold { a: rank, b: other, lasting: dice.millis(50, 2500) },
+        70..78 => Fault::Cut { a: rank, b: other, lasting: dice.millis(20, 2500) },
+        78..88 => Fault::StorageFails { rank },
+        88..94 => Fault::StorageHangs { rank, lasting: dice.millis(200, 6000) },
+        _ => {
+            Fault::StorageSlow { rank, times: dice.pick(&[3, 20]), lasting: dice.millis(200, 2000) }
+        }
+    }
+}

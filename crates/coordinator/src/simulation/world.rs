@@ -1,0 +1,175 @@
+//! What all processes of one run share: nothing that they could tell each other by, only what is done to them and what is
+//! seen of them.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::Future,
+    io,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use longshore_models::have::Have;
+use longshore_rank::{
+    error::RankError,
+    protocol::{LoadPlan, PlanName, Read},
+};
+use tokio::time::sleep;
+
+use crate::{
+    link::session::Timing,
+    plan::plan_hash,
+    simulation::{
+        base::Base,
+        bug::Bug,
+        dice::Dice,
+        scenario::Scenario,
+        watch::{ProcessId, Watch},
+    },
+};
+
+/// One run.
+pub(super) struct World {
+    pub(super) scenario: Scenario,
+    pub(super) base: Arc<Base>,
+    bug: Option<Bug>,
+    pub(super) watch: RefCell<Watch>,
+    /// Of each rank what its storage does.
+    pub(super) storage: RefCell<Vec<Storage>>,
+    /// Where each rank is looked for: its latest process, if it ever had one.
+    pub(super) latest: RefCell<Vec<ProcessId>>,
+    /// As of the last step.
+    pub(super) now: Cell<Duration>,
+    plans: RefCell<Vec<Planned>>,
+}
+
+type Planned = (Vec<Have>, Arc<LoadPlan>, PlanName);
+
+/// The storage as one rank meets it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Storage {
+    pub(super) next_fails: bool,
+    pub(super) hangs_until: Duration,
+    pub(super) slow_until: Duration,
+    pub(super) slow_times: u32,
+}
+
+impl World {
+    pub(super) fn new(scenario: Scenario, bug: Option<Bug>) -> Rc<Self> {
+        let ranks = scenario.form.ranks as usize;
+        Rc::new(Self {
+            base: Base::of(scenario.form),
+            watch: RefCell::new(Watch::new(ranks)),
+            storage: RefCell::new(vec![Storage::default(); ranks]),
+            latest: RefCell::new(vec![ProcessId::MAX; ranks]),
+            now: Cell::default(),
+            plans: RefCell::default(),
+            bug,
+            scenario,
+        })
+    }
+
+    /// Whether this bug is planted.
+    pub(super) fn has(&self, bug: Bug) -> bool {
+        self.bug == Some(bug)
+    }
+
+    pub(super) fn ranks(&self) -> u32 {
+        self.scenario.form.ranks
+    }
+
+    pub(super) fn timing(&self) -> Timing {
+        let silent_after = self.scenario.silent_after;
+        Timing { beat_every: silent_after / 10, silent_after }
+    }
+
+    /// Something that must never be has been.
+    pub(super) fn violate(&self, what: impl Into<String>) {
+        let now = self.now.get();
+        self.watch.borrow_mut().violate(format!("after {now:?}: {}", what.into()));
+    }
+
+    /// Notes a violation, if there is one.
+    pub(super) fn holds(&self, checked: Result<(), String>) {
+        if let Err(what) = checked {
+            self.violate(what);
+        }
+    }
+
+    /// Starts a task of the process that this is called in; a panic in it is a violation.
+    pub(super) fn spawn(
+        self: &Rc<Self>,
+        task: impl Future<Output = ()> + 'static,
+    ) -> tokio::task::AbortHandle {
+        let guard = NoPanic(Rc::clone(self));
+        let guarded = async move {
+            let _guard = guard;
+            task.await;
+        };
+        tokio::task::spawn_local(guarded).abort_handle()
+    }
+
+    /// The plan of what is left, as every rank makes it; made once, since all make the same.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn plan(&self, have: &[Have]) -> Result<(Arc<LoadPlan>, PlanName), RankError> {
+        if have.iter().all(Have::is_empty) {
+            return Ok((Arc::clone(&self.base.plan.load), self.base.name));
+        }
+        let known = |(of, ..): &&Planned| of == have;
+        if let Some((_, plan, name)) = self.plans.borrow().iter().find(known) {
+            return Ok((Arc::clone(plan), *name));
+        }
+        let rest = self.base.plan.rest(have).map_err(|e| RankError::Rest(e.line()))?;
+        let (name, rest) = (plan_hash(&rest), Arc::new(rest));
+        self.plans.borrow_mut().push((have.to_vec(), Arc::clone(&rest), name));
+        Ok((rest, name))
+    }
+
+    /// Waits until storage has answered a read of `rank`.
+    ///
+    /// # Errors
+    /// It has failed.
+    pub(super) async fn storage(
+        &self,
+        rank: u32,
+        read: &Read,
+        dice: &mut Dice,
+    ) -> Result<(), RankError> {
+        let mut times = 1;
+        {
+            let storage = &mut self.storage.borrow_mut()[rank as usize];
+            if std::mem::take(&mut storage.next_fails) {
+                return Err(RankError::Read {
+                    file: "simulated".to_owned(),
+                    offset: read.range.start,
+                    bytes: read.range.len(),
+                    source: io::Error::other("the disk is on fire"),
+                });
+            }
+            if self.now.get() < storage.slow_until {
+                times = storage.slow_times;
+            }
+        }
+        sleep(dice.millis(1, self.scenario.read_millis) * times).await;
+        loop {
+            let until = self.storage.borrow()[rank as usize].hangs_until;
+            if self.now.get() >= until {
+                return Ok(());
+            }
+            sleep(until - self.now.get()).await;
+        }
+    }
+}
+
+struct NoPanic(Rc<World>);
+
+impl Drop for NoPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.violate("a task has panicked");
+        }
+    }
+}
