@@ -327,7 +327,7 @@ fn ranks_that_stay_in_touch_hold_nothing_but_parameters_on_their_devices() {
             rank.barrier().unwrap();
             let held = allocated();
             rank.barrier().unwrap();
-            (held, rank.leave())
+            (held, rank.leave().unwrap())
         };
         let (a, b) = std::thread::scope(|scope| {
             let other = scope.spawn(|| join(1));

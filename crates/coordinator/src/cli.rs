@@ -160,7 +160,8 @@ fn make_plan(
 /// The forecast of the load; what would be reloaded is only checked.
 fn run_plan(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
     arguments.run.run_options()?;
-    let Some(Step { source, plan, phases }) = plan_steps(arguments)?.into_iter().next() else {
+    let steps = plan_steps(&arguments.run, arguments.tp)?;
+    let Some(Step { source, plan, phases }) = steps.into_iter().next() else {
         return Ok(());
     };
     let ranks_as = match arguments.run.plan.ranks {
@@ -225,7 +226,7 @@ fn run_cache(arguments: &CacheArgs, json: bool) -> Result<(), LoadError> {
 
 fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
     let options = arguments.run.run_options()?;
-    let mut steps = plan_steps(arguments)?;
+    let mut steps = plan_steps(&arguments.run, arguments.tp)?;
     // the last step's stand in the summary, if there is one
     for step in &steps[..steps.len() - usize::from(!json)] {
         for warning in &step.plan.placement().warnings {
@@ -277,12 +278,12 @@ struct Step<'a> {
 }
 
 /// Plans the load and all reloads before any weight is read.
-fn plan_steps(arguments: &LoadArgs) -> Result<Vec<Step<'_>>, LoadError> {
+fn plan_steps(run: &RunArgs, tp: u32) -> Result<Vec<Step<'_>>, LoadError> {
     let mut steps: Vec<Step<'_>> = Vec::new();
-    let RunArgs { plan, reload, .. } = &arguments.run;
+    let RunArgs { plan, reload, .. } = run;
     for source in [&plan.source].into_iter().chain(reload) {
         let mut phases = Phases::default();
-        let plan = make_plan(plan, arguments.tp, source, &mut phases)?;
+        let plan = make_plan(plan, tp, source, &mut phases)?;
         if let Some(first) = steps.first() {
             let same = first.plan.placement().same_parameters(plan.placement());
             same.map_err(|e| LoadError::Plan { path: plan.origin.shown().into(), source: e })?;

@@ -168,6 +168,17 @@ pub(crate) fn prepare_process(
     place: &Place,
     transport: Transport,
 ) -> Result<Prepared, LoadError> {
+    prepare_process_into(plan, options, place, transport, false)
+}
+
+/// [`prepare_process`], where the parameters may have their memory already.
+pub(crate) fn prepare_process_into(
+    plan: &Plan,
+    options: &RunOptions,
+    place: &Place,
+    transport: Transport,
+    held: bool,
+) -> Result<Prepared, LoadError> {
     let here = place.local_world_size.unwrap_or(1);
     let distant = match transport {
         Transport::Auto | Transport::Host | Transport::Nccl => {
@@ -179,7 +190,7 @@ pub(crate) fn prepare_process(
     let homes = device::homes(options.device, [local], here.max(local + 1))?;
     // whether ranks share devices is known once all have said which theirs are
     let nccl = matches!(transport, Transport::Auto | Transport::Nccl);
-    let here = Here { ranks: here, first: place.rank, homes, held: false, nccl };
+    let here = Here { ranks: here, first: place.rank, homes, held, nccl };
     let prepared = prepare_ranks(plan, options, here, |concurrency, slabs| {
         exchange_staging(plan, concurrency, slabs, distant).map(Some)
     })?;

@@ -13,6 +13,7 @@
 //! Every process plans on its own from the same source; the plan's hash is compared before the first byte. The coordinator
 //! deals with all ranks in the same way, its own process's included. Weights never pass through the control link.
 
+pub(crate) mod holder;
 mod hosting;
 mod join;
 pub(crate) mod member;
@@ -37,6 +38,7 @@ use tokio::sync::oneshot;
 
 pub use self::join::Transport;
 use self::{
+    holder::Holder,
     hosting::{Hosting, HostingArguments},
     join::HostJoin,
     member::{Member, MemberArguments, MemberMessage},
@@ -161,24 +163,25 @@ impl Door {
     }
 }
 
-/// What a rank holds and how it goes on being one of the group.
-pub(crate) type Complete = (ReadyParams, Joined);
-
 /// A rank process whose group is complete.
 #[derive(Debug)]
 pub(crate) struct Joined {
     /// On rank 0, what each rank did.
     pub(crate) reports: Option<Vec<RankReport>>,
-    /// On rank 0, the generation in which all became complete, and what was lost on the way.
+    /// The last generation: that in which all became complete, unless a reload has failed since.
     pub(crate) generation: Generation,
+    /// On rank 0, what was lost on the way.
     pub(crate) lost: Lost,
     /// From the opening of the files until every rank was ready.
     pub(crate) seconds: f64,
+    /// The address by which other hosts reach this one.
+    address: IpAddr,
     member: ActorRef<MemberMessage>,
     hosting: Option<Hosting>,
 }
 
-/// Joins the group that `place` names and loads `prepared` with it; returns when every rank is complete.
+/// Joins the group that `place` names and loads `prepared`, which is what `source` names, with it; returns when every rank
+/// is complete.
 ///
 /// On rank 0, `progress` shows how each rank gets on, as of its last heartbeat.
 ///
@@ -187,35 +190,48 @@ pub(crate) struct Joined {
 pub(crate) async fn load(
     place: &Place,
     door: Door,
+    source: &str,
     prepared: Prepared,
     options: &GroupOptions,
     progress: Vec<Arc<Progress>>,
-) -> Result<Complete, LoadError> {
-    let started = Instant::now();
+) -> Result<Holder, LoadError> {
     let prepared = Arc::new(prepared);
-    let Some(listener) = door.0 else {
-        let (member, released) = join(place, &prepared, options, None).await?;
-        let (params, _) = wait(released).await?;
-        let seconds = started.elapsed().as_secs_f64();
-        given_back(slice::from_ref(&params)).await;
-        let joined = Joined {
-            reports: None,
-            generation: 0,
-            lost: Lost::default(),
-            seconds,
-            member,
-            hosting: None,
-        };
-        return Ok((params, joined));
+    let (params, joined) = match door.0 {
+        None => load_as_guest(place, &prepared, options).await?,
+        Some(listener) => load_as_host(listener, place, &prepared, options, progress).await?,
     };
-    let hosting = host(listener, place, &prepared, options, progress).await?;
-    match host_and_join(place, &prepared, options, &hosting).await {
-        Ok((member, params, Loaded { ranks, generation, lost })) => {
+    given_back(slice::from_ref(&params)).await;
+    Ok(Holder::new(place, source, options, &prepared, params, joined))
+}
+
+async fn load_as_guest(
+    place: &Place,
+    prepared: &Arc<Prepared>,
+    options: &GroupOptions,
+) -> Result<(ReadyParams, Joined), LoadError> {
+    let started = Instant::now();
+    let Taking { member, address, released } = join(place, prepared, options, None).await?;
+    let (params, generation) = wait(released).await?;
+    let seconds = started.elapsed().as_secs_f64();
+    let (reports, lost, hosting) = (None, Lost::default(), None);
+    Ok((params, Joined { reports, generation, lost, seconds, address, member, hosting }))
+}
+
+async fn load_as_host(
+    listener: TcpListener,
+    place: &Place,
+    prepared: &Arc<Prepared>,
+    options: &GroupOptions,
+    progress: Vec<Arc<Progress>>,
+) -> Result<(ReadyParams, Joined), LoadError> {
+    let started = Instant::now();
+    let hosting = host(listener, place, prepared, options, progress).await?;
+    match host_and_join(place, prepared, options, &hosting).await {
+        Ok((member, address, params, Loaded { ranks, generation, lost })) => {
             let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
             let reports = Some(ranks.into_iter().map(|(_, report)| report).collect());
-            given_back(slice::from_ref(&params)).await;
             let hosting = Some(hosting);
-            Ok((params, Joined { reports, generation, lost, seconds, member, hosting }))
+            Ok((params, Joined { reports, generation, lost, seconds, address, member, hosting }))
         }
         Err(e @ LoadError::Replaced { .. }) => {
             hosting.vanish().await;
@@ -228,7 +244,7 @@ pub(crate) async fn load(
     }
 }
 
-type Released = (ActorRef<MemberMessage>, ReadyParams, Loaded);
+type Released = (ActorRef<MemberMessage>, IpAddr, ReadyParams, Loaded);
 
 /// Rank 0: carries the load through on all ranks, and takes part in it.
 async fn host_and_join(
@@ -240,9 +256,9 @@ async fn host_and_join(
     // of a load that fails the coordinator knows the first cause, this rank only what it was told
     let joined = join(place, prepared, options, Some(hosting));
     let (joined, loaded) = tokio::try_join!(joined, hosting.load(FIRST_GENERATION))?;
-    let (member, released) = joined;
+    let Taking { member, address, released } = joined;
     let (params, _) = wait(released).await?;
-    Ok((member, params, loaded))
+    Ok((member, address, params, loaded))
 }
 
 async fn wait(released: oneshot::Receiver<member::Released>) -> member::Released {
@@ -274,13 +290,21 @@ fn timing(options: &GroupOptions) -> Timing {
     Timing { beat_every: options.beat_every, silent_after: options.silent_after }
 }
 
+/// A rank that takes part in a load.
+struct Taking {
+    member: ActorRef<MemberMessage>,
+    /// The address by which other hosts reach this one.
+    address: IpAddr,
+    released: oneshot::Receiver<member::Released>,
+}
+
 /// Connects this rank to the coordinator.
 async fn join(
     place: &Place,
     prepared: &Arc<Prepared>,
     options: &GroupOptions,
     hosting: Option<&Hosting>,
-) -> Result<(ActorRef<MemberMessage>, oneshot::Receiver<member::Released>), LoadError> {
+) -> Result<Taking, LoadError> {
     let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Meet(e);
     let way = Way { place: place.clone(), limit: options.join_limit };
     let coordinator = way.meet_at(hosting.map(|hosting| hosting.address)).await?;
@@ -302,7 +326,7 @@ async fn join(
     };
     let (member, _) =
         Actor::spawn(None, Member, start).await.map_err(|e| LoadError::Runtime(e.to_string()))?;
-    Ok((member, outcome))
+    Ok(Taking { member, address, released: outcome })
 }
 
 /// The way to the coordinator, from a rank that is to meet it.

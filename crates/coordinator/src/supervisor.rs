@@ -11,7 +11,7 @@ use std::{
 use longshore_rank::{
     actor::{RankActor, RankArguments},
     params::{Home, ParamMemory},
-    protocol::{Generation, Progress, RankCommand, RankEvent, Work},
+    protocol::{Generation, PlanName, Progress, RankCommand, RankEvent, Work},
 };
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, DerivedActorRef, SupervisionEvent};
 use tokio::{
@@ -75,6 +75,8 @@ pub(crate) struct SupervisorArguments {
 pub(crate) enum SupervisorMessage {
     /// Carry a load through, and answer once.
     Load { generation: Generation, done: oneshot::Sender<Outcome> },
+    /// Carry another load through, into what the ranks hold, by this plan; and answer once.
+    LoadAgain { plan: PlanName, done: oneshot::Sender<Outcome> },
     /// A rank's process has joined.
     Joined(RemoteArguments),
     /// A rank that has joined was in this generation before.
@@ -184,6 +186,11 @@ impl Actor for Supervisor {
             SupervisorMessage::Load { generation, done } => {
                 state.done = Some(done);
                 state.coordination.begin(generation, now)
+            }
+            SupervisorMessage::LoadAgain { plan, done } => {
+                state.done = Some(done);
+                state.tell_remotes(|| RemoteMessage::Plan(plan));
+                state.coordination.begin_again(now)
             }
             SupervisorMessage::Joined(rank) => state.join(&myself, rank).await?,
             SupervisorMessage::Knows(generation) => state.coordination.knows(generation, now),
@@ -363,7 +370,8 @@ impl SupervisorState {
         };
         // one that is gone already has nothing to be told
         let told = remote.cast(RemoteMessage::Dismiss(why)).is_ok();
-        let admissions = self.admissions.clone();
+        // a group that is over has no room for anybody
+        let admissions = self.admissions.clone().filter(|_| self.coordination.over().is_none());
         tokio::spawn(async move {
             if told {
                 // it ends by itself and says why, if it still can
@@ -378,6 +386,9 @@ impl SupervisorState {
     }
 
     fn contributed(&mut self, rank: u32, piece: Piece) {
+        if let Some((lost, reason)) = self.coordination.over() {
+            return self.refuse_piece(rank, LoadError::RankLost { rank: lost, reason });
+        }
         if let Some(rank) = &mut self.ranks[rank as usize] {
             rank.piece = Some(piece);
         }
@@ -397,6 +408,16 @@ impl SupervisorState {
         }
         // gatherings follow each other, so there is room unless nobody takes them any more
         let _ = self.gathered.try_send(Ok(pieces));
+    }
+
+    /// Whoever gathers with a rank that is lost waits for ever, unless it is told.
+    fn refuse_piece(&self, rank: u32, why: LoadError) {
+        if let Some(remote) = self.ranks[rank as usize].as_ref().and_then(|r| r.remote.as_ref()) {
+            // as with commands
+            let _ = remote.cast(RemoteMessage::Over(why.line()));
+        }
+        // a full queue holds the news already
+        let _ = self.gathered.try_send(Err(why));
     }
 
     fn end(&mut self, myself: &ActorRef<SupervisorMessage>) {

@@ -393,4 +393,33 @@ impl Progress {
         self.phase.store(phase as u8, Ordering::Relaxed);
         self.steps.fetch_add(1, Ordering::Relaxed);
     }
+
+    /// Counts from nothing again, for another load: nothing of the last one runs any more.
+    pub fn begin_again(&self) {
+        let Self {
+            phase: _,
+            read_bytes,
+            cached_bytes,
+            padding_bytes,
+            retried_bytes,
+            reads,
+            received_bytes,
+            sent_bytes,
+            steps: _,
+            in_hand,
+        } = self;
+        for counter in [
+            read_bytes,
+            cached_bytes,
+            padding_bytes,
+            retried_bytes,
+            reads,
+            received_bytes,
+            sent_bytes,
+            in_hand,
+        ] {
+            counter.store(0, Ordering::Relaxed);
+        }
+        self.enter(Phase::Waiting);
+    }
 }

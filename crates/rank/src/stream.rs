@@ -348,7 +348,7 @@ impl Job {
         mut slot: Option<Slot>,
         scatter: &mut Scatter,
     ) -> Result<(), RankError> {
-        fault::at_read(self.rank, number)?;
+        fault::at_read(self.rank, self.generation, number)?;
         let Work { plan, sources, .. } = &*self.work;
         let read = &plan.reads[self.rank as usize][number];
         if read.from == ReadFrom::Parameters {
@@ -438,7 +438,7 @@ impl Job {
         pinned: &Arc<SlotPool>,
         scatter: &mut Scatter,
     ) -> Result<(), RankError> {
-        fault::at_read(self.rank, number)?;
+        fault::at_read(self.rank, self.generation, number)?;
         let Work { plan, sources, .. } = &*self.work;
         let read = &plan.reads[self.rank as usize][number];
         if read.from == ReadFrom::Parameters {

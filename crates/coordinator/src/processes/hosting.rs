@@ -90,9 +90,24 @@ impl Hosting {
     /// # Errors
     /// The first failure of any rank.
     pub(crate) async fn load(&self, generation: Generation) -> Outcome {
+        self.ask(|done| SupervisorMessage::Load { generation, done }).await
+    }
+
+    /// Carries another load through, into what the ranks hold: all are prepared to begin it.
+    ///
+    /// # Errors
+    /// The first failure of any rank.
+    pub(crate) async fn load_again(&self, plan: PlanName) -> Outcome {
+        self.ask(|done| SupervisorMessage::LoadAgain { plan, done }).await
+    }
+
+    async fn ask(
+        &self,
+        message: impl FnOnce(oneshot::Sender<Outcome>) -> SupervisorMessage,
+    ) -> Outcome {
         let (done, outcome) = oneshot::channel();
         let gone = || LoadError::Runtime("the coordinator's actor has ended".into());
-        self.supervisor.cast(SupervisorMessage::Load { generation, done }).map_err(|_| gone())?;
+        self.supervisor.cast(message(done)).map_err(|_| gone())?;
         outcome.await.map_err(|_| gone())?
     }
 

@@ -6,10 +6,10 @@ use std::{collections::VecDeque, io, sync::Arc};
 use longshore_rank::{
     actor::{RankActor, RankArguments},
     error::RankError,
-    params::{Home, ReadyParams},
+    params::{Home, ParamMemory, ReadyParams},
     protocol::{
         Contact, Generation, Join, LoadPlan, PlanName, Progress, RankCommand, RankEvent,
-        RankEventKind, RankMessage, RankReport, Work,
+        RankEventKind, RankMessage, Work,
     },
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -31,8 +31,8 @@ use crate::{
     },
 };
 
-/// What a rank holds when every rank is complete.
-pub(crate) type Released = Result<(ReadyParams, RankReport), LoadError>;
+/// What a rank holds when every rank is complete, and in which generation that is.
+pub(crate) type Released = Result<(ReadyParams, Generation), LoadError>;
 
 /// What all ranks have contributed, or nothing where that was not asked for.
 pub(crate) type Gathered = Result<Vec<Vec<u8>>, LoadError>;
@@ -61,6 +61,26 @@ pub(crate) struct MemberArguments {
     pub(crate) released: oneshot::Sender<Released>,
 }
 
+/// Another load into what this rank holds.
+pub(crate) struct Again {
+    pub(crate) work: Arc<Work>,
+    pub(crate) home: Home,
+    /// Ready to be written again; whoever asks for this keeps it as well.
+    pub(crate) memory: Arc<ParamMemory>,
+    pub(crate) join: Arc<dyn Join>,
+    pub(crate) plan: PlanName,
+    pub(crate) check_at_end: CheckAtEnd,
+    pub(crate) released: oneshot::Sender<Released>,
+    /// Told when the coordinator may begin.
+    pub(crate) taken_up: oneshot::Sender<Result<(), String>>,
+}
+
+impl std::fmt::Debug for Again {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Again").field("plan", &self.plan).finish_non_exhaustive()
+    }
+}
+
 /// Everything that arrives in its mailbox.
 #[derive(Debug)]
 pub(crate) enum MemberMessage {
@@ -70,6 +90,10 @@ pub(crate) enum MemberMessage {
     Event(RankEvent),
     /// Contribute a piece, and answer when every rank has.
     Contribute(Piece, oneshot::Sender<Gathered>),
+    /// Let go of the parameters, which are to be written again.
+    LetGo,
+    /// Take another load up.
+    Again(Box<Again>),
     /// The link has ended.
     LinkEnded,
     /// Another coordinator was found, or not.
@@ -110,8 +134,10 @@ pub(crate) struct MemberState {
     plan: PlanName,
     check_at_end: CheckAtEnd,
     generation: Generation,
+    /// The last generation before another load was taken up: what comes later is about that.
+    before_again: Option<Generation>,
     /// Complete on this rank, not yet everywhere.
-    complete: Option<(ReadyParams, RankReport)>,
+    complete: Option<ReadyParams>,
     released: Option<oneshot::Sender<Released>>,
     gathering: VecDeque<oneshot::Sender<Gathered>>,
     /// Set once nothing more will come of the group.
@@ -154,6 +180,7 @@ impl Actor for Member {
             plan,
             check_at_end: arguments.check_at_end,
             generation: 0,
+            before_again: None,
             complete: None,
             released: Some(arguments.released),
             gathering: VecDeque::new(),
@@ -180,6 +207,9 @@ impl Actor for Member {
                     state.say(ToCoordinator::Contributed(piece)).await;
                 }
             },
+            // what it has of the last load, and its threads, go with it
+            MemberMessage::LetGo => state.rank.stop(None),
+            MemberMessage::Again(again) => state.take_up(*again, myself).await,
             MemberMessage::LinkEnded => {
                 let ended = match state.link.take() {
                     None => Ok("it was ended".to_owned()),
@@ -236,13 +266,17 @@ impl Actor for Member {
         event: SupervisionEvent,
         state: &mut MemberState,
     ) -> Result<(), ActorProcessingErr> {
-        let reason = match event {
-            SupervisionEvent::ActorFailed(_, error) => error.to_string(),
-            SupervisionEvent::ActorTerminated(_, _, reason) => {
-                reason.unwrap_or_else(|| "it stopped".to_owned())
+        let (cell, reason) = match event {
+            SupervisionEvent::ActorFailed(cell, error) => (cell, error.to_string()),
+            SupervisionEvent::ActorTerminated(cell, _, reason) => {
+                (cell, reason.unwrap_or_else(|| "it stopped".to_owned()))
             }
             _ => return Ok(()),
         };
+        if cell.get_id() != state.rank.get_id() {
+            // it was that of an earlier load
+            return Ok(());
+        }
         let text = RankError::Panicked(reason).to_string();
         let what = Happened::Failed { text, refused: false, lasting: false, blames: None };
         state.say(ToCoordinator::Event { generation: state.generation, what }).await;
@@ -297,11 +331,20 @@ impl MemberState {
                     (self.complete.take(), self.released.take())
                 {
                     // whoever waited may have gone away
-                    let _ = released.send(Ok(complete));
+                    let _ = released.send(Ok((complete, *generation)));
                 }
             }
             ToRank::Abort { generation, why } if *generation == self.generation => {
-                self.end(Over::Told { why: why.clone() });
+                let over = Over::Told { why: why.clone() };
+                match self.released.take_if(|_| self.before_again.is_some_and(|g| g < *generation))
+                {
+                    None => self.end(over),
+                    // the group can still do something about it
+                    Some(released) => {
+                        self.complete = None;
+                        let _ = released.send(Err(over.error()));
+                    }
+                }
             }
             _ => {}
         }
@@ -315,6 +358,35 @@ impl MemberState {
             // supervision tells when the rank is gone
             let _ = self.rank.cast(RankMessage::Command(command));
         }
+    }
+
+    async fn take_up(&mut self, again: Again, myself: ActorRef<MemberMessage>) {
+        let Again { work, home, memory, join, plan, check_at_end, released, taken_up } = again;
+        if let Some(over) = &self.over {
+            // whoever waits for these may have gone away, here and below
+            let _ = taken_up.send(Err(over.error().line()));
+            return;
+        }
+        self.progress.begin_again();
+        let start = RankArguments {
+            rank: self.number,
+            events: myself.get_derived(),
+            progress: Arc::clone(&self.progress),
+            work: Arc::clone(&work),
+            home,
+            reuse: Some(memory),
+            join: Some(join),
+        };
+        match Actor::spawn_linked(None, RankActor, start, myself.get_cell()).await {
+            Ok((rank, _)) => self.rank = rank,
+            Err(e) => return drop(taken_up.send(Err(e.to_string()))),
+        }
+        (self.work, self.plan, self.check_at_end) = (work, plan, check_at_end);
+        (self.complete, self.released) = (None, Some(released));
+        self.before_again = Some(self.generation);
+        // no other coordinator would know what these ranks hold
+        self.way = None;
+        let _ = taken_up.send(Ok(()));
     }
 
     async fn event(&mut self, event: RankEvent) {
@@ -332,7 +404,7 @@ impl MemberState {
             RankEventKind::Prepared(plan) => Happened::Prepared { plan },
             RankEventKind::Ready(params, report) => match (self.check_at_end)() {
                 Ok(()) => {
-                    self.complete = params.map(|params| (params, report.clone()));
+                    self.complete = params;
                     Happened::Ready(report)
                 }
                 Err(e) => {

@@ -51,6 +51,10 @@ pub(crate) struct RemoteArguments {
 #[derive(Debug)]
 pub(crate) enum RemoteMessage {
     Command(RankCommand),
+    /// What it carries out from now on.
+    Plan(PlanName),
+    /// The group is over, for this reason.
+    Over(String),
     /// Every rank has contributed its piece; all of them, if this one wants them.
     Gathered(Vec<Vec<u8>>),
     /// Nothing is left to be said.
@@ -143,6 +147,14 @@ impl Actor for RemoteRank {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             RemoteMessage::Command(command) => state.tell(to_rank(command)),
+            RemoteMessage::Plan(plan) => {
+                state.plan = plan;
+                Ok(())
+            }
+            RemoteMessage::Over(why) => {
+                let generation = state.generation;
+                state.tell(Some(ToRank::Abort { generation, why }))
+            }
             RemoteMessage::Gathered(pieces) => state.tell(Some(ToRank::Gathered(pieces))),
             RemoteMessage::End => {
                 state.outgoing = None;
