@@ -1,7 +1,8 @@
 //! What rank processes tell of themselves while they load, for whoever watches from outside: a line of JSON per event.
 //!
-//! With `LONGSHORE_EVENTS=FILE` in its environment each rank process appends to FILE, under whatever launcher. A line is
-//! written at once and is shorter than 4 KiB, so those of several processes do not mix. A file that cannot be written to gives one warning, and never disturbs a load.
+//! With `LONGSHORE_EVENTS=FILE` in its environment each rank process appends to FILE, under whatever launcher, and
+//! [`chaos`](crate::chaos) reads it. A line is written at once and is shorter than 4 KiB, so those of several processes do not
+//! mix. A file that cannot be written to gives one warning, and never disturbs a load.
 //!
 //! ```text
 //! {"time":1763758421.25,"rank":1,"pid":4711,"generation":1,"read_bytes":65536,"event":"phase","phase":"finishing"}
