@@ -1,6 +1,7 @@
 //! The command line.
 
 mod arguments;
+mod chaos;
 mod launch;
 mod rank;
 mod watch;
@@ -64,6 +65,7 @@ pub fn main() -> ExitCode {
         Command::Synth(arguments) => run_synth(arguments, cli.json),
         Command::Cache(arguments) => run_cache(arguments, cli.json),
         Command::Launch(arguments) => return launch::run(arguments),
+        Command::Chaos(arguments) => return chaos::run(arguments, cli.json),
         // taken care of above, since they say where their log goes
         Command::Rank(_) => Ok(()),
     };

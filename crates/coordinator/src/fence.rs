@@ -61,6 +61,23 @@ impl ProcessIdentity {
         self.kill_within(GONE_WITHIN)
     }
 
+    /// Ties the process to a descriptor, so that signals may be sent to it; `None`: it is gone.
+    ///
+    /// # Errors
+    /// It is on another host, or in another container; or the system does not say.
+    pub(crate) fn hold(&self) -> io::Result<Option<Held>> {
+        if self.host != host_identity()? {
+            let why = "it is on another host, or in another container";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        }
+        let process = match open(self.pid) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            opened => opened?,
+        };
+        let is_it = start_of(self.pid)? == Some(self.start) && !is_gone(&process, Duration::ZERO)?;
+        Ok(is_it.then_some(Held(process)))
+    }
+
     fn kill_within(&self, limit: Duration) -> Fenced {
         match self.try_kill(limit) {
             Ok(fenced) => fenced,
@@ -81,7 +98,7 @@ impl ProcessIdentity {
         if is_gone(&process, Duration::ZERO)? || start_of(self.pid)? != Some(self.start) {
             return Ok(Fenced::Gone);
         }
-        send_kill(&process)?;
+        send(&process, libc::SIGKILL)?;
         match is_gone(&process, limit)? {
             true => Ok(Fenced::Killed),
             false => {
@@ -89,6 +106,31 @@ impl ProcessIdentity {
                 Err(io::Error::new(io::ErrorKind::TimedOut, why))
             }
         }
+    }
+}
+
+/// A process whose number is tied to a descriptor: what is sent to it reaches no other.
+#[derive(Debug)]
+pub(crate) struct Held(OwnedFd);
+
+impl Held {
+    /// Sends a signal; `false`: the process is gone.
+    ///
+    /// # Errors
+    /// It may not be sent.
+    pub(crate) fn signal(&self, signal: i32) -> io::Result<bool> {
+        match send(&self.0, signal) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+            sent => sent.map(|()| true),
+        }
+    }
+
+    /// Waits until the process has ended; one that its parent has not waited for counts.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub(crate) fn is_gone(&self, within: Duration) -> io::Result<bool> {
+        is_gone(&self.0, within)
     }
 }
 
@@ -107,11 +149,11 @@ fn open(pid: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-fn send_kill(process: &OwnedFd) -> io::Result<()> {
+fn send(process: &OwnedFd, signal: i32) -> io::Result<()> {
     let (descriptor, nothing) = (process.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
     let call = libc::SYS_pidfd_send_signal;
     // SAFETY: the descriptor is open; with a null pointer for the details nothing is read
-    match unsafe { libc::syscall(call, descriptor, libc::SIGKILL, nothing, 0) } {
+    match unsafe { libc::syscall(call, descriptor, signal, nothing, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
@@ -244,6 +286,24 @@ mod tests {
             assert!(matches!(nobody.kill(), Fenced::Gone), "{pid}");
         }
         assert!(sleeping.is_alive());
+    }
+
+    /// What was held when it ended stays that process, whoever has the number then.
+    #[test]
+    fn signals_reach_the_very_process_or_nobody() {
+        let (mut sleeping, identity) = Sleeping::start();
+        let held = identity.hold().unwrap().unwrap();
+        let earlier = ProcessIdentity { start: identity.start - 1, ..identity.clone() };
+        assert!(earlier.hold().unwrap().is_none());
+        let distant = ProcessIdentity { host: "another".into(), ..identity.clone() };
+        assert_eq!(distant.hold().unwrap_err().kind(), io::ErrorKind::Unsupported);
+        assert!(held.signal(libc::SIGSTOP).unwrap() && held.signal(libc::SIGCONT).unwrap());
+        assert!(!held.is_gone(Duration::ZERO).unwrap() && sleeping.is_alive());
+        assert!(held.signal(libc::SIGKILL).unwrap());
+        assert!(held.is_gone(Duration::from_secs(60)).unwrap());
+        sleeping.0.wait().unwrap();
+        assert!(!held.signal(libc::SIGKILL).unwrap());
+        assert!(identity.hold().unwrap().is_none());
     }
 
     #[test]

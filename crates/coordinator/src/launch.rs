@@ -26,7 +26,7 @@ mod lines;
 mod output;
 mod restarts;
 mod run;
-mod signals;
+pub(crate) mod signals;
 mod supervise;
 
 use std::{ffi::OsString, io};

@@ -47,6 +47,7 @@ use self::{
 use crate::{
     coordination::{Loaded, Recovery},
     error::LoadError,
+    events,
     link::{
         connect::{Connected, connect},
         handshake::{Credentials, Purpose, Terms},
@@ -148,6 +149,7 @@ impl Door {
     /// # Errors
     /// None can be had.
     pub(crate) fn open(place: &Place) -> Result<Self, LoadError> {
+        events::open(place);
         if place.rank > 0 {
             return Ok(Self(None));
         }
@@ -309,13 +311,16 @@ async fn join(
     let way = Way { place: place.clone(), limit: options.join_limit };
     let coordinator = way.meet_at(hosting.map(|hosting| hosting.address)).await?;
     let address = coordinator.stream.local_addr().map_err(|e| failed(e.into()))?.ip();
+    events::emit(events::What::Joined);
+    let progress: Arc<Progress> = Arc::default();
+    events::watch(&progress);
     let (released, outcome) = oneshot::channel();
     let checked = Arc::clone(prepared);
     let start = MemberArguments {
         rank: place.rank,
         coordinator,
         timing: timing(options),
-        progress: Arc::default(),
+        progress,
         work: prepared.work(),
         home: prepared.homes.first().cloned().unwrap_or(Home::Host),
         join: Arc::new(host_join(place, prepared, options, address)?),
@@ -445,6 +450,7 @@ impl Joined {
 
     /// Says goodbye.
     pub(crate) async fn end(self) {
+        events::ended(None);
         let (done, ended) = oneshot::channel();
         if self.member.cast(MemberMessage::End(done)).is_ok() {
             // an actor that is gone has said it

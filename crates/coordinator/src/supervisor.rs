@@ -22,6 +22,7 @@ use tokio::{
 use crate::{
     coordination::{Coordination, Order, Outcome, Recovery, Watched},
     error::LoadError,
+    events,
     fence::ProcessIdentity,
     link::handshake::Admissions,
     processes::{
@@ -331,6 +332,7 @@ impl SupervisorState {
 
     fn carry_out(&mut self, orders: Vec<Order>) {
         for order in orders {
+            events::ordered(&order, |rank| self.read_bytes(rank));
             match order {
                 Order::Tell(rank, command) => {
                     if let Some(rank) = &self.ranks[rank as usize] {
@@ -351,6 +353,11 @@ impl SupervisorState {
                 }
             }
         }
+    }
+
+    fn read_bytes(&self, rank: u32) -> u64 {
+        let rank = self.ranks[rank as usize].as_ref();
+        rank.map_or(0, |rank| rank.progress.read_bytes.load(Ordering::Relaxed))
     }
 
     fn vacate(&mut self, rank: u32) -> Option<Rank> {

@@ -8,7 +8,7 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU8, AtomicU64, Ordering},
     },
     time::Duration,
@@ -362,6 +362,8 @@ impl Phase {
 #[derive(Debug, Default)]
 pub struct Progress {
     phase: AtomicU8,
+    /// Who is told of every phase, if anyone.
+    listener: OnceLock<fn(Phase)>,
     /// Weight bytes read, from storage or from what this host has kept of it.
     pub read_bytes: AtomicU64,
     /// Those of them that were kept.
@@ -392,12 +394,22 @@ impl Progress {
     pub fn enter(&self, phase: Phase) {
         self.phase.store(phase as u8, Ordering::Relaxed);
         self.steps.fetch_add(1, Ordering::Relaxed);
+        if let Some(tell) = self.listener.get() {
+            tell(phase);
+        }
+    }
+
+    /// Has `listener` told of every phase from now on; the first that is given stays.
+    pub fn tell(&self, listener: fn(Phase)) {
+        // one that has a listener keeps it
+        let _ = self.listener.set(listener);
     }
 
     /// Counts from nothing again, for another load: nothing of the last one runs any more.
     pub fn begin_again(&self) {
         let Self {
             phase: _,
+            listener: _,
             read_bytes,
             cached_bytes,
             padding_bytes,

@@ -17,7 +17,7 @@ use crate::{
     synth::{Scale, Synth},
 };
 
-use super::launch::LaunchArgs;
+use super::{chaos::ChaosArgs, launch::LaunchArgs};
 
 /// Loads a large language model's checkpoint onto the ranks of a tensor-parallel server.
 #[derive(Debug, Parser)]
@@ -50,6 +50,9 @@ pub(super) enum Command {
     Cache(CacheArgs),
     /// Start a command as every rank of this host, and as one that fails again; takes torchrun's flags.
     Launch(LaunchArgs),
+    /// Kill, stop and delay ranks while they load, and compare what comes of it with an undisturbed run. Takes the options of
+    /// load, or after -- a launch command of your own whose ranks embed longshore.
+    Chaos(ChaosArgs),
 }
 
 #[derive(Debug, Args)]
@@ -470,7 +473,7 @@ fn parse_device(text: &str) -> Result<DeviceChoice, String> {
 }
 
 /// Seconds, with a fraction perhaps.
-fn parse_seconds(text: &str) -> Result<Duration, String> {
+pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     seconds
         .filter(|limit| TIME_LIMITS.contains(limit))

@@ -18,6 +18,7 @@ use tracing::warn;
 
 use crate::{
     error::{LoadError, line},
+    events,
     fence::{Fenced, ProcessIdentity},
     link::{
         connect::Connected,
@@ -224,6 +225,7 @@ impl Actor for Member {
                         if state.released.is_some() && state.over.is_none() =>
                     {
                         warn!("the coordinator was lost ({reason}); its successor is looked for");
+                        events::coordinator_lost(&reason);
                         let way = way.clone();
                         state.orphaned = Some(reason);
                         let gone = state.coordinator.take();
@@ -239,6 +241,7 @@ impl Actor for Member {
             }
             MemberMessage::Successor(Ok(coordinator)) => {
                 state.orphaned = None;
+                events::emit(events::What::Joined);
                 state.link(coordinator, myself)?;
                 let generation = state.generation;
                 state.say(ToCoordinator::Knows { generation }).await;
@@ -322,6 +325,7 @@ impl MemberState {
             ToRank::Allocate { generation } if *generation <= self.generation => return,
             ToRank::Allocate { generation } => {
                 self.generation = *generation;
+                events::generation(*generation);
                 // complete means now what it means in this generation
                 self.complete = None;
             }
@@ -432,6 +436,7 @@ impl MemberState {
         self.complete = None;
         // the first cause is the one that counts
         let over = self.over.get_or_insert(over);
+        events::ended(Some(&over.error().line()));
         if let Some(released) = self.released.take() {
             // whoever waited may have gone away, here and below
             let _ = released.send(Err(over.error()));
