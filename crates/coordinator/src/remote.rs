@@ -18,7 +18,7 @@ use longshore_rank::{
     storage::{FileIdentity, RemoteFile, RemoteRead},
 };
 use longshore_store::{
-    ChecksumAlgorithm, Location, Object, ObjectInfo, Store, StoreOptions, hub_snapshot,
+    ChecksumAlgorithm, Location, Object, ObjectInfo, Store, StoreError, StoreOptions, hub_snapshot,
 };
 use tracing::{info, warn};
 
@@ -256,7 +256,10 @@ impl RemoteFile for Weights {
             }),
             Err(e) => {
                 let refused = e.is_refusal();
-                Err(RankError::Remote { refused, source: Box::new(e) })
+                // what others have read is of a state that is no more
+                let lasting =
+                    matches!(e, StoreError::Replaced { .. } | StoreError::OutOfRange { .. });
+                Err(RankError::Remote { refused, lasting, source: Box::new(e) })
             }
         }
     }
