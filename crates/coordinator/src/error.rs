@@ -318,7 +318,6 @@ impl LoadError {
             LoadError::Store(e) if e.is_refusal() => 2,
             #[cfg(feature = "remote")]
             LoadError::Store(_) => 1,
-            LoadError::Replaced { .. } => crate::launch::REPLACE_ME,
             // what has begun to write and could not be mended has failed, whatever the first cause
             LoadError::Reload { not_restored: Some(_), .. } => 1,
             LoadError::Reload { source, .. } | LoadError::NotReloaded { source, .. } => {
@@ -332,6 +331,7 @@ impl LoadError {
             | LoadError::Losses { .. }
             | LoadError::OtherPlan { .. }
             | LoadError::CoordinatorLost { .. }
+            | LoadError::Replaced { .. }
             | LoadError::GroupEnded { .. }
             | LoadError::Tensors { .. }
             | LoadError::FileModified { .. }

@@ -33,8 +33,8 @@ use std::{ffi::OsString, io};
 
 use crate::{error::LoadError, secret::SECRET_VARIABLE};
 
-pub(crate) use self::ending::REPLACE_ME;
 use self::run::Events;
+pub(crate) use self::{ending::REPLACE_ME, environment::RESTARTS_VARIABLE};
 
 /// The port of rank 0's host where there are several hosts and none was given; torchrun's default.
 pub const PORT_DEFAULT: u16 = 29500;

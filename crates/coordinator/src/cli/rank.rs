@@ -14,7 +14,7 @@ use super::{
 use crate::{
     device, digest,
     error::LoadError,
-    launch::{FinalLines, Launch},
+    launch::{FinalLines, Launch, REPLACE_ME, RESTARTS_VARIABLE},
     link::wire,
     load::{prepare_process, progress_of},
     out::{self, RankFile},
@@ -88,8 +88,14 @@ pub(super) fn run(arguments: &RankArgs, json: bool, log_level: LevelFilter) -> E
         Ok(()) => ExitCode::SUCCESS,
         // the coordinator prints the cause
         Err(e) if place.rank > 0 && is_told_by_rank_0(&e) => ExitCode::from(e.exit_code()),
+        Err(e @ LoadError::Replaced { .. }) if is_started_again() => fail(&e.line(), REPLACE_ME),
         Err(e) => fail(&e.line(), e.exit_code()),
     }
+}
+
+/// Whether a launcher of ours is there to start this rank again.
+fn is_started_again() -> bool {
+    std::env::var_os(RESTARTS_VARIABLE).is_some()
 }
 
 /// Whether rank 0 ends with the same, or with the cause of it.
@@ -123,7 +129,7 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
         .map_err(|e| LoadError::Runtime(e.to_string()))?;
     let progress = progress_of(&plan);
     // what is lost when the load is complete is no part of it any more: all do it once more
-    let once_more = group.on_loss == OnLoss::Wait && group.max_restarts > 0;
+    let once_more = group.on_loss == OnLoss::Wait && group.max_restarts > 0 && is_started_again();
     let counters = progress.clone();
     let loading = processes::load(place, door, source, prepared, &group, progress);
     let watched = Watched { place, progress: &counters };

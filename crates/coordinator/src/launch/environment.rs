@@ -8,7 +8,7 @@ pub(super) const REMOVED: [&str; 1] = ["TORCHELASTIC_USE_AGENT_STORE"];
 
 /// What tells a process how often its rank was started again. torchrun's count is of the whole group, and stays 0 here: a
 /// process that joins the others is of the same group as they.
-pub(super) const RESTARTS_VARIABLE: &str = "LONGSHORE_RESTARTS";
+pub(crate) const RESTARTS_VARIABLE: &str = longshore_rank::fault::RESTARTS_VARIABLE;
 
 /// What is the same for all processes of a group.
 #[derive(Debug)]
