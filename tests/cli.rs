@@ -58,6 +58,7 @@ fn load_plan_inspect_and_synth_print_one_json_document() {
             "checkpoint_bytes",
             "needed_bytes",
             "storage_bytes_read",
+            "cached_bytes_read",
             "exchanged_bytes",
             "seconds",
             "phases",

@@ -327,7 +327,7 @@ fn ranks_that_stay_in_touch_hold_nothing_but_parameters_on_their_devices() {
             rank.barrier().unwrap();
             let held = allocated();
             rank.barrier().unwrap();
-            (held, rank.leave())
+            (held, rank.leave().unwrap())
         };
         let (a, b) = std::thread::scope(|scope| {
             let other = scope.spawn(|| join(1));
@@ -352,7 +352,7 @@ fn a_rank_that_is_killed_ends_the_others_also_in_nccl() {
         emulated_nccl(&mut command, &NcclOptions { fail: fail.to_vec(), ..NcclOptions::default() });
         command.args(["load", "--log-level", "error", "--device", "cuda", "--tp", "4"]).arg(&dir);
         command.args(["--ranks", "processes", "--transport", "nccl", "--read-size", "64KiB"]);
-        command.env("LONGSHORE_FAULT", "rank=2,read=2,do=exit");
+        command.args(["--on-loss", "fail"]).env("LONGSHORE_FAULT", "rank=2,read=2,do=exit");
         let begun = Instant::now();
         let ran = command.output().unwrap();
         let told = String::from_utf8_lossy(&ran.stderr).into_owned();

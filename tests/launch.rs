@@ -1,11 +1,13 @@
-//! The launcher: what each rank is told, what is shown of it, how a group ends, and that nothing is left of it.
+//! The launcher: what each rank is told, what is shown of it, what becomes of one that is lost, how a group ends, and that
+//! nothing is left of it.
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
 
 use std::{
     collections::BTreeMap,
     fs,
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader, IsTerminal, Read},
+    net::TcpStream,
     os::unix::process::CommandExt,
     path::PathBuf,
     process::{Child, Command, ExitStatus, Output, Stdio},
@@ -18,7 +20,10 @@ use longshore::{
     error::LoadError,
     launch::{Ended, FinalLines, Launch},
 };
-use longshore_harness::scratch::Scratch;
+use longshore_harness::{
+    generator::{Checkpoint, Family, Scheme},
+    scratch::Scratch,
+};
 
 /// Longer than anything here takes; a test that waits so long has failed.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -132,7 +137,7 @@ fn final_line(run: &Output) -> String {
 }
 
 /// The lines of a stream as they come.
-fn lines_of(stream: impl std::io::Read + Send + 'static) -> mpsc::Receiver<String> {
+fn lines_of(stream: impl Read + Send + 'static) -> mpsc::Receiver<String> {
     let (sender, lines) = mpsc::channel();
     thread::spawn(move || {
         for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
@@ -182,6 +187,7 @@ fn each_rank_is_told_its_place() {
             ("MASTER_ADDR", "127.0.0.1"),
             ("TORCHELASTIC_RESTART_COUNT", "0"),
             ("TORCHELASTIC_MAX_RESTARTS", "2"),
+            ("LONGSHORE_RESTARTS", "0"),
         ] {
             assert_eq!(told[name], wanted, "{name}");
         }
@@ -417,40 +423,157 @@ fn a_launcher_under_nohup_goes_on() {
     story.wait_until_nobody_is_left();
 }
 
+/// The warnings among what a run has written, without their level.
+fn warnings(text: &str) -> Vec<&str> {
+    text.lines().filter_map(|line| line.trim_start().strip_prefix("WARN ")).collect()
+}
+
+/// In its place, with what it was told before; the others do not notice.
 #[test]
-fn a_failed_group_starts_again_as_often_as_was_asked_for() {
-    let story = Story::new();
-    let note = "echo $TORCHELASTIC_RESTART_COUNT $LONGSHORE_SECRET >> $RANK;";
-    let script =
-        format!("{note} test $TORCHELASTIC_RESTART_COUNT = 1 || test $RANK != 1 || exit 5");
-    let run = story.run(&["--nproc", "2", "--max-restarts", "3", "--", "sh", "-c", &script]);
-    let text = stderr(&run);
-    assert_eq!(run.status.code(), Some(0), "{text}");
-    assert!(text.contains("rank 1 exited with code 5") && text.contains("1 of 3"), "{text}");
-    for rank in ["0", "1"] {
-        let notes = story.read(rank).unwrap();
-        let notes: Vec<(&str, &str)> = notes.lines().filter_map(|l| l.split_once(' ')).collect();
-        assert_eq!(notes.iter().map(|(count, _)| *count).collect::<Vec<_>>(), ["0", "1"]);
-        assert_ne!(notes[0].1, notes[1].1, "each attempt has its own secret");
+fn a_lost_rank_is_started_again_while_the_others_run_on() {
+    for (lost, signal, number) in [(1, "KILL", 9), (0, "KILL", 9), (2, "SEGV", 11)] {
+        let story = Story::new();
+        let script = "env > told-$RANK-$LONGSHORE_RESTARTS; echo $$ > pid-$RANK-$LONGSHORE_RESTARTS; \
+            until test -e end; do sleep 0.02; done";
+        let launch = ["--nproc", "3", "--max-restarts", "3", "--", "sh", "-c", script];
+        let mut run = story.spawn(&launch);
+        let first: Vec<i32> = (0..3).map(|rank| story.pid(&format!("pid-{rank}-0"))).collect();
+        kill(first[lost], signal);
+        let second = story.pid(&format!("pid-{lost}-1"));
+        assert_ne!(second, first[lost]);
+        for (rank, pid) in first.iter().enumerate().filter(|(rank, _)| *rank != lost) {
+            assert!(PathBuf::from(format!("/proc/{pid}/environ")).exists(), "rank {rank}");
+            assert_eq!(story.read(&format!("pid-{rank}-1")), None);
+        }
+        let told = |restarts: u32| -> Vec<String> {
+            let text = story.read(&format!("told-{lost}-{restarts}")).unwrap();
+            let own = |line: &&str| !line.starts_with("LONGSHORE_RESTARTS=");
+            text.lines().filter(own).map(str::to_owned).collect()
+        };
+        assert_eq!(told(0), told(1));
+        fs::write(story.scratch.join("end"), "").unwrap();
+        wait(&mut run);
+        let run = run.wait_with_output().unwrap();
+        let warning = format!(
+            "rank {lost} was killed by signal {number} (SIG{signal}); it starts again, restart 1 of 3"
+        );
+        assert_eq!((run.status.code(), warnings(&stderr(&run))), (Some(0), vec![&warning[..]]));
+        assert_eq!(stderr(&run).lines().count(), 1, "{}", stderr(&run));
+        story.wait_until_nobody_is_left();
     }
+}
+
+/// The pauses grow, and the final line has every cause.
+#[test]
+fn a_rank_that_is_lost_again_and_again_ends_the_group() {
+    let story = Story::new();
+    let script = "echo $LONGSHORE_RESTARTS $TORCHELASTIC_RESTART_COUNT >> $RANK; \
+        test $RANK = 1 || exec sleep 1000; \
+        case $LONGSHORE_RESTARTS in 0) kill -9 $$;; 1) exit 5;; *) exit 6;; esac";
+    let run = story.run(&["--nproc", "3", "--max-restarts", "2", "--", "sh", "-c", script]);
+    let text = stderr(&run);
+    assert_eq!(run.status.code(), Some(6), "{text}");
+    let wanted = [
+        "rank 1 was killed by signal 9 (SIGKILL); it starts again, restart 1 of 2",
+        "rank 1 exited with code 5; it starts again in 0.5 s, restart 2 of 2",
+    ];
+    assert_eq!(warnings(&text), wanted);
+    let wanted = "longshore: rank 1 was killed by signal 9 (SIGKILL); then rank 1 exited with code 5; \
+        then rank 1 exited with code 6";
+    assert_eq!(final_line(&run), wanted);
+    assert_eq!(story.read("1").unwrap(), "0 0\n1 0\n2 0\n");
+    assert_eq!(
+        (story.read("0").unwrap(), story.read("2").unwrap()),
+        ("0 0\n".into(), "0 0\n".into())
+    );
 
     let story = Story::new();
-    let script = format!("{note} exit 6");
-    let run = story.run(&["--nproc", "1", "--max_restarts", "1", "--", "sh", "-c", &script]);
+    let run = story.run(&["--nproc", "1", "--max_restarts", "1", "--", "sh", "-c", "exit 6"]);
     assert_eq!(run.status.code(), Some(6));
-    assert_eq!(final_line(&run), "longshore: rank 0 exited with code 6");
-    assert_eq!(story.read("0").unwrap().lines().count(), 2);
+    assert_eq!(
+        final_line(&run),
+        "longshore: rank 0 exited with code 6; then rank 0 exited with code 6"
+    );
+}
+
+/// One is killed, the others end because of it: that is one failure.
+#[test]
+fn a_group_that_fails_together_uses_one_restart() {
+    let story = Story::new();
+    let script = "test $LONGSHORE_RESTARTS = 0 || exit 0; echo > up-$RANK; \
+        until test -e up-0 && test -e up-1 && test -e up-2 && test -e up-3; do sleep 0.01; done; \
+        test $RANK != 2 || kill -9 $$; exit 1";
+    let run = story.run(&["--nproc", "4", "--max-restarts", "1", "--", "sh", "-c", script]);
+    let text = stderr(&run);
+    assert_eq!(run.status.code(), Some(0), "{text}");
+    let warned = warnings(&text);
+    assert_eq!(warned.len(), 4, "{text}");
+    assert!(warned.iter().all(|line| line.contains("restart 1 of 1")), "{text}");
+    assert!(text.contains("restart 1 of 1 (every rank has failed, which counts once)"), "{text}");
+    assert_eq!(text.lines().count(), 4, "{text}");
+}
+
+/// More ranks fail than may be started again, and one does not: it is ended, none is left.
+#[test]
+fn ranks_that_are_too_many_to_be_started_again_end_the_group() {
+    let story = Story::new();
+    let script = "echo > up-$RANK; until test -e up-0 && test -e up-1 && test -e up-2; do sleep 0.01; done; \
+        test $RANK != 0 || exec sleep 1000; test $LONGSHORE_RESTARTS = 0 || exec sleep 1000; exit 7";
+    let run = story.run(&["--nproc", "3", "--max-restarts", "1", "--", "sh", "-c", script]);
+    assert_eq!(run.status.code(), Some(7), "{}", stderr(&run));
+    let line = final_line(&run);
+    for rank in [1, 2] {
+        assert!(line.contains(&format!("rank {rank} exited with code 7")), "{line}");
+    }
+    assert!(line.contains("; then "), "{line}");
+}
+
+/// A coordinator's successor listens where the others look for it, though its predecessor's connections are still known to
+/// the system.
+#[test]
+fn rank_0_has_its_port_again_at_once() {
+    let story = Story::new();
+    let checkpoint = Checkpoint::new(Family::Llama, Scheme::Bf16);
+    checkpoint.write(&story.scratch.join("checkpoint")).unwrap();
+    let script = "echo $MASTER_PORT > port; echo $$ > pid-$RANK-$LONGSHORE_RESTARTS; \
+        test $RANK = 0 || exec sleep 1000; exec \"$0\" rank checkpoint --log-level error";
+    let exe = env!("CARGO_BIN_EXE_longshore");
+    let launch = ["--nproc", "2", "--max-restarts", "2", "--", "sh", "-c", script, exe];
+    let mut run = story.spawn(&launch);
+    let port = story.pid("port") as u16;
+    let greeted = || {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+        let mut greeting = [0; 13];
+        stream.read_exact(&mut greeting).ok()?;
+        // its length comes first
+        (&greeting[4..] == b"longshore").then_some(stream)
+    };
+    let mut held = Vec::new();
+    for restarts in 0..3 {
+        let pid = story.pid(&format!("pid-0-{restarts}"));
+        wait_until("rank 0 greets", || greeted().is_some());
+        held.push(greeted());
+        if restarts < 2 {
+            kill(pid, "KILL");
+        }
+    }
+    kill(run.id() as i32, "TERM");
+    assert_eq!(wait(&mut run).code(), Some(143));
+    story.wait_until_nobody_is_left();
 }
 
 #[test]
 fn a_signal_ends_the_wait_before_a_restart() {
     let story = Story::new();
-    let arguments = ["--nproc", "1", "--max-restarts", "9", "--", "sh", "-c", "exit 1"];
+    let script = "test $RANK = 0 || exec sleep 1000; exit 1";
+    let arguments = ["--nproc", "2", "--max-restarts", "9", "--", "sh", "-c", script];
     let mut run = story.spawn(&arguments);
     let lines = lines_of(run.stderr.take().unwrap());
-    wait_for_line(&lines, "restart 1 of 9");
+    wait_for_line(&lines, "it starts again in 2 s, restart 4 of 9");
     kill(run.id() as i32, "INT");
     assert_eq!(wait(&mut run).code(), Some(130));
+    wait_for_line(&lines, "longshore: ended by signal 2 (SIGINT)");
+    story.wait_until_nobody_is_left();
 }
 
 /// What a rank leaves in its group goes with it; what has left the group is not waited for.
@@ -534,12 +657,23 @@ fn of_the_final_lines_of_longshore_commands_one_is_left() {
         line: line.map(str::to_owned),
         restarts,
     };
-    // rank 0 has said it; what is refused is not tried again
-    let said = launch("test $RANK != 1 || echo 'longshore: lost' >&2; exit 2", 9).unwrap();
-    assert_eq!(said, ended(2, None, 0));
+    // rank 0 has said it, if it could; what is refused is not tried again
+    let script = "test $RANK != 1 || sleep 0.1; echo \"longshore: $RANK\" >&2; exit 2";
+    let line = (!io::stderr().is_terminal()).then_some("0");
+    assert_eq!(launch(script, 9).unwrap(), ended(2, line, 0));
+    assert_eq!(launch(script, 0).unwrap(), ended(2, None, 0));
     // rank 0 had no chance to
     let script = "test $RANK = 1 || exec sleep 1000; echo 'longshore: disk' >&2; exit 1";
-    assert_eq!(launch(script, 1).unwrap(), ended(1, Some("disk"), 1));
+    assert_eq!(launch(script, 1).unwrap(), ended(1, Some("disk"), 0));
+    // it would do better as another process
+    let script = "test $RANK = 1 || exec sleep 1000; echo 'longshore: disk' >&2; exit 75";
+    assert_eq!(launch(script, 0).unwrap(), ended(1, Some("disk"), 0));
+    let both = "rank 1 exited with code 75: disk; then rank 1 exited with code 75: disk";
+    assert_eq!(launch(script, 1).unwrap(), ended(1, Some(both), 1));
+    // a line of one that was started again is none of a group that ends well
+    let script = "test $LONGSHORE_RESTARTS = 1 && exit; test $RANK = 1 || exit 0; \
+        echo 'longshore: disk' >&2; exit 75";
+    assert_eq!(launch(script, 1).unwrap(), ended(0, None, 1));
     // nobody had
     let killed = launch("test $RANK = 2 || exec sleep 1000; kill -9 $$", 0).unwrap();
     assert_eq!(killed, ended(1, Some("rank 2 was killed by signal 9 (SIGKILL)"), 0));

@@ -29,15 +29,14 @@ fn story() -> Story {
     story
 }
 
-/// `longshore load` with a process per rank, one of which does something at its second read.
+/// `longshore load` with a process per rank, one of which does something at its second read; no rank that is lost is replaced.
 fn load(story: &Story, tp: u32, fault: &str, extra: &[&str]) -> Running {
     let tp = tp.to_string();
     let load = ["load", "checkpoint", "--ranks", "processes", "--tp", &tp, "--out", "out"];
-    // what becomes of a group that replaces its lost ranks is told in recovery.rs
-    let load = [&load[..], &["--on-loss", "fail"]].concat();
     // small reads, so that every rank has several
     let quiet = ["--read-size", "64KiB", "--json", "--log-level", "error"];
-    let mut command = story.command(&[&load[..], &quiet, extra].concat());
+    let end = ["--on-loss", "fail"];
+    let mut command = story.command(&[&load[..], &quiet, &end, extra].concat());
     command.env("LONGSHORE_FAULT", fault);
     story.start(command)
 }

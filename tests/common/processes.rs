@@ -89,6 +89,12 @@ impl Story {
         wait_for(&format!("a process of rank {rank}"), find)
     }
 
+    /// The process of `rank`, if there is one now.
+    pub fn rank_now(&self, rank: u32) -> Option<Process> {
+        let mark = format!("RANK={rank}");
+        self.alive().into_iter().find(|p| p.environment.contains(&mark))
+    }
+
     /// The processes of all ranks, once every one of them reads or has read.
     pub fn loading(&self, world_size: u32) -> Vec<Process> {
         let ranks: Vec<Process> = (0..world_size).map(|rank| self.rank(rank)).collect();

@@ -16,6 +16,7 @@ pub use self::{
     threads::{Loaded, Loading, RankProgress},
 };
 use crate::{
+    cache::weights::KeepWeights,
     device::DeviceChoice,
     discover::discover,
     error::LoadError,
@@ -48,6 +49,7 @@ pub struct Load {
     source: String,
     tensor_parallel: Option<u32>,
     memory_limit: Option<u64>,
+    keep: Option<KeepWeights>,
     plan: PlanOptions,
     run: RunOptions,
     group: GroupOptions,
@@ -60,6 +62,7 @@ impl Load {
             source: source.into(),
             tensor_parallel: None,
             memory_limit: None,
+            keep: None,
             plan: PlanOptions::default(),
             run: RunOptions::default(),
             group: GroupOptions::default(),
@@ -132,6 +135,14 @@ impl Load {
         self
     }
 
+    /// Keeping in `dir` what is read of weights that are elsewhere, so that the next load of this host reads it there; at most
+    /// `limit_bytes` for all models together, or as much as there is. Several processes may share it. Of a source on this host
+    /// nothing is kept.
+    pub fn cache(mut self, dir: impl Into<PathBuf>, limit_bytes: impl Into<Option<u64>>) -> Self {
+        self.keep = Some(KeepWeights { dir: dir.into(), limit_bytes: limit_bytes.into() });
+        self
+    }
+
     /// With so many reads in flight on each rank.
     pub fn concurrency(mut self, reads: usize) -> Self {
         self.run.concurrency = Some(reads);
@@ -190,7 +201,7 @@ impl Load {
     /// # Errors
     /// The source is none.
     pub fn directory(&self) -> Result<PathBuf, LoadError> {
-        Ok(source::resolve(&self.source)?.metadata().to_owned())
+        Ok(source::resolve(&self.source, None)?.metadata().to_owned())
     }
 
     /// What the load would do: who reads, passes on and holds how much. Reads headers only.
@@ -225,12 +236,13 @@ impl Load {
         let options = TensorsOptions::default()
             .memory_limit(self.memory_limit)
             .io(self.run.io)
+            .keep(self.keep.clone())
             .concurrency(self.run.concurrency);
         Tensors::open(&self.source, &options)
     }
 
     fn planned(&self, ranks: u32) -> Result<Plan, LoadError> {
-        let discovered = discover(source::resolve(&self.source)?)?;
+        let discovered = discover(source::resolve(&self.source, self.keep.as_ref())?)?;
         let memory_limit = self.memory_limit.unwrap_or(self.plan.memory_limit);
         Plan::new(discovered, &PlanOptions { tp: ranks, memory_limit, ..self.plan })
     }

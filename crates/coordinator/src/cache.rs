@@ -14,13 +14,17 @@
 //! A state's directory gets its name when it is complete, and never changes after that: whoever finds it may use it, whoever
 //! does not fetches it, one process at a time. Whether a model has changed is seen from a listing, so nothing in here is trusted
 //! for longer than that.
+//!
+//! Weights are kept only where that is asked for, in a directory that the user chooses: [`weights`].
+
+pub mod weights;
 
 use std::{
     fs::{self, File},
     io,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::Serialize;
@@ -142,28 +146,49 @@ impl Lock {
     /// Waits for it.
     fn take(path: &Path) -> io::Result<Self> {
         let file = File::options().create(true).append(true).open(path)?;
-        loop {
-            // SAFETY: the descriptor is open; the call touches no memory.
-            if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } == 0 {
-                return Ok(Self(file));
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
-            }
-        }
+        flock(&file, libc::LOCK_EX)?;
+        Ok(Self(file))
     }
 
     /// Takes it if nobody holds it.
     fn try_take(path: &Path) -> io::Result<Option<Self>> {
         let file = File::options().create(true).append(true).open(path)?;
-        // SAFETY: as above.
-        match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
-            0 => Ok(Some(Self(file))),
-            _ => match io::Error::last_os_error() {
-                e if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
-                e => Err(e),
-            },
+        match flock(&file, libc::LOCK_EX | libc::LOCK_NB) {
+            Ok(()) => Ok(Some(Self(file))),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+/// Locks a file between processes, for as long as it is open.
+fn flock(file: &File, operation: libc::c_int) -> io::Result<()> {
+    loop {
+        // SAFETY: the descriptor is open; the call touches no memory.
+        if unsafe { libc::flock(file.as_raw_fd(), operation) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// [`flock`] for what others hold for moments only: a process that is stopped with it must not stop this one.
+fn flock_soon(file: &File, operation: libc::c_int) -> io::Result<()> {
+    /// Longer than removing any number of files takes, and shorter than a rank may go without getting on.
+    const PATIENCE: Duration = Duration::from_secs(20);
+    let started = Instant::now();
+    loop {
+        match flock(file, operation | libc::LOCK_NB) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && started.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "locked by another process"));
+            }
+            done => return done,
         }
     }
 }

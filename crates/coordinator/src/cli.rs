@@ -1,6 +1,7 @@
 //! The command line.
 
 mod arguments;
+mod chaos;
 mod launch;
 mod rank;
 mod watch;
@@ -18,7 +19,8 @@ use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
-    cache, digest,
+    cache::{self, weights},
+    digest,
     discover::discover,
     error::LoadError,
     group::Group,
@@ -63,6 +65,7 @@ pub fn main() -> ExitCode {
         Command::Synth(arguments) => run_synth(arguments, cli.json),
         Command::Cache(arguments) => run_cache(arguments, cli.json),
         Command::Launch(arguments) => return launch::run(arguments),
+        Command::Chaos(arguments) => return chaos::run(arguments, cli.json),
         // taken care of above, since they say where their log goes
         Command::Rank(_) => Ok(()),
     };
@@ -148,7 +151,7 @@ fn make_plan(
     phases: &mut Phases,
 ) -> Result<Plan, LoadError> {
     let origin = phases.measure("source", || match arguments.download {
-        false => source::resolve(source),
+        false => source::resolve(source, arguments.keep().as_ref()),
         true => source::download(source),
     })?;
     let discovered = phases.measure("headers", || discover(origin))?;
@@ -159,7 +162,8 @@ fn make_plan(
 /// The forecast of the load; what would be reloaded is only checked.
 fn run_plan(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
     arguments.run.run_options()?;
-    let Some(Step { source, plan, phases }) = plan_steps(arguments)?.into_iter().next() else {
+    let steps = plan_steps(&arguments.run, arguments.tp)?;
+    let Some(Step { source, plan, phases }) = steps.into_iter().next() else {
         return Ok(());
     };
     let ranks_as = match arguments.run.plan.ranks {
@@ -173,7 +177,7 @@ fn run_plan(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
 }
 
 fn run_inspect(arguments: &InspectArgs, json: bool) -> Result<(), LoadError> {
-    let discovered = discover(source::resolve(&arguments.source)?)?;
+    let discovered = discover(source::resolve(&arguments.source, None)?)?;
     let options = PlanOptions { model: arguments.model_options(), ..PlanOptions::default() };
     let plan = Plan::new(discovered, &options)?;
     let mut inspection = Inspection::new(&plan, &arguments.source);
@@ -197,12 +201,18 @@ fn run_synth(arguments: &SynthArgs, json: bool) -> Result<(), LoadError> {
 }
 
 fn run_cache(arguments: &CacheArgs, json: bool) -> Result<(), LoadError> {
-    let dir = cache::directory()?;
-    let (found, done) = match arguments.action.unwrap_or(CacheAction::List) {
+    let action = arguments.action.unwrap_or(CacheAction::List);
+    let (dir, of_weights) = match &arguments.cache_dir {
+        Some(dir) => (dir.clone(), true),
+        None => (cache::directory()?, false),
+    };
+    let (found, done) = match action {
+        CacheAction::List if of_weights => (weights::list(&dir), ""),
         CacheAction::List => (cache::list(&dir)?, ""),
         CacheAction::Prune { unused_for } => {
             let unused = Duration::from_secs(u64::from(unused_for) * 86_400);
-            (cache::prune(&dir, unused)?, " removed")
+            let prune = if of_weights { weights::prune } else { cache::prune };
+            (prune(&dir, unused)?, " removed")
         }
     };
     print(&found, json, || {
@@ -218,7 +228,7 @@ fn run_cache(arguments: &CacheArgs, json: bool) -> Result<(), LoadError> {
 
 fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
     let options = arguments.run.run_options()?;
-    let mut steps = plan_steps(arguments)?;
+    let mut steps = plan_steps(&arguments.run, arguments.tp)?;
     // the last step's stand in the summary, if there is one
     for step in &steps[..steps.len() - usize::from(!json)] {
         for warning in &step.plan.placement().warnings {
@@ -270,12 +280,12 @@ struct Step<'a> {
 }
 
 /// Plans the load and all reloads before any weight is read.
-fn plan_steps(arguments: &LoadArgs) -> Result<Vec<Step<'_>>, LoadError> {
+fn plan_steps(run: &RunArgs, tp: u32) -> Result<Vec<Step<'_>>, LoadError> {
     let mut steps: Vec<Step<'_>> = Vec::new();
-    let RunArgs { plan, reload, .. } = &arguments.run;
+    let RunArgs { plan, reload, .. } = run;
     for source in [&plan.source].into_iter().chain(reload) {
         let mut phases = Phases::default();
-        let plan = make_plan(plan, arguments.tp, source, &mut phases)?;
+        let plan = make_plan(plan, tp, source, &mut phases)?;
         if let Some(first) = steps.first() {
             let same = first.plan.placement().same_parameters(plan.placement());
             same.map_err(|e| LoadError::Plan { path: plan.origin.shown().into(), source: e })?;

@@ -12,6 +12,9 @@
 //! replacement has joined, all carry out a plan of what is left. It is dismissed before anyone does its work. The load ends with
 //! the first failure that no replacement can mend: one that the user has to mend, or one more loss than is allowed, or a
 //! replacement that does not come.
+//!
+//! A reload is one generation: what fails is answered at once, as the ranks mend it by loading the old weights again, and they
+//! can say whether they may. With a rank that is lost the group is over: its replacement would have no weights at all.
 
 mod stuck;
 
@@ -43,11 +46,14 @@ pub(crate) struct Recovery {
     pub(crate) replacements_max: u32,
     /// How long ranks may take to join, at first and as replacements.
     pub(crate) join_limit: Duration,
+    /// The rank of the coordinator's own process, where ranks are processes.
+    pub(crate) own_rank: Option<u32>,
 }
 
 impl Recovery {
     /// The first loss ends the load; nobody is waited for.
-    pub(crate) const NONE: Self = Self { replacements_max: 0, join_limit: Duration::MAX };
+    pub(crate) const NONE: Self =
+        Self { replacements_max: 0, join_limit: Duration::MAX, own_rank: None };
 }
 
 /// What all ranks ended with.
@@ -90,6 +96,8 @@ pub(crate) struct Coordination {
     begun: bool,
     /// In which generation every rank became complete.
     complete: Option<Generation>,
+    /// Whether the load that was asked for is into weights that are complete.
+    reloads: bool,
     /// What ended earlier generations of this load.
     losses: Vec<LoadError>,
     /// A rank that was lost when nothing could replace it: nothing is done without it.
@@ -136,6 +144,7 @@ impl Coordination {
             attempt: None,
             begun: false,
             complete: None,
+            reloads: false,
             losses: Vec::new(),
             over: None,
         }
@@ -153,6 +162,17 @@ impl Coordination {
 
     /// A load is asked for, in this generation or a later one.
     pub(crate) fn begin(&mut self, generation: Generation, now: Instant) -> Vec<Order> {
+        self.reloads = false;
+        self.begin_attempt(generation, now)
+    }
+
+    /// A load is asked for into what the ranks hold, all of them.
+    pub(crate) fn begin_again(&mut self, now: Instant) -> Vec<Order> {
+        self.reloads = true;
+        self.begin_attempt(0, now)
+    }
+
+    fn begin_attempt(&mut self, generation: Generation, now: Instant) -> Vec<Order> {
         if let Some((rank, reason)) = self.over.clone() {
             return vec![Order::Answer(Err(LoadError::RankLost { rank, reason }))];
         }
@@ -277,7 +297,7 @@ impl Coordination {
         self.present[rank as usize] = false;
         if !self.begun && self.recovery.replacements_max > 0 {
             // nothing was asked for yet, and whoever comes in its place serves as well
-            return Vec::new();
+            return vec![Order::Dismiss(rank, reason)];
         }
         let (rank, reason) = self.over.get_or_insert((rank, reason)).clone();
         let why = LoadError::RankLost { rank, reason }.line();
@@ -325,16 +345,43 @@ impl Coordination {
 
     /// A rank that has to be replaced, if it may be.
     fn lose(&mut self, rank: u32, cause: LoadError, now: Instant) -> Vec<Order> {
+        if self.reloads {
+            return self.lose_in_reload(rank, cause);
+        }
         if self.losses.len() as u32 >= self.recovery.replacements_max {
             self.over.get_or_insert((rank, cause.line()));
             let end = self.with_losses(cause);
             return self.answer(Err(end));
         }
         tracing::warn!("{}; its replacement is waited for", cause.line());
+        if self.recovery.own_rank == Some(rank) {
+            // this process goes, and the coordinator with it; the others are not to end but to look for the next one
+            self.attempt = None;
+            return vec![Order::Answer(Err(LoadError::Replaced { why: cause.line() }))];
+        }
         self.present[rank as usize] = false;
         let mut orders = vec![Order::Dismiss(rank, cause.line())];
         self.losses.push(cause);
         orders.extend(self.next_generation(0, now));
+        orders
+    }
+
+    fn lose_in_reload(&mut self, rank: u32, cause: LoadError) -> Vec<Order> {
+        if matches!(cause, LoadError::Rank { .. }) {
+            // it is there, and has failed: so does the reload
+            return self.answer(Err(cause));
+        }
+        let why = cause.line();
+        let reason = match &cause {
+            LoadError::RankLost { reason, .. } => reason.clone(),
+            other => other.line(),
+        };
+        self.over.get_or_insert((rank, reason));
+        self.present[rank as usize] = false;
+        let mut orders = vec![Order::Dismiss(rank, why.clone())];
+        orders.extend(self.answer(Err(cause)));
+        // the first ends the reload, the second the group
+        orders.push(Order::TellAll(RankCommand::Abort { generation: self.generation, why }));
         orders
     }
 
@@ -394,7 +441,8 @@ mod tests {
     #[test]
     fn a_rank_that_missed_its_release_is_told_when_it_is_back() {
         let now = Instant::now();
-        let recovery = Recovery { replacements_max: 3, join_limit: Duration::from_secs(10) };
+        let recovery =
+            Recovery { replacements_max: 3, join_limit: Duration::from_secs(10), own_rank: None };
         let mut coordination = Coordination::new(2, Duration::from_secs(10), recovery);
         coordination.begin(4, now);
         (0..2).for_each(|rank| drop(coordination.joined(rank)));

@@ -136,6 +136,31 @@ pub enum LoadError {
         #[source]
         source: Box<LoadError>,
     },
+    /// A reload was refused, or came to nothing, before the first write.
+    #[error("not reloaded, the weights of {} are untouched", .kept.display())]
+    NotReloaded {
+        /// The checkpoint that the group holds.
+        kept: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<LoadError>,
+    },
+    /// What one rank of a group of processes cannot do, as all of them are told.
+    #[error("rank {rank}: {why}")]
+    OnRank {
+        /// The first rank that cannot.
+        rank: u32,
+        /// Its error and all causes.
+        why: String,
+        /// Its exit code.
+        code: u8,
+    },
+    /// Ranks were not told to reload the same.
+    #[error("rank {rank} was told to reload another checkpoint than rank 0, or plans otherwise")]
+    OtherReload {
+        /// The first that differs from rank 0.
+        rank: u32,
+    },
     /// A group has no complete weights to hand out.
     #[error("the group is not ready: {why}")]
     NotReady {
@@ -250,6 +275,12 @@ pub enum LoadError {
         /// What happened to the connection.
         reason: String,
     },
+    /// The load goes on without this process, in whose place another one is waited for.
+    #[error("{why}")]
+    Replaced {
+        /// Why.
+        why: String,
+    },
     /// The coordinator has ended the load, and tells the cause itself.
     #[error("the coordinator ended the load: {why}")]
     GroupEnded {
@@ -287,7 +318,13 @@ impl LoadError {
             LoadError::Store(e) if e.is_refusal() => 2,
             #[cfg(feature = "remote")]
             LoadError::Store(_) => 1,
-            LoadError::Reload { source, .. } => source.exit_code(),
+            LoadError::Replaced { .. } => crate::launch::REPLACE_ME,
+            // what has begun to write and could not be mended has failed, whatever the first cause
+            LoadError::Reload { not_restored: Some(_), .. } => 1,
+            LoadError::Reload { source, .. } | LoadError::NotReloaded { source, .. } => {
+                source.exit_code()
+            }
+            LoadError::OnRank { code, .. } => *code,
             LoadError::Rank { .. }
             | LoadError::RankLost { .. }
             | LoadError::RankStuck { .. }
@@ -311,6 +348,7 @@ impl LoadError {
             | LoadError::Checkpoint { .. }
             | LoadError::Plan { .. }
             | LoadError::Option { .. }
+            | LoadError::OtherReload { .. }
             | LoadError::Meet(_)
             | LoadError::Join(_)
             | LoadError::Start { .. }

@@ -1,9 +1,8 @@
 //! Starts the processes of a group on this host and watches over them, as torchrun does.
 //!
-//! Each process learns its place from its environment, under torchrun's names ([`place`](crate::place)). The first that
-//! fails ends the group, which is started again as often as was asked for. Nothing is left behind: what a process
-//! started goes with it, and it goes with the launcher, whatever ends that. (Only where the launcher is itself killed
-//! outright may something be left that a process has started: nobody is there to do anything about it.)
+//! Each process learns its place from its environment, under torchrun's names ([`place`](crate::place)). Nothing is left
+//! behind: what a process started goes with it, and it goes with the launcher, whatever ends that. (Only where the launcher
+//! is itself killed outright may something be left that a process has started: nobody is there to do anything about it.)
 //!
 //! ```text
 //!            ┌── rank 0 ── its stdout and stderr are the launcher's
@@ -11,23 +10,31 @@
 //!            └── rank 2 ── ┘ to the launcher's stderr
 //! ```
 //!
-//! Launchers of several hosts do not talk to each other: a rank that is lost on one host is noticed by the ranks of the
-//! others, whose launchers start them again too.
+//! A rank that fails is started again alone, while the others run on: in the same place, with the same secret, and told by
+//! `LONGSHORE_RESTARTS` how often that was. Programs that go on after a loss have their rank back at once; those that
+//! cannot end their other ranks, which are started again as well. So that this does not use up the restarts of all, what
+//! fails within a second counts once if by then every rank has failed; else each failure counts. A rank that is lost
+//! again waits before it starts, half a second at first, twice as long each time. When the restarts are used up the group
+//! is ended, with a line that names the first cause and each later one.
+//!
+//! Launchers of several hosts do not talk to each other: each starts its own ranks again, and counts for itself.
 
-mod attempts;
 mod children;
 mod ending;
 mod environment;
 mod lines;
 mod output;
-mod signals;
+mod restarts;
+mod run;
+pub(crate) mod signals;
 mod supervise;
 
 use std::{ffi::OsString, io};
 
 use crate::{error::LoadError, secret::SECRET_VARIABLE};
 
-use self::attempts::Events;
+pub(crate) use self::ending::REPLACE_ME;
+use self::run::Events;
 
 /// The port of rank 0's host where there are several hosts and none was given; torchrun's default.
 pub const PORT_DEFAULT: u16 = 29500;
@@ -56,7 +63,7 @@ pub struct Launch {
     pub master_addr: Option<String>,
     /// The first port to be tried there; a free one if there is only one host, else [`PORT_DEFAULT`].
     pub master_port: Option<u16>,
-    /// How often the group is started again after a failure.
+    /// How often ranks are started again after a failure, all ranks together.
     pub max_restarts: u32,
     /// How many of the last lines of failed commands are shown.
     pub final_lines: FinalLines,
@@ -78,11 +85,11 @@ pub enum FinalLines {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ended {
     /// What the launcher is to exit with: 0; rank 0's code if that failed by itself, else that of the first that
-    /// failed; 128 and the number of the signal that ended it or the launcher.
+    /// failed and was not started again; 128 and the number of the signal that ended it or the launcher.
     pub code: u8,
     /// The line that the launcher is to end with, if no rank has printed it; without `longshore: ` in front.
     pub line: Option<String>,
-    /// How often the group was started again.
+    /// How many restarts were made; one of all ranks together counts once.
     pub restarts: u32,
 }
 
@@ -106,7 +113,7 @@ impl Launch {
     ///
     /// Blocks, outside of any runtime. The processes die with the calling thread. From the first call on, the signals
     /// that end a process (SIGINT, SIGQUIT, SIGTERM, SIGHUP) only end launches in this one. The secret in this process's
-    /// environment is handed down; without one each attempt has its own.
+    /// environment is handed down; without one there is a fresh one.
     ///
     /// # Errors
     /// The numbers do not go together, or the command cannot be started; no process is left then either.
@@ -118,7 +125,7 @@ impl Launch {
         // the calling thread is the one that starts the processes
         runtime.map_err(failed)?.block_on(async {
             let mut events = Events::listen().map_err(failed)?;
-            self.attempts(secret.as_deref(), &mut events).await
+            self.run_group(secret.as_deref(), &mut events).await
         })
     }
 

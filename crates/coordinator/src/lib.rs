@@ -35,16 +35,22 @@
 //! | – | instead of 2 to 7, for servers that place weights themselves | [`tensors`] | headers → tensors as they are stored, each once |
 //! | 8 | results | [`digest`], [`out`], [`report`] | complete parameters → digest, files, JSON, table |
 //! | – | the wire between coordinator and ranks in other processes | [`link`], [`secret`] | messages ⇄ messages, heartbeats, how it ended |
+//! | – | a process that counts as lost is kept from doing anything more | [`fence`] | which process it was → it is gone |
+//! | – | what happens on each rank, for whoever watches | [`events`] | `LONGSHORE_EVENTS` → a line of JSON per event |
+//! | – | ranks disturbed on purpose, to see what comes of it | [`chaos`] | a launch command → a report of what was lost, and how soon it was not |
 
 mod api;
 pub mod assignment;
 pub mod cache;
+pub mod chaos;
 pub mod cli;
 mod coordination;
 mod device;
 pub mod digest;
 pub mod discover;
 pub mod error;
+pub mod events;
+pub mod fence;
 pub mod group;
 pub mod inspect;
 pub mod launch;

@@ -4,8 +4,8 @@
 //!  rank process                                        coordinator process
 //!  connect ──── TCP, options ────────────────────────► listen
 //!     │  ◄── greeting: magic, version, challenge ────────  │   handshake: who is this, does it know the secret?
-//!     │  ─── join: rank, attempt, challenge, proof ─────►  │
-//!     │  ◄── welcome: proof ─────────────────────────────  │
+//!     │  ─── join: rank, process, challenge, proof ─────►  │
+//!     │  ◄── welcome: process, proof ────────────────────  │
 //!  session ◄──── messages, heartbeats, goodbye ──────► session
 //!  (on a thread of its own)                            (a task)
 //! ```

@@ -1,13 +1,22 @@
 //! The whole load on one screen: open the files, check the memory, run the ranks, collect what they hold.
 
 use std::{
+    collections::HashMap,
     io,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
 use longshore_kernels::{cuda::driver::Device, host::cast::cast};
-use longshore_models::{Dtype, checkpoint::Checkpoint};
+use longshore_models::{
+    Dtype,
+    byte_range::ByteRange,
+    checkpoint::{Checkpoint, TensorId},
+};
 use longshore_rank::{
     collective::nccl,
     device::Form,
@@ -159,6 +168,17 @@ pub(crate) fn prepare_process(
     place: &Place,
     transport: Transport,
 ) -> Result<Prepared, LoadError> {
+    prepare_process_into(plan, options, place, transport, false)
+}
+
+/// [`prepare_process`], where the parameters may have their memory already.
+pub(crate) fn prepare_process_into(
+    plan: &Plan,
+    options: &RunOptions,
+    place: &Place,
+    transport: Transport,
+    held: bool,
+) -> Result<Prepared, LoadError> {
     let here = place.local_world_size.unwrap_or(1);
     let distant = match transport {
         Transport::Auto | Transport::Host | Transport::Nccl => {
@@ -170,7 +190,7 @@ pub(crate) fn prepare_process(
     let homes = device::homes(options.device, [local], here.max(local + 1))?;
     // whether ranks share devices is known once all have said which theirs are
     let nccl = matches!(transport, Transport::Auto | Transport::Nccl);
-    let here = Here { ranks: here, first: place.rank, homes, held: false, nccl };
+    let here = Here { ranks: here, first: place.rank, homes, held, nccl };
     let prepared = prepare_ranks(plan, options, here, |concurrency, slabs| {
         exchange_staging(plan, concurrency, slabs, distant).map(Some)
     })?;
@@ -363,7 +383,9 @@ pub(crate) async fn attempt(
     let (gathered, _) = mpsc::channel(1);
     let (world_size, stuck_after) = (ranks.len() as u32, prepared.options.stuck_after);
     let recovery = Recovery::NONE;
-    let arguments = SupervisorArguments { world_size, ranks, stuck_after, recovery, gathered };
+    let admissions = None;
+    let arguments =
+        SupervisorArguments { world_size, ranks, stuck_after, recovery, admissions, gathered };
     let (supervisor, handle) = Actor::spawn(None, Supervisor, arguments)
         .await
         .map_err(|e| LoadError::Runtime(e.to_string()))?;
@@ -410,25 +432,11 @@ pub(crate) fn check_unchanged(prepared: &Prepared) -> Result<(), LoadError> {
 /// Reads the scalars that were discarded in favour of others and warns where the two differ (contract §2, "scalars"). A
 /// few bytes for each layer, which no rank receives and which do not count as read.
 fn discarded_scalars(plan: &Plan, sources: &[CheckpointSource]) -> Result<Vec<String>, LoadError> {
-    let checkpoint = plan.checkpoint();
-    let value = |id: u32| {
-        let tensor = &checkpoint.tensors[id as usize];
-        let mut stored = vec![0; tensor.file_range.len() as usize];
-        let source = &sources[tensor.file as usize];
-        source.read_full(tensor.file_range, &mut stored).map_err(|e| {
-            let (path, action) = (plan.origin.shown().join(&source.name), "reading a scalar");
-            LoadError::Io { path, action, source: io::Error::other(e) }
-        })?;
-        let mut single = [0; 4];
-        if !cast(&stored, tensor.dtype, &mut single, Dtype::F32) {
-            // the parameter is F32, so what no conversion is known for is F32 already
-            single.copy_from_slice(&stored);
-        }
-        Ok::<f32, LoadError>(f32::from_le_bytes(single))
-    };
+    let (checkpoint, discarded) = (plan.checkpoint(), &plan.placement().discarded);
+    let values = scalars(plan, sources, discarded.iter().flat_map(|&(a, b)| [a, b]))?;
     let (mut count, mut first) = (0, None);
     for &(kept, discarded) in &plan.placement().discarded {
-        let (a, b) = (value(kept)?, value(discarded)?);
+        let (a, b) = (values[&kept], values[&discarded]);
         if a.to_bits() != b.to_bits() {
             count += 1;
             let name = |id: u32| &checkpoint.tensors[id as usize].name;
@@ -440,6 +448,94 @@ fn discarded_scalars(plan: &Plan, sources: &[CheckpointSource]) -> Result<Vec<St
         format!("{count} scalars of fused layers differ and the first part's are used: {first}")
     };
     Ok(first.map(text).into_iter().collect())
+}
+
+/// Scalars that lie no further apart are read together. Writers put tensors of one type side by side, so those of a file are
+/// few reads.
+const SCALARS_APART: u64 = 64 << 10;
+
+/// What is read together is no longer.
+const SCALARS_TOGETHER: u64 = 4 << 20;
+
+/// Reads of scalars at a time: where a request takes a while, many cost little more than one.
+const SCALAR_READERS: usize = 16;
+
+/// The values of scalar tensors.
+fn scalars(
+    plan: &Plan,
+    sources: &[CheckpointSource],
+    wanted: impl Iterator<Item = TensorId>,
+) -> Result<HashMap<TensorId, f32>, LoadError> {
+    let tensors = &plan.checkpoint().tensors;
+    let place =
+        |id: &TensorId| (tensors[*id as usize].file, tensors[*id as usize].file_range.start);
+    let mut ids: Vec<TensorId> = wanted.collect();
+    ids.sort_unstable_by_key(place);
+    ids.dedup();
+    let mut stretches: Vec<&[TensorId]> = Vec::new();
+    let mut rest = &ids[..];
+    while let Some(first) = rest.first() {
+        let first = &tensors[*first as usize];
+        let mut end = first.file_range.start;
+        let together = rest.iter().take_while(|id| {
+            let next = &tensors[**id as usize];
+            let near = next.file == first.file
+                && next.file_range.start <= end + SCALARS_APART
+                && next.file_range.end <= first.file_range.start + SCALARS_TOGETHER;
+            end = next.file_range.end;
+            near
+        });
+        let (stretch, left) = rest.split_at(together.count().max(1));
+        stretches.push(stretch);
+        rest = left;
+    }
+    let next = AtomicUsize::new(0);
+    let read = || -> Result<Vec<(TensorId, f32)>, LoadError> {
+        let mut values = Vec::new();
+        while let Some(stretch) = stretches.get(next.fetch_add(1, Ordering::Relaxed)) {
+            read_scalars(plan, sources, stretch, &mut values)?;
+        }
+        Ok(values)
+    };
+    let readers = SCALAR_READERS.min(stretches.len());
+    let panicked = |_| Err(LoadError::Runtime("a reader of scalars panicked".into()));
+    let read: Result<Vec<_>, LoadError> = thread::scope(|scope| {
+        let readers: Vec<_> = (0..readers).map(|_| scope.spawn(read)).collect();
+        readers.into_iter().map(|reader| reader.join().unwrap_or_else(panicked)).collect()
+    });
+    Ok(read?.into_iter().flatten().collect())
+}
+
+/// Reads scalars that lie near each other in one file, in order.
+fn read_scalars(
+    plan: &Plan,
+    sources: &[CheckpointSource],
+    stretch: &[TensorId],
+    values: &mut Vec<(TensorId, f32)>,
+) -> Result<(), LoadError> {
+    let tensor = |id: &TensorId| &plan.checkpoint().tensors[*id as usize];
+    let (Some(first), Some(last)) = (stretch.first().map(tensor), stretch.last().map(tensor))
+    else {
+        return Ok(());
+    };
+    let range = ByteRange::new(first.file_range.start, last.file_range.end);
+    let mut stored = vec![0; range.len() as usize];
+    let source = &sources[first.file as usize];
+    source.read_full(range, &mut stored).map_err(|e| {
+        let (path, action) = (plan.origin.shown().join(&source.name), "reading a scalar");
+        LoadError::Io { path, action, source: io::Error::other(e) }
+    })?;
+    for id in stretch {
+        let at = tensor(id).file_range;
+        let bytes = &stored[(at.start - range.start) as usize..(at.end - range.start) as usize];
+        let mut single = [0; 4];
+        if !cast(bytes, tensor(id).dtype, &mut single, Dtype::F32) {
+            // the parameter is F32, so what no conversion is known for is F32 already
+            single.copy_from_slice(bytes);
+        }
+        values.push((*id, f32::from_le_bytes(single)));
+    }
+    Ok(())
 }
 
 /// [`prepare`], then [`run`].

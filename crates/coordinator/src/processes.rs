@@ -13,6 +13,7 @@
 //! Every process plans on its own from the same source; the plan's hash is compared before the first byte. The coordinator
 //! deals with all ranks in the same way, its own process's included. Weights never pass through the control link.
 
+pub(crate) mod holder;
 mod hosting;
 mod join;
 pub(crate) mod member;
@@ -33,10 +34,11 @@ use longshore_rank::{
     protocol::{Generation, Progress, RankReport},
 };
 use ractor::{Actor, ActorRef};
-use tokio::{net::TcpStream, sync::oneshot};
+use tokio::sync::oneshot;
 
 pub use self::join::Transport;
 use self::{
+    holder::Holder,
     hosting::{Hosting, HostingArguments},
     join::HostJoin,
     member::{Member, MemberArguments, MemberMessage},
@@ -45,8 +47,9 @@ use self::{
 use crate::{
     coordination::{Loaded, Recovery},
     error::LoadError,
+    events,
     link::{
-        connect::connect,
+        connect::{Connected, connect},
         handshake::{Credentials, Purpose, Terms},
         listen::{ListenError, Listener, Tried},
         session::Timing,
@@ -94,7 +97,8 @@ impl GroupOptions {
             OnLoss::Wait | OnLoss::Shrink => self.max_restarts,
             OnLoss::Fail => 0,
         };
-        Recovery { replacements_max, join_limit: self.join_limit }
+        // the coordinator is in rank 0's process
+        Recovery { replacements_max, join_limit: self.join_limit, own_rank: Some(0) }
     }
 
     /// With another limit to silence, and heartbeats to go with it.
@@ -145,6 +149,7 @@ impl Door {
     /// # Errors
     /// None can be had.
     pub(crate) fn open(place: &Place) -> Result<Self, LoadError> {
+        events::open(place);
         if place.rank > 0 {
             return Ok(Self(None));
         }
@@ -160,24 +165,25 @@ impl Door {
     }
 }
 
-/// What a rank holds and how it goes on being one of the group.
-pub(crate) type Complete = (ReadyParams, Joined);
-
 /// A rank process whose group is complete.
 #[derive(Debug)]
 pub(crate) struct Joined {
     /// On rank 0, what each rank did.
     pub(crate) reports: Option<Vec<RankReport>>,
-    /// On rank 0, the generation in which all became complete, and what was lost on the way.
+    /// The last generation: that in which all became complete, unless a reload has failed since.
     pub(crate) generation: Generation,
+    /// On rank 0, what was lost on the way.
     pub(crate) lost: Lost,
     /// From the opening of the files until every rank was ready.
     pub(crate) seconds: f64,
+    /// The address by which other hosts reach this one.
+    address: IpAddr,
     member: ActorRef<MemberMessage>,
     hosting: Option<Hosting>,
 }
 
-/// Joins the group that `place` names and loads `prepared` with it; returns when every rank is complete.
+/// Joins the group that `place` names and loads `prepared`, which is what `source` names, with it; returns when every rank
+/// is complete.
 ///
 /// On rank 0, `progress` shows how each rank gets on, as of its last heartbeat.
 ///
@@ -186,35 +192,52 @@ pub(crate) struct Joined {
 pub(crate) async fn load(
     place: &Place,
     door: Door,
+    source: &str,
     prepared: Prepared,
     options: &GroupOptions,
     progress: Vec<Arc<Progress>>,
-) -> Result<Complete, LoadError> {
-    let started = Instant::now();
+) -> Result<Holder, LoadError> {
     let prepared = Arc::new(prepared);
-    let Some(listener) = door.0 else {
-        let (member, released) = join(place, &prepared, options, None).await?;
-        let (params, _) = wait(released).await?;
-        let seconds = started.elapsed().as_secs_f64();
-        given_back(slice::from_ref(&params)).await;
-        let joined = Joined {
-            reports: None,
-            generation: 0,
-            lost: Lost::default(),
-            seconds,
-            member,
-            hosting: None,
-        };
-        return Ok((params, joined));
+    let (params, joined) = match door.0 {
+        None => load_as_guest(place, &prepared, options).await?,
+        Some(listener) => load_as_host(listener, place, &prepared, options, progress).await?,
     };
-    let hosting = host(listener, place, &prepared, options, progress).await?;
-    match host_and_join(place, &prepared, options, &hosting).await {
-        Ok((member, params, Loaded { ranks, generation, lost })) => {
+    given_back(slice::from_ref(&params)).await;
+    Ok(Holder::new(place, source, options, &prepared, params, joined))
+}
+
+async fn load_as_guest(
+    place: &Place,
+    prepared: &Arc<Prepared>,
+    options: &GroupOptions,
+) -> Result<(ReadyParams, Joined), LoadError> {
+    let started = Instant::now();
+    let Taking { member, address, released } = join(place, prepared, options, None).await?;
+    let (params, generation) = wait(released).await?;
+    let seconds = started.elapsed().as_secs_f64();
+    let (reports, lost, hosting) = (None, Lost::default(), None);
+    Ok((params, Joined { reports, generation, lost, seconds, address, member, hosting }))
+}
+
+async fn load_as_host(
+    listener: TcpListener,
+    place: &Place,
+    prepared: &Arc<Prepared>,
+    options: &GroupOptions,
+    progress: Vec<Arc<Progress>>,
+) -> Result<(ReadyParams, Joined), LoadError> {
+    let started = Instant::now();
+    let hosting = host(listener, place, prepared, options, progress).await?;
+    match host_and_join(place, prepared, options, &hosting).await {
+        Ok((member, address, params, Loaded { ranks, generation, lost })) => {
             let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
             let reports = Some(ranks.into_iter().map(|(_, report)| report).collect());
-            given_back(slice::from_ref(&params)).await;
             let hosting = Some(hosting);
-            Ok((params, Joined { reports, generation, lost, seconds, member, hosting }))
+            Ok((params, Joined { reports, generation, lost, seconds, address, member, hosting }))
+        }
+        Err(e @ LoadError::Replaced { .. }) => {
+            hosting.vanish().await;
+            Err(e)
         }
         Err(e) => {
             hosting.end().await;
@@ -223,7 +246,7 @@ pub(crate) async fn load(
     }
 }
 
-type Released = (ActorRef<MemberMessage>, ReadyParams, Loaded);
+type Released = (ActorRef<MemberMessage>, IpAddr, ReadyParams, Loaded);
 
 /// Rank 0: carries the load through on all ranks, and takes part in it.
 async fn host_and_join(
@@ -235,9 +258,9 @@ async fn host_and_join(
     // of a load that fails the coordinator knows the first cause, this rank only what it was told
     let joined = join(place, prepared, options, Some(hosting));
     let (joined, loaded) = tokio::try_join!(joined, hosting.load(FIRST_GENERATION))?;
-    let (member, released) = joined;
+    let Taking { member, address, released } = joined;
     let (params, _) = wait(released).await?;
-    Ok((member, params, loaded))
+    Ok((member, address, params, loaded))
 }
 
 async fn wait(released: oneshot::Receiver<member::Released>) -> member::Released {
@@ -269,24 +292,35 @@ fn timing(options: &GroupOptions) -> Timing {
     Timing { beat_every: options.beat_every, silent_after: options.silent_after }
 }
 
+/// A rank that takes part in a load.
+struct Taking {
+    member: ActorRef<MemberMessage>,
+    /// The address by which other hosts reach this one.
+    address: IpAddr,
+    released: oneshot::Receiver<member::Released>,
+}
+
 /// Connects this rank to the coordinator.
 async fn join(
     place: &Place,
     prepared: &Arc<Prepared>,
     options: &GroupOptions,
     hosting: Option<&Hosting>,
-) -> Result<(ActorRef<MemberMessage>, oneshot::Receiver<member::Released>), LoadError> {
+) -> Result<Taking, LoadError> {
     let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Meet(e);
     let way = Way { place: place.clone(), limit: options.join_limit };
-    let stream = way.meet_at(hosting.map(|hosting| hosting.address)).await?;
-    let address = stream.local_addr().map_err(|e| failed(e.into()))?.ip();
+    let coordinator = way.meet_at(hosting.map(|hosting| hosting.address)).await?;
+    let address = coordinator.stream.local_addr().map_err(|e| failed(e.into()))?.ip();
+    events::emit(events::What::Joined);
+    let progress: Arc<Progress> = Arc::default();
+    events::watch(&progress);
     let (released, outcome) = oneshot::channel();
     let checked = Arc::clone(prepared);
     let start = MemberArguments {
         rank: place.rank,
-        stream,
+        coordinator,
         timing: timing(options),
-        progress: Arc::default(),
+        progress,
         work: prepared.work(),
         home: prepared.homes.first().cloned().unwrap_or(Home::Host),
         join: Arc::new(host_join(place, prepared, options, address)?),
@@ -297,7 +331,7 @@ async fn join(
     };
     let (member, _) =
         Actor::spawn(None, Member, start).await.map_err(|e| LoadError::Runtime(e.to_string()))?;
-    Ok((member, outcome))
+    Ok(Taking { member, address, released: outcome })
 }
 
 /// The way to the coordinator, from a rank that is to meet it.
@@ -312,12 +346,12 @@ impl Way {
     ///
     /// # Errors
     /// There is none in time, or it lets this rank not in.
-    pub(crate) async fn meet(&self) -> Result<TcpStream, LoadError> {
+    pub(crate) async fn meet(&self) -> Result<Connected, LoadError> {
         self.meet_at(None).await
     }
 
     /// [`Way::meet`], where it is known where it listens on this host.
-    async fn meet_at(&self, here: Option<SocketAddr>) -> Result<TcpStream, LoadError> {
+    async fn meet_at(&self, here: Option<SocketAddr>) -> Result<Connected, LoadError> {
         let deadline = tokio::time::Instant::now() + self.limit;
         let candidates = resolve(&self.place, deadline).await;
         let mut candidates = candidates.map_err(|e| LoadError::Meet(e.into()))?;
@@ -329,9 +363,7 @@ impl Way {
         let Place { rank, world_size, attempt, ref secret, .. } = self.place;
         let credentials =
             Credentials::new(secret.clone(), rank, world_size, attempt, Purpose::Control);
-        let (stream, _) =
-            connect(&candidates, &credentials, deadline).await.map_err(LoadError::Join)?;
-        Ok(stream)
+        connect(&candidates, &credentials, deadline).await.map_err(LoadError::Join)
     }
 }
 
@@ -418,6 +450,7 @@ impl Joined {
 
     /// Says goodbye.
     pub(crate) async fn end(self) {
+        events::ended(None);
         let (done, ended) = oneshot::channel();
         if self.member.cast(MemberMessage::End(done)).is_ok() {
             // an actor that is gone has said it

@@ -18,12 +18,15 @@ use longshore_rank::{
     storage::{FileIdentity, RemoteFile, RemoteRead},
 };
 use longshore_store::{
-    ChecksumAlgorithm, Location, Object, ObjectInfo, Store, StoreOptions, hub_snapshot,
+    ChecksumAlgorithm, Location, Object, ObjectInfo, Store, StoreError, StoreOptions, hub_snapshot,
 };
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
-    cache::{self, FileState},
+    cache::{
+        self, FileState,
+        weights::{KeepWeights, WeightCache},
+    },
     error::LoadError,
     origin::{Origin, RemoteFiles},
     verify::Sha256Digest,
@@ -49,11 +52,16 @@ const WEIGHTS: [&str; 12] = [
 const GIVE_UP_AFTER: Duration = Duration::from_secs(45);
 
 /// Looks at what lies at `location` and copies what is not weights, unless that is in the cache; with `download` the weights too,
-/// which are then read from there, now and whenever the cache holds them in the state that they are in.
+/// which are then read from there, now and whenever the cache holds them in the state that they are in. What will be read of weights
+/// elsewhere is kept where `keep` says.
 ///
 /// # Errors
-/// The storage refuses or does not answer, or the cache directory cannot be written.
-pub(crate) fn open(location: &Location, download: bool) -> Result<Origin, LoadError> {
+/// The storage refuses or does not answer, or a cache directory cannot be written.
+pub(crate) fn open(
+    location: &Location,
+    download: bool,
+    keep: Option<&KeepWeights>,
+) -> Result<Origin, LoadError> {
     let options = StoreOptions { give_up_after: GIVE_UP_AFTER, ..StoreOptions::default() };
     // what the hub's own tools have downloaded is a directory like any other
     if let Some(snapshot) = hub_snapshot(location, &options.settings) {
@@ -88,7 +96,15 @@ pub(crate) fn open(location: &Location, download: bool) -> Result<Origin, LoadEr
     let headers = cache::model_files(&cache, &key, &states, |dir| {
         in_parallel(&objects, |object| copy_header(&store, object, dir))
     })?;
-    let weights = Files { store, weights: objects, headers };
+    let kept = keep.map(|keep| WeightCache::open(keep, &key)).transpose()?;
+    if let Some(loose) = objects.iter().find(|o| kept.is_some() && !o.identity.is_of_one_content())
+    {
+        let (name, identity) = (&loose.name, &loose.identity);
+        warn!(
+            "{location}/{name}: {identity} may be that of another content too, nothing of such files is kept"
+        );
+    }
+    let weights = Files { store, weights: objects, headers, kept };
     Ok(Origin::remote(location.to_string(), metadata, Arc::new(weights)))
 }
 
@@ -178,6 +194,7 @@ struct Files {
     weights: Vec<ObjectInfo>,
     /// A directory with the header of each.
     headers: PathBuf,
+    kept: Option<Arc<WeightCache>>,
 }
 
 impl RemoteFiles for Files {
@@ -196,7 +213,13 @@ impl RemoteFiles for Files {
 
     fn open(&self, name: &str) -> Result<Option<Arc<dyn RemoteFile>>, LoadError> {
         let found = self.weights.iter().find(|object| object.name == name);
-        Ok(found.map(|info| Arc::new(Weights(self.store.object(info))) as Arc<dyn RemoteFile>))
+        Ok(found.map(|info| {
+            let file: Arc<dyn RemoteFile> = Arc::new(Weights(self.store.object(info)));
+            match &self.kept {
+                Some(kept) if info.identity.is_of_one_content() => kept.file(name, file),
+                _ => file,
+            }
+        }))
     }
 
     fn published(&self, name: &str) -> Result<Option<Sha256Digest>, LoadError> {
@@ -224,15 +247,19 @@ impl RemoteFile for Weights {
         FileIdentity::remote(info.bytes, info.identity.to_string())
     }
 
-    fn read(&self, range: ByteRange, target: &mut [u8]) -> Result<RemoteRead, RankError> {
-        match self.0.read(range.start..range.end, target) {
+    fn read(&self, range: ByteRange, targets: &mut [&mut [u8]]) -> Result<RemoteRead, RankError> {
+        match self.0.read_scattered(range.start..range.end, targets) {
             Ok(report) => Ok(RemoteRead {
                 requests: report.requests,
                 retried_bytes: report.asked_again_bytes,
+                cached_bytes: 0,
             }),
             Err(e) => {
                 let refused = e.is_refusal();
-                Err(RankError::Remote { refused, source: Box::new(e) })
+                // what others have read is of a state that is no more
+                let lasting =
+                    matches!(e, StoreError::Replaced { .. } | StoreError::OutOfRange { .. });
+                Err(RankError::Remote { refused, lasting, source: Box::new(e) })
             }
         }
     }

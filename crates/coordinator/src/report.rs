@@ -73,6 +73,8 @@ pub struct RankEntry {
     pub aliases: usize,
     /// Weight bytes asked of storage.
     pub storage_bytes_read: u64,
+    /// Weight bytes that were not, as the weight cache had them; together, these are what the rank read.
+    pub cached_bytes_read: u64,
     /// Reads issued to storage.
     pub storage_reads: u64,
     /// Bytes read for alignment only.
@@ -121,8 +123,10 @@ pub struct Report {
     pub checkpoint_bytes: u64,
     /// Checkpoint bytes that any rank needs, each once.
     pub needed_bytes: u64,
-    /// Weight bytes asked of storage.
+    /// Weight bytes asked of storage; a plan takes none to be in the weight cache.
     pub storage_bytes_read: u64,
+    /// Weight bytes that were not, as the weight cache had them; together, these are what was read.
+    pub cached_bytes_read: u64,
     /// Bytes of headers.
     pub header_bytes_read: u64,
     /// Bytes read for alignment only.
@@ -198,6 +202,7 @@ impl Report {
             parameters: placement.params.len(),
             aliases: placement.aliases.len(),
             storage_bytes_read: f.storage_bytes,
+            cached_bytes_read: 0,
             storage_reads: f.reads,
             padding_bytes_read: None,
             received_bytes: f.received_bytes,
@@ -223,6 +228,7 @@ impl Report {
             checkpoint_bytes: checkpoint.data_bytes(),
             needed_bytes: plan.needed_bytes,
             storage_bytes_read: plan.forecast.iter().map(|f| f.storage_bytes).sum(),
+            cached_bytes_read: 0,
             header_bytes_read: plan.header_bytes,
             padding_bytes_read: 0,
             retried_bytes: 0,
@@ -247,6 +253,7 @@ impl Report {
         let own = this.peak_rss_bytes;
         for (number, (entry, report)) in this.ranks.iter_mut().zip(done.reports).enumerate() {
             entry.storage_bytes_read = report.storage_bytes_read;
+            entry.cached_bytes_read = report.cached_bytes_read;
             entry.storage_reads = report.reads;
             entry.padding_bytes_read = Some(report.padding_bytes_read);
             entry.received_bytes = report.received_bytes;
@@ -265,6 +272,7 @@ impl Report {
         this.warnings.extend_from_slice(done.warnings);
         this.verified = done.verified.cloned();
         this.storage_bytes_read = done.reports.iter().map(|r| r.storage_bytes_read).sum();
+        this.cached_bytes_read = done.reports.iter().map(|r| r.cached_bytes_read).sum();
         this.padding_bytes_read = done.reports.iter().map(|r| r.padding_bytes_read).sum();
         this.retried_bytes = done.reports.iter().map(|r| r.retried_bytes).sum();
         this.exchanged_bytes = done.reports.iter().map(|r| r.received_bytes).sum();
@@ -316,10 +324,14 @@ impl Report {
         );
         let ratio = self.storage_bytes_read as f64 / (self.needed_bytes as f64).max(1.0);
         let exchange = if self.exchange { "on" } else { "off" };
+        let cached = match self.cached_bytes_read {
+            0 => String::new(),
+            bytes => format!(", from the weight cache {}", bytes_text(bytes)),
+        };
         // writing to a String cannot fail
         let _ = write!(
             text,
-            "\nread from storage {} ({ratio:.3} × needed), exchanged {} in {} round{} (exchange {exchange}: {})",
+            "\nread from storage {} ({ratio:.3} × needed){cached}, exchanged {} in {} round{} (exchange {exchange}: {})",
             bytes_text(self.storage_bytes_read),
             bytes_text(self.exchanged_bytes),
             self.rounds,

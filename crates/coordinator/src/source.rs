@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::{
-    cache,
+    cache::{self, weights::KeepWeights},
     error::LoadError,
     origin::Origin,
     synth::{Scale, Synth},
@@ -12,12 +12,13 @@ use crate::{
 /// Finds out where the checkpoint is that the user named: a directory, `synth:FAMILY-SCHEME`, object storage, or a model of the
 /// Hugging Face hub. Told apart here and nowhere else.
 ///
-/// `synth:FAMILY-SCHEME` is written to the cache directory ([`cache::directory`], `/synth`) unless it is there already.
+/// `synth:FAMILY-SCHEME` is written to the cache directory ([`cache::directory`], `/synth`) unless it is there already. What will be
+/// read of weights that are elsewhere is kept where `keep` says.
 ///
 /// # Errors
-/// None of these, or it cannot be reached.
-pub fn resolve(given: &str) -> Result<Origin, LoadError> {
-    find(given, false)
+/// None of these, or it cannot be reached; or the directory of what is kept cannot be written.
+pub fn resolve(given: &str, keep: Option<&KeepWeights>) -> Result<Origin, LoadError> {
+    find(given, false, keep)
 }
 
 /// [`resolve`], for a load that reads from local storage in any case: what is elsewhere is copied to the cache directory first,
@@ -26,10 +27,10 @@ pub fn resolve(given: &str) -> Result<Origin, LoadError> {
 /// # Errors
 /// As [`resolve`].
 pub fn download(given: &str) -> Result<Origin, LoadError> {
-    find(given, true)
+    find(given, true, None)
 }
 
-fn find(given: &str, download: bool) -> Result<Origin, LoadError> {
+fn find(given: &str, download: bool, keep: Option<&KeepWeights>) -> Result<Origin, LoadError> {
     let refuse = |reason: &str| LoadError::Source { given: given.into(), reason: reason.into() };
     if let Some(model) = given.strip_prefix("synth:") {
         return synthetic(given, model).map(Origin::from);
@@ -41,7 +42,7 @@ fn find(given: &str, download: bool) -> Result<Origin, LoadError> {
     if path.exists() {
         return Err(refuse("not a directory; give the directory that holds config.json"));
     }
-    match elsewhere(given, download)? {
+    match elsewhere(given, download, keep)? {
         Some(origin) => Ok(origin),
         None => Err(refuse(
             "no such directory; expected one, s3://, gs://, az://, org/name of the Hugging Face hub, or synth:FAMILY-SCHEME",
@@ -50,13 +51,21 @@ fn find(given: &str, download: bool) -> Result<Origin, LoadError> {
 }
 
 #[cfg(feature = "remote")]
-fn elsewhere(given: &str, download: bool) -> Result<Option<Origin>, LoadError> {
+fn elsewhere(
+    given: &str,
+    download: bool,
+    keep: Option<&KeepWeights>,
+) -> Result<Option<Origin>, LoadError> {
     let location = longshore_store::Location::parse(given)?;
-    location.map(|location| crate::remote::open(&location, download)).transpose()
+    location.map(|location| crate::remote::open(&location, download, keep)).transpose()
 }
 
 #[cfg(not(feature = "remote"))]
-fn elsewhere(given: &str, _download: bool) -> Result<Option<Origin>, LoadError> {
+fn elsewhere(
+    given: &str,
+    _download: bool,
+    _keep: Option<&KeepWeights>,
+) -> Result<Option<Origin>, LoadError> {
     match given.contains("://") {
         false => Ok(None),
         true => Err(LoadError::Source {

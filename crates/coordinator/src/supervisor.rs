@@ -11,16 +11,22 @@ use std::{
 use longshore_rank::{
     actor::{RankActor, RankArguments},
     params::{Home, ParamMemory},
-    protocol::{Generation, Progress, RankCommand, RankEvent, Work},
+    protocol::{Generation, PlanName, Progress, RankCommand, RankEvent, Work},
 };
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, DerivedActorRef, SupervisionEvent};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{sleep, timeout},
+};
 
 use crate::{
     coordination::{Coordination, Order, Outcome, Recovery, Watched},
     error::LoadError,
+    events,
+    fence::ProcessIdentity,
+    link::handshake::Admissions,
     processes::{
-        member::Gathered,
+        member::{Gathered, fence},
         message::Piece,
         remote::{RemoteArguments, RemoteMessage, RemoteRank},
     },
@@ -59,6 +65,8 @@ pub(crate) struct SupervisorArguments {
     pub(crate) stuck_after: Duration,
     /// How a load may go on after a loss.
     pub(crate) recovery: Recovery,
+    /// Who was let in, where ranks are processes: one that is lost makes room.
+    pub(crate) admissions: Option<Admissions>,
     /// Where a piece of every rank goes, when all have contributed one.
     pub(crate) gathered: mpsc::Sender<Gathered>,
 }
@@ -68,6 +76,8 @@ pub(crate) struct SupervisorArguments {
 pub(crate) enum SupervisorMessage {
     /// Carry a load through, and answer once.
     Load { generation: Generation, done: oneshot::Sender<Outcome> },
+    /// Carry another load through, into what the ranks hold, by this plan; and answer once.
+    LoadAgain { plan: PlanName, done: oneshot::Sender<Outcome> },
     /// A rank's process has joined.
     Joined(RemoteArguments),
     /// A rank that has joined was in this generation before.
@@ -105,6 +115,7 @@ struct Rank {
     id: ActorId,
     commands: DerivedActorRef<RankCommand>,
     remote: Option<ActorRef<RemoteMessage>>,
+    process: Option<ProcessIdentity>,
     progress: Arc<Progress>,
     /// What it has contributed and was not gathered yet; it waits until that was before it contributes more.
     piece: Option<Piece>,
@@ -115,6 +126,7 @@ pub(crate) struct SupervisorState {
     coordination: Coordination,
     /// `None`: it has not joined yet, or was lost.
     ranks: Vec<Option<Rank>>,
+    admissions: Option<Admissions>,
     gathered: mpsc::Sender<Gathered>,
     /// Where the answer to the load goes that is under way.
     done: Option<oneshot::Sender<Outcome>>,
@@ -122,6 +134,12 @@ pub(crate) struct SupervisorState {
     /// What ranks that were lost had read.
     lost_read_bytes: u64,
 }
+
+/// How long a rank that is dismissed may take to end.
+const DISMISSED_WITHIN: Duration = Duration::from_millis(500);
+
+/// From the end of its connection to the end of its process.
+const LEAVE: Duration = Duration::from_millis(250);
 
 /// How often to look whether all ranks get on.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -136,7 +154,8 @@ impl Actor for Supervisor {
         myself: ActorRef<SupervisorMessage>,
         arguments: SupervisorArguments,
     ) -> Result<SupervisorState, ActorProcessingErr> {
-        let SupervisorArguments { world_size, stuck_after, recovery, gathered, .. } = arguments;
+        let SupervisorArguments { world_size, stuck_after, recovery, admissions, gathered, .. } =
+            arguments;
         let mut coordination = Coordination::new(world_size, stuck_after, recovery);
         let mut ranks: Vec<Option<Rank>> = (0..world_size).map(|_| None).collect();
         for (number, member) in arguments.ranks.into_iter().enumerate() {
@@ -146,7 +165,15 @@ impl Actor for Supervisor {
         }
         myself.send_interval(LOOK_EVERY, || SupervisorMessage::Look);
         let (done, ending, lost_read_bytes) = (None, false, 0);
-        Ok(SupervisorState { coordination, ranks, gathered, done, ending, lost_read_bytes })
+        Ok(SupervisorState {
+            coordination,
+            ranks,
+            admissions,
+            gathered,
+            done,
+            ending,
+            lost_read_bytes,
+        })
     }
 
     async fn handle(
@@ -160,6 +187,11 @@ impl Actor for Supervisor {
             SupervisorMessage::Load { generation, done } => {
                 state.done = Some(done);
                 state.coordination.begin(generation, now)
+            }
+            SupervisorMessage::LoadAgain { plan, done } => {
+                state.done = Some(done);
+                state.tell_remotes(|| RemoteMessage::Plan(plan));
+                state.coordination.begin_again(now)
             }
             SupervisorMessage::Joined(rank) => state.join(&myself, rank).await?,
             SupervisorMessage::Knows(generation) => state.coordination.knows(generation, now),
@@ -221,7 +253,7 @@ async fn bring_up(
     number: u32,
     member: Member,
 ) -> Result<Rank, ActorProcessingErr> {
-    let (id, commands, remote, progress) = match member {
+    let (id, commands, remote, process, progress) = match member {
         Member::Here { work, home, reuse, progress } => {
             let start = RankArguments {
                 rank: number,
@@ -233,17 +265,17 @@ async fn bring_up(
                 join: None,
             };
             let (actor, _) = Actor::spawn_linked(None, RankActor, start, myself.get_cell()).await?;
-            (actor.get_id(), actor.get_derived(), None, progress)
+            (actor.get_id(), actor.get_derived(), None, None, progress)
         }
         Member::Apart(start) => {
-            let progress = Arc::clone(&start.progress);
+            let (process, progress) = (start.process.clone(), Arc::clone(&start.progress));
             let start = (start, myself.clone());
             let (actor, _) =
                 Actor::spawn_linked(None, RemoteRank, start, myself.get_cell()).await?;
-            (actor.get_id(), actor.get_derived(), Some(actor), progress)
+            (actor.get_id(), actor.get_derived(), Some(actor), process, progress)
         }
     };
-    Ok(Rank { id, commands, remote, progress, piece: None })
+    Ok(Rank { id, commands, remote, process, progress, piece: None })
 }
 
 fn is_running(rank: &Rank) -> bool {
@@ -300,6 +332,7 @@ impl SupervisorState {
 
     fn carry_out(&mut self, orders: Vec<Order>) {
         for order in orders {
+            events::ordered(&order, |rank| self.read_bytes(rank));
             match order {
                 Order::Tell(rank, command) => {
                     if let Some(rank) = &self.ranks[rank as usize] {
@@ -322,23 +355,47 @@ impl SupervisorState {
         }
     }
 
+    fn read_bytes(&self, rank: u32) -> u64 {
+        let rank = self.ranks[rank as usize].as_ref();
+        rank.map_or(0, |rank| rank.progress.read_bytes.load(Ordering::Relaxed))
+    }
+
     fn vacate(&mut self, rank: u32) -> Option<Rank> {
         let rank = self.ranks[rank as usize].take()?;
-        self.lost_read_bytes += rank.progress.read_bytes.swap(0, Ordering::Relaxed);
+        let Progress { read_bytes, cached_bytes, .. } = &*rank.progress;
+        let (read, cached) =
+            (read_bytes.swap(0, Ordering::Relaxed), cached_bytes.swap(0, Ordering::Relaxed));
+        self.lost_read_bytes += read.saturating_sub(cached);
         Some(rank)
     }
 
     /// Makes room for a replacement.
     fn dismiss(&mut self, rank: u32, why: String) {
-        let Some(rank) = self.vacate(rank) else { return };
-        match rank.remote {
-            // one that is gone already has nothing to be told
-            Some(remote) => drop(remote.cast(RemoteMessage::Dismiss(why))),
-            None => rank.commands.get_cell().stop(None),
-        }
+        let Some(gone) = self.vacate(rank) else { return };
+        let Some(remote) = gone.remote else {
+            return gone.commands.get_cell().stop(None);
+        };
+        // one that is gone already has nothing to be told
+        let told = remote.cast(RemoteMessage::Dismiss(why)).is_ok();
+        // a group that is over has no room for anybody
+        let admissions = self.admissions.clone().filter(|_| self.coordination.over().is_none());
+        tokio::spawn(async move {
+            if told {
+                // it ends by itself and says why, if it still can
+                let _ = timeout(DISMISSED_WITHIN, remote.get_cell().wait(None)).await;
+                sleep(LEAVE).await;
+            }
+            fence(gone.process).await;
+            if let Some(admissions) = admissions {
+                admissions.forget(rank);
+            }
+        });
     }
 
     fn contributed(&mut self, rank: u32, piece: Piece) {
+        if let Some((lost, reason)) = self.coordination.over() {
+            return self.refuse_piece(rank, LoadError::RankLost { rank: lost, reason });
+        }
         if let Some(rank) = &mut self.ranks[rank as usize] {
             rank.piece = Some(piece);
         }
@@ -358,6 +415,16 @@ impl SupervisorState {
         }
         // gatherings follow each other, so there is room unless nobody takes them any more
         let _ = self.gathered.try_send(Ok(pieces));
+    }
+
+    /// Whoever gathers with a rank that is lost waits for ever, unless it is told.
+    fn refuse_piece(&self, rank: u32, why: LoadError) {
+        if let Some(remote) = self.ranks[rank as usize].as_ref().and_then(|r| r.remote.as_ref()) {
+            // as with commands
+            let _ = remote.cast(RemoteMessage::Over(why.line()));
+        }
+        // a full queue holds the news already
+        let _ = self.gathered.try_send(Err(why));
     }
 
     fn end(&mut self, myself: &ActorRef<SupervisorMessage>) {

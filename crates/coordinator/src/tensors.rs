@@ -33,6 +33,7 @@ use longshore_rank::{
 };
 
 use crate::{
+    cache::weights::KeepWeights,
     discover::{Discovered, discover},
     error::LoadError,
     load::{open_sources, suggested_in_flight},
@@ -47,6 +48,7 @@ pub struct TensorsOptions<'a> {
     io: IoChoice,
     concurrency: Option<usize>,
     patience: Duration,
+    keep: Option<KeepWeights>,
     wanted: Box<dyn Fn(&str) -> bool + 'a>,
 }
 
@@ -58,6 +60,7 @@ impl Default for TensorsOptions<'_> {
             io: IoChoice::Auto,
             concurrency: None,
             patience: Duration::ZERO,
+            keep: None,
             wanted: Box::new(|_| true),
         }
     }
@@ -70,6 +73,7 @@ impl fmt::Debug for TensorsOptions<'_> {
             .field("io", &self.io)
             .field("concurrency", &self.concurrency)
             .field("patience", &self.patience)
+            .field("keep", &self.keep)
             .finish_non_exhaustive()
     }
 }
@@ -99,6 +103,11 @@ impl<'a> TensorsOptions<'a> {
         Self { patience, ..self }
     }
 
+    /// Keeps what [`Tensors::open`] reads of weights that are elsewhere, and reads from there what is kept.
+    pub fn keep(self, keep: impl Into<Option<KeepWeights>>) -> Self {
+        Self { keep: keep.into(), ..self }
+    }
+
     /// Reads only the tensors whose names `wanted` accepts. The bytes of others are not read, except where there are at
     /// most 64 KiB of them between two wanted tensors.
     pub fn only(self, wanted: impl Fn(&str) -> bool + 'a) -> Self {
@@ -121,7 +130,7 @@ impl Tensors {
     /// # Errors
     /// No checkpoint, or a damaged one; and as [`Tensors::of`].
     pub fn open(source: &str, options: &TensorsOptions<'_>) -> Result<Self, LoadError> {
-        Self::of(discover(resolve(source)?)?, options)
+        Self::of(discover(resolve(source, options.keep.as_ref())?)?, options)
     }
 
     /// Begins to read a checkpoint whose headers are known.

@@ -320,7 +320,7 @@ impl RankState {
         running.started = Instant::now();
         let idle = running.job.work.plan.reads[rank].is_empty();
         self.arguments.progress.enter(Phase::Reading);
-        fault::at_point(self.arguments.rank, Point::Started);
+        fault::at_point(self.arguments.rank, generation, Point::Started);
         match running.job.spawn_workers() {
             Err(e) => self.fail(generation, e),
             Ok(()) if idle => {
@@ -374,7 +374,8 @@ impl RankState {
             WorkerEvent::FinishDone(number) => state.finish_done(number),
             WorkerEvent::ReadsDone => {
                 self.arguments.progress.enter(Phase::Finishing);
-                fault::at_point(self.arguments.rank, Point::Read);
+                let generation = self.running.as_ref().map_or(0, |running| running.job.generation);
+                fault::at_point(self.arguments.rank, generation, Point::Read);
                 state.reads_done()
             }
             WorkerEvent::ExchangeDone => state.exchange_done(),
@@ -418,8 +419,10 @@ impl RankState {
         use std::sync::atomic::Ordering::Relaxed;
         let p = &self.arguments.progress;
         let (peak_staging_bytes, final_staging_bytes) = running.job.staging_bytes();
+        let cached_bytes_read = p.cached_bytes.load(Relaxed);
         RankReport {
-            storage_bytes_read: p.read_bytes.load(Relaxed),
+            storage_bytes_read: p.read_bytes.load(Relaxed).saturating_sub(cached_bytes_read),
+            cached_bytes_read,
             padding_bytes_read: p.padding_bytes.load(Relaxed),
             retried_bytes: p.retried_bytes.load(Relaxed),
             reads: p.reads.load(Relaxed),
@@ -451,7 +454,7 @@ impl RankState {
         // without a coordinator there is nobody to tell
         let _ = self.arguments.events.cast(event);
         if let Some(point) = point {
-            fault::at_point(rank, point);
+            fault::at_point(rank, generation, point);
         }
     }
 }

@@ -78,6 +78,8 @@ pub enum RankError {
     Remote {
         /// Whether the user can mend it.
         refused: bool,
+        /// Whether no other process in its place would fare better.
+        lasting: bool,
         /// Why; it names the object and the range.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -173,6 +175,7 @@ impl RankError {
                 | RankError::OverfullParam { .. }
                 | RankError::Transform { .. }
                 | RankError::Rest(_)
+                | RankError::Remote { lasting: true, .. }
                 | RankError::Reported { lasting: true, .. }
         );
         lasts || self.is_refusal()

@@ -2,11 +2,12 @@
 //!
 //! `LONGSHORE_FAULT=rank=1,read=3,do=hang` makes rank 1 hang at its read number 3; `at=prepared` in the place of `read`, when
 //! it comes to that [`Point`]. `do` is one of `hang`, `slow` (every read from there on takes `ms` milliseconds more, 1000 if it
-//! does not say), `panic`, `error`, `exit`, `kill` and `stop` (SIGKILL, SIGSTOP). `rank=all` means every rank. Several
-//! faults are apart by semicolons. A process that was started again (`LONGSHORE_RESTARTS` is set and not 0)
+//! does not say), `panic`, `error`, `exit`, `kill` and `stop` (SIGKILL, SIGSTOP). `rank=all` means every rank. With
+//! `generation=2` it happens in that generation only, which is a first reload where nothing was lost. Several faults are
+//! apart by semicolons. A process that was started again (`LONGSHORE_RESTARTS` is set and not 0)
 //! has no more faults, unless `again=1` is there too.
 
-use crate::error::RankError;
+use crate::{error::RankError, protocol::Generation};
 
 /// The environment variable that asks for a fault.
 pub const FAULT_VARIABLE: &str = "LONGSHORE_FAULT";
@@ -27,12 +28,21 @@ pub enum Point {
     Read,
     /// It has told that it is complete.
     Ready,
+    /// It has looked through what is to be reloaded, and tells nobody yet.
+    Validated,
+    /// It knows that every rank can load it, and tells nobody yet.
+    Agreed,
+    /// It has begun to write, and tells nobody yet.
+    BegunAgain,
 }
 
 impl Point {
-    /// All of them, in their order.
+    /// Those of every load, in their order.
     pub const ALL: [Point; 5] =
         [Point::Allocated, Point::Prepared, Point::Started, Point::Read, Point::Ready];
+
+    /// What a reload comes to before these, in its order.
+    pub const BEFORE_RELOAD: [Point; 3] = [Point::Validated, Point::Agreed, Point::BegunAgain];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -42,6 +52,9 @@ impl Point {
             Point::Started => "started",
             Point::Read => "read",
             Point::Ready => "ready",
+            Point::Validated => "validated",
+            Point::Agreed => "agreed",
+            Point::BegunAgain => "begun-again",
         }
     }
 }
@@ -51,30 +64,40 @@ mod on_demand {
     use std::{io, sync::OnceLock, time::Duration};
 
     use super::{FAULT_VARIABLE, Point, RESTARTS_VARIABLE};
-    use crate::error::RankError;
+    use crate::{error::RankError, protocol::Generation};
 
     #[derive(Debug)]
     struct Fault {
         /// `None`: all of them.
         rank: Option<u32>,
+        /// `None`: whichever it is.
+        generation: Option<Generation>,
         read: Option<usize>,
         at: Option<String>,
         what: String,
         pause: Duration,
     }
 
-    fn wanted(rank: u32) -> impl Iterator<Item = &'static Fault> {
+    fn wanted(rank: u32, generation: Generation) -> impl Iterator<Item = &'static Fault> {
         static WANTED: OnceLock<Vec<Fault>> = OnceLock::new();
         let all = WANTED.get_or_init(|| {
             let text = std::env::var(FAULT_VARIABLE).unwrap_or_default();
             let again = std::env::var(RESTARTS_VARIABLE).is_ok_and(|count| count != "0");
             text.split(';').filter_map(|text| Fault::parse(text, again)).collect()
         });
-        all.iter().filter(move |fault| fault.rank.is_none_or(|wanted| wanted == rank))
+        let is_meant = move |fault: &&Fault| {
+            fault.rank.is_none_or(|wanted| wanted == rank)
+                && fault.generation.is_none_or(|wanted| wanted == generation)
+        };
+        all.iter().filter(is_meant)
     }
 
-    pub(super) fn at_read(rank: u32, number: usize) -> Result<(), RankError> {
-        for fault in wanted(rank) {
+    pub(super) fn at_read(
+        rank: u32,
+        generation: Generation,
+        number: usize,
+    ) -> Result<(), RankError> {
+        for fault in wanted(rank, generation) {
             match fault.read {
                 Some(read) if fault.what == "slow" && number >= read => {
                     std::thread::sleep(fault.pause);
@@ -86,8 +109,9 @@ mod on_demand {
         Ok(())
     }
 
-    pub(super) fn at_point(rank: u32, point: Point) {
-        for fault in wanted(rank).filter(|fault| fault.at.as_deref() == Some(point.name())) {
+    pub(super) fn at_point(rank: u32, generation: Generation, point: Point) {
+        let wanted = wanted(rank, generation);
+        for fault in wanted.filter(|fault| fault.at.as_deref() == Some(point.name())) {
             // between two points there is no one to take an error
             let _ = fault.happen();
         }
@@ -106,6 +130,7 @@ mod on_demand {
             let millis = value("ms").and_then(|ms| ms.parse().ok()).unwrap_or(1000);
             Some(Self {
                 rank: if rank == "all" { None } else { Some(rank.parse().ok()?) },
+                generation: value("generation").and_then(|number| number.parse().ok()),
                 read: value("read").and_then(|number| number.parse().ok()),
                 at: value("at"),
                 what: value("do")?,
@@ -143,16 +168,16 @@ mod on_demand {
 ///
 /// # Errors
 /// One was asked for.
-pub(crate) fn at_read(rank: u32, number: usize) -> Result<(), RankError> {
+pub(crate) fn at_read(rank: u32, generation: Generation, number: usize) -> Result<(), RankError> {
     #[cfg(debug_assertions)]
-    on_demand::at_read(rank, number)?;
-    let _ = (rank, number);
+    on_demand::at_read(rank, generation, number)?;
+    let _ = (rank, generation, number);
     Ok(())
 }
 
 /// The fault that was asked for when `rank` comes to `point`, if any.
-pub(crate) fn at_point(rank: u32, point: Point) {
+pub fn at_point(rank: u32, generation: Generation, point: Point) {
     #[cfg(debug_assertions)]
-    on_demand::at_point(rank, point);
-    let _ = (rank, point);
+    on_demand::at_point(rank, generation, point);
+    let _ = (rank, generation, point);
 }

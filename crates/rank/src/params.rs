@@ -249,8 +249,11 @@ impl ParamMemory {
         reason = "disjoint parts of one region; the caller promises exclusivity"
     )]
     pub unsafe fn bytes_mut(&self, param: ParamId) -> &mut [u8] {
+        let (region, offset) = (self.region(), self.offsets[param as usize] as usize);
         let bytes = self.placement.params[param as usize].bytes as usize;
-        let start = self.region().at(self.offsets[param as usize] as usize, bytes);
+        // of a derived parameter no byte has landed, so nobody has touched it
+        region.touch(offset, bytes);
+        let start = region.at(offset, bytes);
         // SAFETY: as in `bytes`; exclusivity is the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), bytes) }
     }

@@ -8,7 +8,7 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU8, AtomicU64, Ordering},
     },
     time::Duration,
@@ -300,6 +300,8 @@ pub enum RankEventKind {
 pub struct RankReport {
     /// Weight bytes that it asked of storage.
     pub storage_bytes_read: u64,
+    /// Weight bytes that it read from what this host has kept of the storage, and so did not ask for.
+    pub cached_bytes_read: u64,
     /// Bytes read beyond them because direct I/O works in blocks.
     pub padding_bytes_read: u64,
     /// Bytes that it asked of storage once more, because a request failed or was slow.
@@ -360,8 +362,12 @@ impl Phase {
 #[derive(Debug, Default)]
 pub struct Progress {
     phase: AtomicU8,
-    /// Weight bytes read from storage.
+    /// Who is told of every phase, if anyone.
+    listener: OnceLock<fn(Phase)>,
+    /// Weight bytes read, from storage or from what this host has kept of it.
     pub read_bytes: AtomicU64,
+    /// Those of them that were kept.
+    pub cached_bytes: AtomicU64,
     /// Bytes read for alignment only.
     pub padding_bytes: AtomicU64,
     /// Bytes asked of storage once more, because a request failed or was slow.
@@ -388,5 +394,44 @@ impl Progress {
     pub fn enter(&self, phase: Phase) {
         self.phase.store(phase as u8, Ordering::Relaxed);
         self.steps.fetch_add(1, Ordering::Relaxed);
+        if let Some(tell) = self.listener.get() {
+            tell(phase);
+        }
+    }
+
+    /// Has `listener` told of every phase from now on; the first that is given stays.
+    pub fn tell(&self, listener: fn(Phase)) {
+        // one that has a listener keeps it
+        let _ = self.listener.set(listener);
+    }
+
+    /// Counts from nothing again, for another load: nothing of the last one runs any more.
+    pub fn begin_again(&self) {
+        let Self {
+            phase: _,
+            listener: _,
+            read_bytes,
+            cached_bytes,
+            padding_bytes,
+            retried_bytes,
+            reads,
+            received_bytes,
+            sent_bytes,
+            steps: _,
+            in_hand,
+        } = self;
+        for counter in [
+            read_bytes,
+            cached_bytes,
+            padding_bytes,
+            retried_bytes,
+            reads,
+            received_bytes,
+            sent_bytes,
+            in_hand,
+        ] {
+            counter.store(0, Ordering::Relaxed);
+        }
+        self.enter(Phase::Waiting);
     }
 }

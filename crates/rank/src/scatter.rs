@@ -1,9 +1,9 @@
 //! One read, and where its bytes go.
 //!
-//! A file in the page cache is read straight into parameters, by one scattered read; what would fall into many short
-//! runs (row-parallel weights), needs conversion, or is wanted by nobody goes to a slab instead, and from there to its
-//! places. Such a read is taken in steps that stay within a core's cache ([`steps`]). A read past the page cache goes to a
-//! slab as a whole. Bytes that several ranks need are read once and copied from the first.
+//! A file in the page cache, or one that is not on local storage, is read straight into parameters, by one scattered read; what
+//! would fall into many short runs (row-parallel weights), needs conversion, or is wanted by nobody goes to a slab instead, and
+//! from there to its places. Through the page cache such a read is taken in steps that stay within a core's cache ([`steps`]). A
+//! read past the page cache goes to a slab as a whole. Bytes that several ranks need are read once and copied from the first.
 //!
 //! A rank that is a process of its own reads what others want into a slot that they will see or be sent from. Its own
 //! share goes straight into its parameters where nobody else wants it, and is copied from the slot where others do.
@@ -29,7 +29,7 @@ use crate::{
     error::RankError,
     protocol::{LoadPlan, Peer, Read},
     staging::Staging,
-    storage::{CheckpointSource, Staged},
+    storage::{CheckpointSource, RemoteRead, Staged},
 };
 
 /// Tensors whose runs are shorter than this on average are cheaper through a slab than as iovecs of their own.
@@ -115,6 +115,8 @@ pub struct Outcome {
     pub padding_bytes: u64,
     /// Bytes that were asked of storage once more.
     pub retried_bytes: u64,
+    /// Bytes that came from what this host has kept of the storage.
+    pub cached_bytes: u64,
 }
 
 impl Scatter {
@@ -135,7 +137,7 @@ impl Scatter {
         slab: Slab<'_>,
     ) -> Result<Outcome, RankError> {
         self.find_spans(plan, rank, read);
-        if source.mode.direct {
+        if source.mode.direct && !source.scatters() {
             return self.read_staged(read.range, source, ranks, slab);
         }
         self.find_runs(ranks);
@@ -220,7 +222,7 @@ impl Scatter {
         self.list_iovecs(range.len(), slab);
         // SAFETY: each target lies within a parameter (`span_target` checked it) that `ranks` keeps alive, where by RNK-1
         // this read is the only one that writes, or within the slab that is leased.
-        let reads = unsafe { source.read_scattered(range, &mut self.iovecs) }?;
+        let read = unsafe { source.read_scattered(range, &mut self.iovecs) }?;
         for pair in self.runs.windows(2).filter(|w| repeats(&w[0], &w[1])) {
             // SAFETY: the first was just filled by the read or by the copy before and is not complete for anyone yet;
             // the second is a different run, so by RNK-1 the two do not overlap and nobody else touches them.
@@ -232,7 +234,8 @@ impl Scatter {
         for part in self.parts.iter().filter(|part| !part.in_place) {
             place_all(&self.spans[part.spans.clone()], slab, ranks)?;
         }
-        Ok(Outcome { reads, padding_bytes: 0, retried_bytes: 0 })
+        let RemoteRead { requests: reads, retried_bytes, cached_bytes } = read;
+        Ok(Outcome { reads, padding_bytes: 0, retried_bytes, cached_bytes })
     }
 
     /// The runs without their repetitions.
@@ -283,8 +286,8 @@ impl Scatter {
         if let Some(slot) = slot {
             self.fill_slot(bytes, slot, ranks);
         }
-        let Staged { padding_bytes, reads, retried_bytes, .. } = staged;
-        Ok(Outcome { reads, padding_bytes, retried_bytes })
+        let Staged { padding_bytes, reads, retried_bytes, cached_bytes, .. } = staged;
+        Ok(Outcome { reads, padding_bytes, retried_bytes, cached_bytes })
     }
 
     /// Copies what other processes want to the same offsets of a slot, once for all of them.

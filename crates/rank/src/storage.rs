@@ -78,6 +78,14 @@ impl FileIdentity {
     pub fn remote(bytes: u64, version: impl Into<String>) -> Self {
         Self { bytes, state: State::Remote(version.into()) }
     }
+
+    /// What its storage calls this state, where it is not on local storage.
+    pub fn version(&self) -> Option<&str> {
+        match &self.state {
+            State::Local { .. } => None,
+            State::Remote(version) => Some(version),
+        }
+    }
 }
 
 /// A file that is not on local storage.
@@ -85,20 +93,28 @@ pub trait RemoteFile: fmt::Debug + Send + Sync {
     /// Which file it is, and in which state: all reads are of that state.
     fn identity(&self) -> FileIdentity;
 
-    /// Fills `target` with `range`; several threads may do so at once.
+    /// Fills `targets`, one after the other, with `range`, which is as long as all of them; several threads may do so at
+    /// once.
     ///
     /// # Errors
     /// Not all of it can be had within this storage's limits of time, or the file is not the same any more.
-    fn read(&self, range: ByteRange, target: &mut [u8]) -> Result<RemoteRead, RankError>;
+    fn read(&self, range: ByteRange, targets: &mut [&mut [u8]]) -> Result<RemoteRead, RankError>;
+
+    /// Whether many targets cost no more than one.
+    fn scatters(&self) -> bool {
+        true
+    }
 }
 
-/// What a read of a [`RemoteFile`] took.
+/// What a scattered read took, or one of a [`RemoteFile`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RemoteRead {
     /// Requests.
     pub requests: u64,
     /// Bytes that were asked for once more, because a request failed or was slow.
     pub retried_bytes: u64,
+    /// Bytes of the range that were not asked for, as they were kept on this host.
+    pub cached_bytes: u64,
 }
 
 /// An open checkpoint file.
@@ -168,7 +184,7 @@ impl CheckpointSource {
         Ok(Self { name: name.to_owned(), identity, mode, handle })
     }
 
-    /// A file that is elsewhere. It is read into slabs, as files past the page cache are.
+    /// A file that is elsewhere.
     pub fn remote(name: &str, file: Arc<dyn RemoteFile>) -> Self {
         let mode = IoMode { direct: true, reason: "not on local storage", resident: None };
         let (name, identity) = (name.to_owned(), file.identity());
@@ -178,6 +194,11 @@ impl CheckpointSource {
     /// Whether the file is not on local storage.
     pub fn is_remote(&self) -> bool {
         matches!(self.handle, Handle::Remote(_))
+    }
+
+    /// Whether it is not on local storage and is read into many places as well as into one.
+    pub(crate) fn scatters(&self) -> bool {
+        matches!(&self.handle, Handle::Remote(file) if file.scatters())
     }
 
     /// What the opened file is now.
@@ -210,12 +231,12 @@ impl CheckpointSource {
             Handle::Local { buffered, direct: None } => {
                 let target = &mut slab[..range.len() as usize];
                 let reads = self.read_buffered(buffered, range, target)?;
-                return Ok(Staged { begin: 0, padding_bytes: 0, reads, retried_bytes: 0 });
+                return Ok(Staged { reads, ..Staged::default() });
             }
             Handle::Remote(file) => {
-                let read = file.read(range, &mut slab[..range.len() as usize])?;
-                let RemoteRead { requests: reads, retried_bytes } = read;
-                return Ok(Staged { begin: 0, padding_bytes: 0, reads, retried_bytes });
+                let read = file.read(range, &mut [&mut slab[..range.len() as usize]])?;
+                let RemoteRead { requests: reads, retried_bytes, cached_bytes } = read;
+                return Ok(Staged { reads, retried_bytes, cached_bytes, ..Staged::default() });
             }
         };
         let start = range.start - range.start % DIRECT_ALIGNMENT;
@@ -234,7 +255,7 @@ impl CheckpointSource {
             }
         }
         let padding_bytes = (got.max(wanted) - range.len() as usize) as u64;
-        Ok(Staged { begin, padding_bytes, reads, retried_bytes: 0 })
+        Ok(Staged { begin, padding_bytes, reads, ..Staged::default() })
     }
 
     /// Fills `target` with `range`, through the page cache where there is one; returns the number of reads.
@@ -244,7 +265,7 @@ impl CheckpointSource {
     pub fn read_full(&self, range: ByteRange, target: &mut [u8]) -> Result<u64, RankError> {
         match &self.handle {
             Handle::Local { buffered, .. } => self.read_buffered(buffered, range, target),
-            Handle::Remote(file) => file.read(range, target).map(|read| read.requests),
+            Handle::Remote(file) => file.read(range, &mut [target]).map(|read| read.requests),
         }
     }
 
@@ -268,20 +289,30 @@ impl CheckpointSource {
         Ok(reads)
     }
 
-    /// Reads `range` through the page cache into `targets`, one after the other; returns the number of reads.
+    /// Reads `range` into `targets`, one after the other; through the page cache where there is one.
     ///
     /// # Safety
-    /// Every target must be valid for writes of its length, and nothing else may access it meanwhile.
+    /// Every target must be initialised memory, valid for writes of its length, and nothing else may access it meanwhile.
     ///
     /// # Errors
-    /// The read fails, or the file has become shorter, or is not on local storage.
+    /// The read fails, or the file has become shorter.
     pub unsafe fn read_scattered(
         &self,
         range: ByteRange,
         targets: &mut [libc::iovec],
-    ) -> Result<u64, RankError> {
-        let Handle::Local { buffered, .. } = &self.handle else {
-            return Err(self.read_error(range, io::ErrorKind::Unsupported.into()));
+    ) -> Result<RemoteRead, RankError> {
+        let buffered = match &self.handle {
+            Handle::Local { buffered, .. } => buffered,
+            Handle::Remote(file) => {
+                let slice = |target: &libc::iovec| {
+                    // SAFETY: the caller vouches for the memory, and that it is used by nobody else meanwhile.
+                    unsafe {
+                        std::slice::from_raw_parts_mut(target.iov_base.cast::<u8>(), target.iov_len)
+                    }
+                };
+                let mut targets: Vec<&mut [u8]> = targets.iter().map(slice).collect();
+                return file.read(range, &mut targets);
+            }
         };
         let (mut at, mut reads, mut first) = (range.start, 0, 0);
         while first < targets.len() {
@@ -309,7 +340,7 @@ impl CheckpointSource {
             at += n as u64;
             first += advance(&mut targets[first..], n as usize);
         }
-        Ok(reads)
+        Ok(RemoteRead { requests: reads, ..RemoteRead::default() })
     }
 
     fn read_error(&self, range: ByteRange, source: io::Error) -> RankError {
@@ -325,7 +356,7 @@ impl CheckpointSource {
 pub const IOV_MAX: usize = 1024;
 
 /// What a staged read did.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Staged {
     /// Where in the slab the wanted range begins.
     pub begin: usize,
@@ -335,6 +366,8 @@ pub struct Staged {
     pub reads: u64,
     /// Bytes that were asked for once more.
     pub retried_bytes: u64,
+    /// Bytes of the range that came from what this host has kept of the storage.
+    pub cached_bytes: u64,
 }
 
 /// Skips `bytes` bytes of the targets: how many are full, and the next one shortened.
@@ -404,8 +437,8 @@ mod tests {
             .collect();
         let range = ByteRange::new(17, 17 + total as u64);
         // SAFETY: the vectors are alive and used by nobody else.
-        let reads = unsafe { source.read_scattered(range, &mut iov) }.unwrap();
-        assert_eq!(reads, 2);
+        let read = unsafe { source.read_scattered(range, &mut iov) }.unwrap();
+        assert_eq!(read.requests, 2);
         assert_eq!(parts.concat(), &data[17..17 + total]);
     }
 

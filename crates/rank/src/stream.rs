@@ -348,7 +348,7 @@ impl Job {
         mut slot: Option<Slot>,
         scatter: &mut Scatter,
     ) -> Result<(), RankError> {
-        fault::at_read(self.rank, number)?;
+        fault::at_read(self.rank, self.generation, number)?;
         let Work { plan, sources, .. } = &*self.work;
         let read = &plan.reads[self.rank as usize][number];
         if read.from == ReadFrom::Parameters {
@@ -357,7 +357,7 @@ impl Job {
         let source = &sources[read.file as usize];
         let progress = self.progress();
         // the steps of one read are one read to storage, unless it answers short
-        progress.reads.fetch_add(1, Ordering::Relaxed);
+        let mut counted = 0;
         for range in steps(&plan.checkpoint, read.file, read.range, source.mode.direct) {
             let step = Read { range, ..*read };
             let slab = match &mut slot {
@@ -372,7 +372,9 @@ impl Job {
             progress.read_bytes.fetch_add(range.len(), Ordering::Relaxed);
             progress.padding_bytes.fetch_add(outcome.padding_bytes, Ordering::Relaxed);
             progress.retried_bytes.fetch_add(outcome.retried_bytes, Ordering::Relaxed);
-            progress.reads.fetch_add(outcome.reads.saturating_sub(1), Ordering::Relaxed);
+            progress.cached_bytes.fetch_add(outcome.cached_bytes, Ordering::Relaxed);
+            progress.reads.fetch_add(outcome.reads.saturating_sub(counted), Ordering::Relaxed);
+            counted = 1;
             progress.steps.fetch_add(1, Ordering::Relaxed);
             count_exchange(scatter.spans(), self.rank, &self.ranks);
             self.land(scatter.spans())?;
@@ -436,7 +438,7 @@ impl Job {
         pinned: &Arc<SlotPool>,
         scatter: &mut Scatter,
     ) -> Result<(), RankError> {
-        fault::at_read(self.rank, number)?;
+        fault::at_read(self.rank, self.generation, number)?;
         let Work { plan, sources, .. } = &*self.work;
         let read = &plan.reads[self.rank as usize][number];
         if read.from == ReadFrom::Parameters {
@@ -450,6 +452,7 @@ impl Job {
         progress.read_bytes.fetch_add(read.range.len(), Ordering::Relaxed);
         progress.padding_bytes.fetch_add(staged.padding_bytes, Ordering::Relaxed);
         progress.retried_bytes.fetch_add(staged.retried_bytes, Ordering::Relaxed);
+        progress.cached_bytes.fetch_add(staged.cached_bytes, Ordering::Relaxed);
         scatter.find_spans(plan, self.rank, read);
         if let (Some(exchange), Some(round), Some(mut slot)) = (&self.exchange, read.round, slot) {
             let bytes = &slab.bytes()[staged.begin..][..read.range.len() as usize];

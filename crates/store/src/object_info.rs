@@ -40,6 +40,15 @@ impl Identity {
         }
     }
 
+    /// Whether no other content ever has this identity, so that bytes may be kept under it: a time of writing promises no such
+    /// thing, nor does a weak entity tag (RFC 9110 §8.8.1).
+    pub fn is_of_one_content(&self) -> bool {
+        match self.etag {
+            Some(_) => self.strong_etag().is_some(),
+            None => self.version.is_some(),
+        }
+    }
+
     /// The entity tag, if a conditional request can use it: weak ones never match (RFC 9110 §13.1.1).
     pub(crate) fn strong_etag(&self) -> Option<&str> {
         self.etag.as_deref().filter(|etag| !etag.starts_with("W/"))
@@ -145,5 +154,12 @@ mod tests {
     fn weak_tags_are_no_condition() {
         assert_eq!(identity(Some("W/\"a\""), None, None).strong_etag(), None);
         assert_eq!(identity(Some("\"a\""), None, None).strong_etag(), Some("\"a\""));
+    }
+
+    #[test]
+    fn strong_tags_and_versions_are_of_one_content() {
+        let is = |etag, version| identity(etag, version, Some(5)).is_of_one_content();
+        assert!(is(Some("\"a\""), None) && is(None, Some("1")));
+        assert!(!is(Some("W/\"a\""), None) && !is(None, None));
     }
 }

@@ -13,6 +13,7 @@
 
 mod backoff;
 mod race;
+mod target;
 mod usual;
 
 use std::{
@@ -40,6 +41,7 @@ use crate::{
 
 use backoff::Backoff;
 use race::Runner;
+use target::{Target, deal};
 use usual::Usual;
 
 /// What one read took.
@@ -83,7 +85,7 @@ const FIRST_CONTACT_MAX: Duration = Duration::from_secs(15);
 struct Part<'a> {
     object: &'a ObjectInfo,
     range: Range<u64>,
-    target: &'a mut [u8],
+    target: Target<'a>,
     /// How much of the target, from its start, is there.
     filled: usize,
     report: ReadReport,
@@ -120,16 +122,16 @@ impl Reader {
         }
     }
 
-    /// Fills `target` with the range.
+    /// Fills `targets`, one after the other, with the range, which is as long as all of them.
     pub(crate) async fn read(
         &self,
         object: &ObjectInfo,
         range: Range<u64>,
-        target: &mut [u8],
+        targets: &mut [&mut [u8]],
     ) -> Result<ReadReport, StoreError> {
         let start = Instant::now();
         let mut report = ReadReport::default();
-        let mut parts: FuturesUnordered<_> = split(range, target, self.options.part_bytes)
+        let mut parts: FuturesUnordered<_> = split(range, targets, self.options.part_bytes)
             .into_iter()
             .map(|(range, target)| {
                 self.part(
@@ -180,7 +182,7 @@ impl Reader {
             let part = Part {
                 object: &object,
                 range,
-                target: &mut content,
+                target: Target::from(&mut content[..]),
                 filled: 0,
                 report: ReadReport::default(),
             };
@@ -337,24 +339,23 @@ impl From<Failed> for StoreError {
     }
 }
 
-/// Cuts a range and its target into parts of nearly equal length, none longer than `part_bytes`.
-fn split(
+/// Cuts a range and its targets into parts of nearly equal length, none longer than `part_bytes`.
+fn split<'a>(
     range: Range<u64>,
-    mut target: &mut [u8],
+    targets: &'a mut [&mut [u8]],
     part_bytes: u64,
-) -> Vec<(Range<u64>, &mut [u8])> {
+) -> Vec<(Range<u64>, Target<'a>)> {
     let count = (range.end - range.start).div_ceil(part_bytes.max(1));
-    let mut parts = Vec::new();
+    let mut ranges = Vec::new();
     let mut start = range.start;
     for left in (1..=count).rev() {
-        let length = (range.end - start).div_ceil(left);
-        // the target is as long as the range, so the length fits
-        let (part, rest) = target.split_at_mut(length as usize);
-        parts.push((start..start + length, part));
-        start += length;
-        target = rest;
+        let end = start + (range.end - start).div_ceil(left);
+        ranges.push(start..end);
+        start = end;
     }
-    parts
+    // the targets are as long as the range, so the lengths fit
+    let targets = deal(targets, ranges.iter().map(|range| (range.end - range.start) as usize));
+    ranges.into_iter().zip(targets).collect()
 }
 
 #[cfg(test)]
@@ -366,12 +367,12 @@ mod tests {
         for (start, length, part) in
             [(0, 0, 8), (3, 1, 8), (3, 8, 8), (5, 9, 8), (0, 100, 7), (1, 64, 8)]
         {
-            let mut target = vec![0; length];
-            let parts = split(start..start + length as u64, &mut target, part);
+            let targets = &mut [&mut vec![0; length][..]];
+            let parts = split(start..start + length as u64, targets, part);
             let mut at = start;
             for (range, target) in &parts {
                 assert_eq!((range.start, range.end - range.start), (at, target.len() as u64));
-                assert!(target.len() as u64 <= part && !target.is_empty());
+                assert!((1..=part).contains(&(target.len() as u64)));
                 at = range.end;
             }
             assert_eq!(at, start + length as u64);

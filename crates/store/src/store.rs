@@ -164,8 +164,27 @@ impl Object {
     ///
     /// If `target` is not as long as the range.
     pub fn read(&self, range: Range<u64>, target: &mut [u8]) -> Result<ReadReport, StoreError> {
+        self.read_scattered(range, &mut [target])
+    }
+
+    /// The same into several `targets`, one after the other, which together are as long as the range. What comes is copied to its
+    /// place once, wherever that is.
+    ///
+    /// # Errors
+    ///
+    /// As for [`read`](Self::read).
+    ///
+    /// # Panics
+    ///
+    /// If the targets together are not as long as the range.
+    pub fn read_scattered(
+        &self,
+        range: Range<u64>,
+        targets: &mut [&mut [u8]],
+    ) -> Result<ReadReport, StoreError> {
         let length = range.end.saturating_sub(range.start);
-        assert_eq!(length, target.len() as u64, "the target is as long as the range");
+        let room: u64 = targets.iter().map(|target| target.len() as u64).sum();
+        assert_eq!(length, room, "the targets are as long as the range");
         if range.end > self.info.bytes || range.start > range.end {
             let subject = Operation::Read(&self.info.name, range).subject(&self.reader.location);
             return Err(StoreError::OutOfRange { subject, bytes: self.info.bytes });
@@ -173,7 +192,7 @@ impl Object {
         if range.is_empty() {
             return Ok(ReadReport::default());
         }
-        block_on(self.reader.read(&self.info, range, target))
+        block_on(self.reader.read(&self.info, range, targets))
     }
 
     /// What it was when it was looked at.

@@ -90,7 +90,7 @@ fn run(arguments: &Arguments, place: Place) -> Result<(), Failure> {
     // while the ranks are still a group they tell each other where they are
     let mut ranks = Ranks::meet(&mut rank)?;
     // from here on they have connections of their own; the parameters stay at their addresses
-    let own = rank.leave();
+    let own = rank.leave()?;
     let params = Finished::of(own.params())?;
 
     let model = Model::new(dims, ranks.size());

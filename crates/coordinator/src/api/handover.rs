@@ -19,10 +19,10 @@
 //! * **Where they are.** Addresses, shapes and types stay as they are for the life of the parameters, through reloads
 //!   too, so what has them built in (a CUDA graph) stays valid. All parameters of a rank lie in one allocation, each on
 //!   a multiple of 256 bytes.
-//! * **Reloads** write new weights where the old ones are ([`Loaded::reload`]). From the call until it has returned
+//! * **Reloads** write new weights where the old ones are ([`Loaded::reload`], [`Rank::reload`]). From the call until it has returned
 //!   nobody reads: kernels that do have ended, and none is launched. Whoever reads meanwhile reads a mix, and in this
-//!   process has a data race. It may read again when [`Loaded::ranks`] hands out parameters, not when that says that
-//!   the group is not ready.
+//!   process has a data race. It may read again when [`Loaded::ranks`] or [`Rank::params`] hands out parameters, not when
+//!   that says that they are not ready.
 //! * **The end.** The memory of a rank's parameters is freed when their owner and the last DLPack tensor that was made
 //!   of any of them are gone. Kernels that read have ended by then: the driver waits for what runs as it frees, but
 //!   that is no promise of its own.
@@ -88,6 +88,8 @@
 //! [`Loaded`]: crate::Loaded
 //! [`Loaded::ranks`]: crate::Loaded::ranks
 //! [`Loaded::reload`]: crate::Loaded::reload
+//! [`Rank::params`]: crate::Rank::params
+//! [`Rank::reload`]: crate::Rank::reload
 //! [`OwnParams`]: crate::OwnParams
 //! [`Params`]: crate::Params
 //! [`Params::aliases`]: crate::Params::aliases

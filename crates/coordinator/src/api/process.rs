@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use longshore_rank::{params::ReadyParams, protocol::Progress};
+use longshore_rank::{
+    params::ReadyParams,
+    protocol::{Generation, Progress},
+};
 use tokio::task::JoinHandle;
 
 use super::{
@@ -14,7 +17,7 @@ use crate::{
     load::{prepare_process, progress_of},
     place::Place,
     plan::Plan,
-    processes::{self, Complete, Door, Joined},
+    processes::{self, Door, holder::Holder},
     report::{Done, RanksAs, Report},
 };
 
@@ -26,7 +29,7 @@ impl Load {
     ///
     /// // in every process that torchrun, srun, Kubernetes or `longshore launch` has started
     /// let rank = Load::from("/models/Qwen3-8B").join(Place::from_env()?)?.wait()?;
-    /// let down = rank.params().get("model.layers.0.mlp.down_proj.weight");
+    /// let down = rank.params()?.get("model.layers.0.mlp.down_proj.weight");
     /// # Ok::<(), longshore::LoadError>(())
     /// ```
     ///
@@ -46,40 +49,31 @@ impl Load {
         let prepared = prepare_process(&plan, &self.run, &place, self.group.transport)?;
         let runtime = Background::start()?;
         let (counters, group) = (progress_of(&plan), self.group);
-        let (warnings, seen) = (prepared.warnings.clone(), counters.clone());
+        let progress = counters.clone();
         let joining = {
-            let place = place.clone();
-            async move { processes::load(&place, door, prepared, &group, counters).await }
+            let (place, source) = (place.clone(), self.source.clone());
+            async move { processes::load(&place, door, &source, prepared, &group, counters).await }
         };
         let complete = runtime.spawn(joining);
-        Ok(Joining {
-            source: self.source,
-            place,
-            plan,
-            warnings,
-            progress: seen,
-            complete,
-            runtime,
-        })
+        Ok(Joining { load: self, place, plan, progress, complete, runtime })
     }
 }
 
 /// A load that this process takes part in. Dropping it ends this rank, and with it the load.
 #[derive(Debug)]
 pub struct Joining {
-    source: String,
+    load: Load,
     place: Place,
     plan: Plan,
-    warnings: Vec<String>,
     progress: Vec<Arc<Progress>>,
-    complete: JoinHandle<Result<Complete, LoadError>>,
+    complete: JoinHandle<Result<Holder, LoadError>>,
     runtime: Background,
 }
 
 impl Joining {
     /// What the load does, on all ranks.
     pub fn plan(&self) -> Report {
-        Report::forecast(&self.plan, &self.source, RanksAs::Processes)
+        Report::forecast(&self.plan, &self.load.source, RanksAs::Processes)
     }
 
     /// On rank 0, how each rank is getting on, as of its last heartbeat; nothing elsewhere.
@@ -101,10 +95,10 @@ impl Joining {
     /// # Panics
     /// When called within a runtime's own thread.
     pub fn wait(self) -> Result<Rank, LoadError> {
-        let Self { source, place, plan, warnings, complete, runtime, .. } = self;
+        let Self { load, complete, runtime, .. } = self;
         let ended = |e: tokio::task::JoinError| LoadError::Runtime(e.to_string());
-        let (params, joined) = runtime.block_on(complete).map_err(ended)??;
-        Ok(Rank { params, joined, source, place, plan, warnings, runtime })
+        let holder = runtime.block_on(complete).map_err(ended)??;
+        Ok(Rank { load, holder, runtime })
     }
 }
 
@@ -115,37 +109,85 @@ impl Joining {
 /// two; a server's own connections tell it afterwards.
 #[derive(Debug)]
 pub struct Rank {
-    params: ReadyParams,
-    joined: Joined,
-    source: String,
-    place: Place,
-    plan: Plan,
-    warnings: Vec<String>,
+    load: Load,
+    holder: Holder,
     runtime: Background,
 }
 
 impl Rank {
     /// Its parameters.
-    pub fn params(&self) -> Params<'_> {
-        Params(&self.params)
+    ///
+    /// # Errors
+    /// A reload failed and could not be undone: the rank is not ready until another reload succeeds.
+    pub fn params(&self) -> Result<Params<'_>, LoadError> {
+        self.holder.params().map(Params)
     }
 
     /// Where it stands.
     pub fn place(&self) -> &Place {
-        &self.place
+        self.holder.place()
+    }
+
+    /// The checkpoint that it holds, as it was named; changes only when a reload has succeeded on every rank.
+    pub fn source(&self) -> &str {
+        self.holder.source()
+    }
+
+    /// Counts the attempts at filling the group; the same on all ranks when a load or a reload has ended.
+    pub fn generation(&self) -> Generation {
+        self.holder.generation()
+    }
+
+    /// Loads another checkpoint into the same parameters, at the same addresses, on all ranks or on none. All of them call it,
+    /// with the same source.
+    ///
+    /// First every rank makes sure that it can load it (headers, shapes, the same parameters, every file open and whole), then
+    /// all write, and each returns when every one is complete. Whatever fails, no two ranks are ready with different weights.
+    ///
+    /// Whoever looks at parameters borrows the rank, so nobody looks while they are written:
+    ///
+    /// ```compile_fail,E0502
+    /// # use longshore::{Load, Place};
+    /// # let mut rank = Load::from("/models/A").join(Place::from_env()?)?.wait()?;
+    /// let params = rank.params()?;
+    /// rank.reload("/models/B")?;
+    /// let down = params.get("model.layers.0.mlp.down_proj.weight");
+    /// # Ok::<(), longshore::LoadError>(())
+    /// ```
+    ///
+    /// What was [handed over](crate::handover) to others is another matter; its module says what they have to do.
+    ///
+    /// # Errors
+    /// * [`LoadError::NotReloaded`]: a rank cannot load it, or was lost, before the first write. The weights are untouched.
+    /// * [`LoadError::Reload`]: it failed while writing. It says whether the old weights are back; if not,
+    ///   [`Rank::params`] refuses until another reload succeeds.
+    ///
+    /// After the loss of a rank or of rank 0 nothing that takes all ranks is possible any more, another reload included: start
+    /// the processes again.
+    ///
+    /// # Panics
+    /// When called within a runtime's own thread.
+    pub fn reload(&mut self, source: impl Into<String>) -> Result<(), LoadError> {
+        let load = Load { source: source.into(), ..self.load.clone() };
+        // of a source that this rank cannot plan the others have to learn
+        let planned = load.planned(self.holder.place().world_size);
+        self.runtime.block_on(self.holder.reload(&load.source, planned))?;
+        self.load = load;
+        Ok(())
     }
 
     /// On rank 0, what the load did on all ranks.
     pub fn report(&self) -> Option<Report> {
-        let reports = self.joined.reports.as_deref()?;
-        let (warnings, generation) = (self.warnings.as_slice(), self.joined.generation);
+        let load = self.holder.load();
+        let reports = load.reports.as_deref()?;
+        let (warnings, generation) = (self.holder.warnings.as_slice(), load.generation);
         let (ranks_as, peak_rss_bytes) = (RanksAs::Processes, None);
         // of the others' shares nothing is known here but that they were verified
         let verified = None;
-        let lost = self.joined.lost;
+        let lost = load.lost;
         let done = Done { reports, warnings, verified, generation, lost, ranks_as, peak_rss_bytes };
-        let mut report = Report::of_load(&self.plan, &self.source, &done);
-        report.seconds = Some(self.joined.seconds);
+        let mut report = Report::of_load(self.holder.plan(), self.holder.source(), &done);
+        report.seconds = Some(load.seconds);
         Some(report)
     }
 
@@ -183,13 +225,13 @@ impl Rank {
     /// # Panics
     /// When called within a runtime's own thread.
     pub fn all_gather(&mut self, piece: Vec<u8>) -> Result<Vec<Vec<u8>>, LoadError> {
-        let (ranks, length) = (self.place.world_size, piece.len());
+        let (ranks, length) = (self.holder.place().world_size, piece.len());
         let limit = PIECES_BYTES_MAX / ranks as usize;
         if length > limit {
             let reason = format!("a piece of {length} bytes, at most {limit} with {ranks} ranks");
             return Err(LoadError::Option { option: "all_gather", reason });
         }
-        self.runtime.block_on(self.joined.all_gather(piece))
+        self.runtime.block_on(self.holder.joined().all_gather(piece))
     }
 
     /// Says goodbye to the group, and gives the parameters out for good, at the addresses that they have. When all ranks do
@@ -198,11 +240,14 @@ impl Rank {
     /// Nobody can wait for a rank that has left, so it is the last that all have in common. Rank 0 waits until the others
     /// have heard it, for two seconds at most.
     ///
+    /// # Errors
+    /// As [`Rank::params`].
+    ///
     /// # Panics
     /// When called within a runtime's own thread.
-    pub fn leave(self) -> OwnParams {
-        self.runtime.block_on(self.joined.end());
-        OwnParams(self.params)
+    pub fn leave(self) -> Result<OwnParams, LoadError> {
+        let Self { holder, runtime, .. } = self;
+        runtime.block_on(holder.leave()).map(OwnParams)
     }
 }
 

@@ -71,7 +71,7 @@ struct Run {
 enum Had {
     /// None.
     Nowhere,
-    /// Some, but not in the form in which they are in the file. Bytes that nobody takes may be among these.
+    /// Some, but none in the form in which they are in the file; and gaps that are read through.
     Somewhere,
     /// These ranks, in their parameters.
     By(SetId),
@@ -381,3 +381,6 @@ fn anyone_needs(
         })
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use longshore_rank::storage::IoChoice;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
+    cache::weights::KeepWeights,
     device::DeviceChoice,
     error::LoadError,
     load::RunOptions,
@@ -16,7 +17,7 @@ use crate::{
     synth::{Scale, Synth},
 };
 
-use super::launch::LaunchArgs;
+use super::{chaos::ChaosArgs, launch::LaunchArgs};
 
 /// Loads a large language model's checkpoint onto the ranks of a tensor-parallel server.
 #[derive(Debug, Parser)]
@@ -45,10 +46,13 @@ pub(super) enum Command {
     /// Be one rank of a group of processes; finds its place in the environment of torchrun, srun or longshore launch. Takes the
     /// options of load.
     Rank(RankArgs),
-    /// List what the cache directory holds of models whose weights are elsewhere, or remove it.
+    /// List what a cache directory holds of models whose weights are elsewhere, or remove it.
     Cache(CacheArgs),
-    /// Start a command as every rank of this host, and again when one fails; takes torchrun's flags.
+    /// Start a command as every rank of this host, and as one that fails again; takes torchrun's flags.
     Launch(LaunchArgs),
+    /// Kill, stop and delay ranks while they load, and compare what comes of it with an undisturbed run. Takes the options of
+    /// load, or after -- a launch command of your own whose ranks embed longshore.
+    Chaos(ChaosArgs),
 }
 
 #[derive(Debug, Args)]
@@ -81,6 +85,14 @@ pub(super) struct PlanArgs {
     /// Copy what is not on this host to the cache directory first, and read it from there.
     #[arg(long)]
     pub(super) download: bool,
+    /// Keep what is read of weights that are not on this host in this directory, and read from there what is kept. Processes
+    /// and models may share it. Of a source on this host nothing is kept.
+    #[arg(long, value_name = "DIR", conflicts_with = "download")]
+    cache_dir: Option<PathBuf>,
+    /// The most that --cache-dir may take, for all models together: what was not used for longest goes first, and what does not
+    /// fit is not kept [default: what its file system has].
+    #[arg(long, value_name = "BYTES", requires = "cache_dir", value_parser = parse_bytes)]
+    cache_limit: Option<u64>,
     /// Skip tensors that belong to no parameter, with a warning.
     #[arg(long)]
     allow_unknown: bool,
@@ -187,6 +199,9 @@ pub(super) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct CacheArgs {
+    /// What load keeps in this directory, rather than what it always copies of a model.
+    #[arg(long, value_name = "DIR", global = true)]
+    pub(super) cache_dir: Option<PathBuf>,
     /// What to do [default: list].
     #[command(subcommand)]
     pub(super) action: Option<CacheAction>,
@@ -271,6 +286,12 @@ impl PlanArgs {
     /// Where parameters are to live.
     pub(super) fn device_choice(&self) -> DeviceChoice {
         self.device.unwrap_or(DeviceChoice::Auto)
+    }
+
+    /// Where what is read of weights elsewhere is to be kept.
+    pub(super) fn keep(&self) -> Option<KeepWeights> {
+        let dir = self.cache_dir.clone()?;
+        Some(KeepWeights { dir, limit_bytes: self.cache_limit })
     }
 
     /// # Errors
@@ -452,7 +473,7 @@ fn parse_device(text: &str) -> Result<DeviceChoice, String> {
 }
 
 /// Seconds, with a fraction perhaps.
-fn parse_seconds(text: &str) -> Result<Duration, String> {
+pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     seconds
         .filter(|limit| TIME_LIMITS.contains(limit))

@@ -46,7 +46,7 @@ pub(super) struct LaunchArgs {
     /// The first port to be tried there [default: a free one on one host, else 29500].
     #[arg(long, alias = "master_port", value_name = "PORT")]
     master_port: Option<u16>,
-    /// How often all ranks are started again after one failed.
+    /// How often ranks that failed are started again, all ranks together; all that fail within a second count once.
     #[arg(long, alias = "max_restarts", value_name = "N", default_value_t = 0)]
     max_restarts: u32,
     /// All ranks are on this host, whatever --rdzv-endpoint says.

@@ -1,15 +1,15 @@
 //! `longshore rank`, and `longshore load --ranks processes`, which launches it.
 
-use std::{ffi::OsString, path::Path, process::ExitCode};
+use std::{ffi::OsString, path::Path, process::ExitCode, sync::Arc};
 
-use longshore_rank::params::ReadyParams;
+use longshore_rank::{params::ReadyParams, protocol::Progress};
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::filter::LevelFilter;
 
 use super::{
-    Phases,
+    Phases, Step,
     arguments::{LoadArgs, RankArgs},
-    fail, launch, make_plan, print, start_log, watch,
+    fail, launch, plan_steps, print, start_log, watch,
 };
 use crate::{
     device, digest,
@@ -20,7 +20,7 @@ use crate::{
     out::{self, RankFile},
     place::Place,
     plan::Plan,
-    processes::{self, Door, Joined, Transport},
+    processes::{self, Door, Joined, OnLoss, Transport, holder::Holder},
     report::{Done, RanksAs, Report, peak_rss_bytes},
     verify::Verified,
 };
@@ -37,7 +37,12 @@ pub(super) fn launch(
         let shared = device::are_shared(load.run.plan.device_choice(), load.tp);
         let nccl_hosts = shared && group.transport == Transport::Nccl;
         let final_lines = FinalLines::One;
-        let launch = Launch { final_lines, nccl_hosts, ..Launch::new(command, load.tp) };
+        let max_restarts = match group.on_loss {
+            OnLoss::Fail => 0,
+            OnLoss::Wait | OnLoss::Shrink => group.max_restarts,
+        };
+        let launch = Launch::new(command, load.tp);
+        let launch = Launch { max_restarts, final_lines, nccl_hosts, ..launch };
         launch.run()
     }) {
         Ok(ended) => launch::exit(&ended),
@@ -51,7 +56,6 @@ fn rank_command(load: &LoadArgs, mut arguments: Vec<OsString>) -> Result<Vec<OsS
     load.run.run_options()?;
     load.run.plan.plan_options(load.tp)?;
     device::refuse_unusable(load.run.plan.device_choice())?;
-    refuse_reload(&load.run.reload)?;
     let failed = |source| LoadError::Io {
         path: "/proc/self/exe".into(),
         action: "finding this program",
@@ -64,16 +68,6 @@ fn rank_command(load: &LoadArgs, mut arguments: Vec<OsString>) -> Result<Vec<OsS
         *command = "rank".into();
     }
     Ok(arguments)
-}
-
-fn refuse_reload(reload: &[String]) -> Result<(), LoadError> {
-    match reload.is_empty() {
-        true => Ok(()),
-        false => {
-            let reason = "not supported with ranks that are processes yet".into();
-            Err(LoadError::Option { option: "--reload", reason })
-        }
-    }
 }
 
 /// Runs one rank and says how to exit.
@@ -93,45 +87,59 @@ pub(super) fn run(arguments: &RankArgs, json: bool, log_level: LevelFilter) -> E
     match run_rank(arguments, &place, json) {
         Ok(()) => ExitCode::SUCCESS,
         // the coordinator prints the cause
-        Err(LoadError::GroupEnded { .. }) => ExitCode::FAILURE,
+        Err(e) if place.rank > 0 && is_told_by_rank_0(&e) => ExitCode::from(e.exit_code()),
         Err(e) => fail(&e.line(), e.exit_code()),
+    }
+}
+
+/// Whether rank 0 ends with the same, or with the cause of it.
+fn is_told_by_rank_0(e: &LoadError) -> bool {
+    match e {
+        LoadError::GroupEnded { .. } | LoadError::OnRank { .. } | LoadError::OtherReload { .. } => {
+            true
+        }
+        LoadError::NotReloaded { source, .. } | LoadError::Reload { source, .. } => {
+            is_told_by_rank_0(source)
+        }
+        _ => false,
     }
 }
 
 fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadError> {
     let run = &arguments.run;
     let tp = arguments.tp(place.world_size)?;
-    refuse_reload(&run.reload)?;
     let (options, group) = (run.run_options()?, run.group_options()?);
-    let source = &run.plan.source;
     let door = Door::open(place)?;
-    let mut phases = Phases::default();
-    let plan = make_plan(&run.plan, tp, source, &mut phases)?;
+    let mut steps = plan_steps(run, tp)?.into_iter();
+    let Some(Step { source, plan, mut phases }) = steps.next() else { return Ok(()) };
     if let Some(dir) = &run.out {
         out::check_writable(dir, place.rank)?;
     }
     let prepared = prepare_process(&plan, &options, place, group.transport)?;
-    let (warnings, verified) = (prepared.warnings.clone(), prepared.verified.clone());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|e| LoadError::Runtime(e.to_string()))?;
     let progress = progress_of(&plan);
-    let watch = (place.rank == 0).then(|| watch::Watch::start(&plan, &progress));
-    let joined = phases.measure("load", || {
-        runtime.block_on(processes::load(place, door, prepared, &group, progress))
-    });
-    if let Some(watch) = watch {
-        watch.stop();
-    }
-    let done = joined.and_then(|(params, mut joined)| {
+    // what is lost when the load is complete is no part of it any more: all do it once more
+    let once_more = group.on_loss == OnLoss::Wait && group.max_restarts > 0;
+    let counters = progress.clone();
+    let loading = processes::load(place, door, source, prepared, &group, progress);
+    let watched = Watched { place, progress: &counters };
+    let held = phases.measure("load", || watched.run(&plan, || runtime.block_on(loading)));
+    let done = held.and_then(|mut holder| {
         let (out, hash) = (run.out.as_deref(), !run.no_digest);
-        let rank = Rank { place, plan: &plan, source, out, params: &params };
-        let own = Holding { verified, ..Holding::default() };
-        let report = runtime.block_on(rank.results(&mut joined, own, &warnings, hash, phases));
-        runtime.block_on(joined.end());
-        report
+        let reloaded = steps.try_for_each(|Step { source, plan, phases: own }| {
+            phases = own;
+            let reloading = holder.reload(source, Ok(plan.clone()));
+            phases.measure("load", || watched.run(&plan, || runtime.block_on(reloading)))
+        });
+        let report =
+            reloaded.and_then(|()| runtime.block_on(results(&mut holder, out, hash, phases)));
+        // also where it failed: the others learn the cause before this process is gone
+        runtime.block_on(holder.end());
+        report.map_err(|e| if once_more && is_loss(&e) { replaced(&e) } else { e })
     });
     // a read that hangs in the kernel must not keep the process from ending
     runtime.shutdown_background();
@@ -139,6 +147,56 @@ fn run_rank(arguments: &RankArgs, place: &Place, json: bool) -> Result<(), LoadE
         Some(report) => print(&report, json, || report.table()),
         None => Ok(()),
     }
+}
+
+/// Whether it is for want of a rank, and other processes would fare better.
+fn is_loss(e: &LoadError) -> bool {
+    match e {
+        LoadError::RankLost { .. }
+        | LoadError::RankStuck { .. }
+        | LoadError::CoordinatorLost { .. }
+        | LoadError::GroupEnded { .. }
+        | LoadError::NotReady { .. } => true,
+        LoadError::NotReloaded { source, .. } | LoadError::Reload { source, .. } => is_loss(source),
+        _ => false,
+    }
+}
+
+fn replaced(e: &LoadError) -> LoadError {
+    LoadError::Replaced { why: e.line() }
+}
+
+/// On rank 0, shows how all ranks get on.
+struct Watched<'a> {
+    place: &'a Place,
+    progress: &'a [Arc<Progress>],
+}
+
+impl Watched<'_> {
+    fn run<T>(&self, plan: &Plan, work: impl FnOnce() -> T) -> T {
+        let watch = (self.place.rank == 0).then(|| watch::Watch::start(plan, self.progress));
+        let done = work();
+        if let Some(watch) = watch {
+            watch.stop();
+        }
+        done
+    }
+}
+
+/// Hashes and writes what the group holds; on rank 0 returns the report.
+async fn results(
+    holder: &mut Holder,
+    out: Option<&Path>,
+    hash: bool,
+    phases: Phases,
+) -> Result<Option<Report>, LoadError> {
+    let (place, plan, source) =
+        (holder.place().clone(), holder.plan().clone(), holder.source().to_owned());
+    let (warnings, verified) = (holder.warnings.clone(), holder.verified.clone());
+    let (params, joined) = holder.params_and_joined()?;
+    let rank = Rank { place: &place, plan: &plan, source: &source, out, params };
+    let own = Holding { verified, ..Holding::default() };
+    rank.results(joined, own, &warnings, hash, phases).await
 }
 
 /// A rank that has been loaded, and what is to become of it.

@@ -1,4 +1,4 @@
-//! The processes of one attempt: starting, signalling, and learning of their end.
+//! The processes of a group: starting, signalling, and learning of their end.
 //!
 //! 1. A process and what it starts are one process group, told and killed together.
 //! 2. A process dies with the thread that started it, so that must be one that lives as long as the launcher.
@@ -15,15 +15,18 @@ use std::{
 
 use super::ending::{End, Gone};
 
-/// What the processes of one attempt are and were.
+/// What the processes of a group are and were.
 #[derive(Debug, Default)]
 pub(super) struct Children {
     running: Vec<Running>,
     gone: Vec<Gone>,
+    started: usize,
 }
 
 #[derive(Debug)]
 struct Running {
+    /// Counts those that were started.
+    number: usize,
     rank: u32,
     process: Child,
     told: bool,
@@ -34,20 +37,29 @@ struct Running {
 pub(super) enum Writes {
     /// To the launcher's stdout and stderr.
     Through,
+    /// To the launcher's stdout, and to a pipe in the place of stderr.
+    ErrorsPiped,
     /// To pipes that the launcher reads.
     Piped,
 }
 
 impl Children {
-    /// Starts `command` as `rank`; its standard input is empty. Returns the pipes that it writes to.
+    /// Starts `command` as `rank`; its standard input is empty. Returns the process's number among all that were started, and
+    /// the pipes that it writes to.
     pub(super) fn start(
         &mut self,
         rank: u32,
         mut command: Command,
         writes: Writes,
-    ) -> io::Result<Vec<OwnedFd>> {
-        if writes == Writes::Piped {
-            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    ) -> io::Result<(usize, Vec<OwnedFd>)> {
+        match writes {
+            Writes::Through => {}
+            Writes::ErrorsPiped => {
+                command.stderr(Stdio::piped());
+            }
+            Writes::Piped => {
+                command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            }
         }
         // in groups of their own they could not read from a terminal either
         command.stdin(Stdio::null()).process_group(0);
@@ -57,8 +69,10 @@ impl Children {
         let mut process = command.spawn()?;
         let pipes =
             [process.stdout.take().map(OwnedFd::from), process.stderr.take().map(OwnedFd::from)];
-        self.running.push(Running { rank, process, told: false });
-        Ok(pipes.into_iter().flatten().collect())
+        let number = self.started;
+        self.started += 1;
+        self.running.push(Running { number, rank, process, told: false });
+        Ok((number, pipes.into_iter().flatten().collect()))
     }
 
     /// Whether none is left.
@@ -76,7 +90,8 @@ impl Children {
         self.running.iter().map(|running| (running.rank, running.process.id()))
     }
 
-    /// Those that have ended since the last look. What they left in their groups is killed.
+    /// Those that have ended since the last look, what failed first before the others. What they left in their groups is
+    /// killed.
     pub(super) fn look(&mut self) -> &[Gone] {
         let known = self.gone.len();
         let gone = &mut self.gone;
@@ -87,9 +102,11 @@ impl Children {
             signal_group(&running.process, libc::SIGKILL);
             // one that somebody else has waited for tells nobody how it ended
             let status = running.process.wait().unwrap_or(ExitStatus::from_raw(1 << 8));
-            gone.push(Gone { rank: running.rank, end: End::of(status), told: running.told });
+            let Running { number: process, rank, told, .. } = *running;
+            gone.push(Gone { process, rank, end: End::of(status), told });
             false
         });
+        self.gone[known..].sort_by_key(Gone::precedence);
         &self.gone[known..]
     }
 
@@ -104,7 +121,7 @@ impl Children {
 
 impl Drop for Children {
     fn drop(&mut self) {
-        // nothing runs on if an attempt is left early
+        // nothing runs on if a launch is left early
         self.signal(libc::SIGKILL);
     }
 }

@@ -9,13 +9,13 @@ const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGH
 
 /// Those of them that this process is to heed.
 #[derive(Debug)]
-pub(super) struct Signals(Vec<(i32, Signal)>);
+pub(crate) struct Signals(Vec<(i32, Signal)>);
 
 impl Signals {
     /// Listens from now on, in place of what the signals did before. A launcher under `nohup` goes on when the terminal
     /// is closed. Of the other signals it does not count that they are ignored: a script does so to whatever it starts
     /// with `&`, and to pass them on is what a launcher is for.
-    pub(super) fn listen() -> io::Result<Self> {
+    pub(crate) fn listen() -> io::Result<Self> {
         let heeded = |number: &i32| *number != libc::SIGHUP || !is_ignored(*number);
         let heeded = ENDING.into_iter().filter(heeded);
         let listen = |number| Ok((number, signal(SignalKind::from_raw(number))?));
@@ -26,7 +26,7 @@ impl Signals {
     ///
     /// # Cancel safety
     /// A signal that was not returned is returned by the next call.
-    pub(super) async fn next(&mut self) -> i32 {
+    pub(crate) async fn next(&mut self) -> i32 {
         poll_fn(|context| {
             for (number, stream) in &mut self.0 {
                 if stream.poll_recv(context).is_ready() {

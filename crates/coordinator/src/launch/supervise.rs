@@ -1,4 +1,4 @@
-//! Watches the processes of one attempt until none is left.
+//! Waits for what happens to the processes of a group, and ends them.
 
 use std::time::Duration;
 
@@ -7,11 +7,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{
-    children::Children,
-    ending::{Gone, first_failed},
-    signals::Signals,
-};
+use super::{children::Children, ending::Gone, signals::Signals};
 
 /// What is done to those that are left, one step after the other: a signal, and how long it may take.
 type Step = (Option<i32>, Duration);
@@ -26,7 +22,7 @@ const FAILED: [Step; 3] =
 /// After the launcher was told to end.
 const TOLD: Duration = Duration::from_secs(5);
 
-/// The processes of one attempt and all that may happen to them.
+/// The processes of a group and all that may happen to them.
 #[derive(Debug)]
 pub(super) struct Supervisor<'a> {
     pub(super) children: Children,
@@ -34,26 +30,32 @@ pub(super) struct Supervisor<'a> {
     pub(super) ended: &'a mut Signal,
     /// Tell the launcher to end.
     pub(super) signals: &'a mut Signals,
-    /// The first that failed.
-    pub(super) first_failed: Option<Gone>,
 }
 
 /// Why a wait was over.
-enum Waited {
-    /// For what was waited for has happened.
-    Reached,
+#[derive(Debug)]
+pub(super) enum Happened {
+    /// These processes have ended.
+    Ended(Vec<Gone>),
+    /// It was time.
     TimeUp,
     /// The launcher was told to end.
     Told(i32),
 }
 
 impl Supervisor<'_> {
-    /// Until one process has failed, or all have ended. Returns the signal that told the launcher to end, if one did.
-    pub(super) async fn until_one_fails(&mut self) -> Option<i32> {
-        let one_failed = |this: &Self| this.children.all_gone() || this.first_failed.is_some();
-        match self.wait(one_failed, None).await {
-            Waited::Told(signal) => Some(signal),
-            _ => None,
+    /// Waits until something happens, until `deadline` if there is one.
+    pub(super) async fn next(&mut self, deadline: Option<Instant>) -> Happened {
+        loop {
+            let found = self.children.look();
+            if !found.is_empty() {
+                return Happened::Ended(found.to_vec());
+            }
+            tokio::select! {
+                _ = self.ended.recv() => {}
+                signal = self.signals.next() => return Happened::Told(signal),
+                () = until(deadline) => return Happened::TimeUp,
+            }
         }
     }
 
@@ -84,10 +86,13 @@ impl Supervisor<'_> {
             if let Some(signal) = signal {
                 self.children.signal(*signal);
             }
-            match self.wait(|this| this.children.all_gone(), Some(*patience)).await {
-                Waited::Reached => return None,
-                Waited::TimeUp => {}
-                Waited::Told(signal) => return Some(signal),
+            let deadline = Instant::now() + *patience;
+            while !self.children.all_gone() {
+                match self.next(Some(deadline)).await {
+                    Happened::Ended(_) => {}
+                    Happened::TimeUp => break,
+                    Happened::Told(signal) => return Some(signal),
+                }
             }
         }
         for (rank, pid) in self.children.running() {
@@ -96,26 +101,6 @@ impl Supervisor<'_> {
             );
         }
         None
-    }
-
-    async fn wait(
-        &mut self,
-        reached: impl Fn(&Self) -> bool,
-        patience: Option<Duration>,
-    ) -> Waited {
-        let deadline = patience.map(|patience| Instant::now() + patience);
-        loop {
-            let found = first_failed(self.children.look());
-            self.first_failed = self.first_failed.or(found);
-            if reached(self) {
-                return Waited::Reached;
-            }
-            tokio::select! {
-                _ = self.ended.recv() => {}
-                signal = self.signals.next() => return Waited::Told(signal),
-                () = until(deadline) => return Waited::TimeUp,
-            }
-        }
     }
 }
 

@@ -10,6 +10,7 @@ use tokio::{
 
 use crate::{
     error::line,
+    fence::ProcessIdentity,
     link::{
         handshake::{self, Credentials, JoinError, Mismatch},
         same_user, tcp,
@@ -28,6 +29,17 @@ const PAUSE_MIN: Duration = Duration::from_millis(50);
 
 /// The longest pause.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// A connection to the coordinator, or to whoever else admits.
+#[derive(Debug)]
+pub struct Connected {
+    /// The connection, right behind the handshake.
+    pub stream: TcpStream,
+    /// Its other end.
+    pub address: SocketAddr,
+    /// Which process that is, where it could tell.
+    pub process: Option<ProcessIdentity>,
+}
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +86,8 @@ impl fmt::Display for Answers {
 
 /// Connects to the first of `candidates` that greets as one of ours and admits us, trying them in turn until `deadline`.
 ///
-/// A coordinator left over from before a restart is waited out; any other refusal is final.
+/// A coordinator left over from before a restart is waited out, and so is a predecessor of this rank that still counts as
+/// present; any other refusal is final.
 ///
 /// # Errors
 /// We are refused, nobody admits us in time, or there is no secret and a candidate is on another host.
@@ -85,7 +98,7 @@ pub async fn connect(
     candidates: &[SocketAddr],
     credentials: &Credentials,
     deadline: Instant,
-) -> Result<(TcpStream, SocketAddr), ConnectError> {
+) -> Result<Connected, ConnectError> {
     let distant = candidates.iter().find(|a| !same_user::is_local(**a));
     if let (None, Some(&address)) = (&credentials.secret, distant) {
         return Err(ConnectError::NoSecret { address });
@@ -95,7 +108,7 @@ pub async fn connect(
     loop {
         for (address, answer) in &mut answers.0 {
             match timeout_at(deadline, join_at(*address, credentials)).await {
-                Ok(Ok(stream)) => return Ok((stream, *address)),
+                Ok(Ok(connected)) => return Ok(connected),
                 Ok(Err(JoinError::Refused(source))) if source.is_final() => {
                     return Err(ConnectError::Refused { address: *address, source });
                 }
@@ -112,7 +125,7 @@ pub async fn connect(
     }
 }
 
-async fn join_at(address: SocketAddr, credentials: &Credentials) -> Result<TcpStream, JoinError> {
+async fn join_at(address: SocketAddr, credentials: &Credentials) -> Result<Connected, JoinError> {
     let mut stream =
         timeout(ACCEPT_LIMIT, TcpStream::connect(address)).await.map_err(io::Error::from)??;
     if stream.local_addr()? == stream.peer_addr()? {
@@ -125,8 +138,8 @@ async fn join_at(address: SocketAddr, credentials: &Credentials) -> Result<TcpSt
     if credentials.secret.is_none() {
         same_user::check(&stream).await.map_err(JoinError::User)?;
     }
-    handshake::answer_greeting(&mut stream, credentials, greeting).await?;
-    Ok(stream)
+    let process = handshake::answer_greeting(&mut stream, credentials, greeting).await?;
+    Ok(Connected { stream, address, process })
 }
 
 /// Where nobody listens, the kernel may pick the very port as ours and connect the socket to itself. Reset rather than closed, it

@@ -9,7 +9,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_util::codec::{Decoder, Encoder};
 
-/// The longest frame that someone who has not proven anything may send: a join has about 90 bytes.
+/// The longest frame that someone who has not proven anything may send: a join has about 200 bytes.
 pub const STRANGER_FRAME_MAX: usize = 1 << 10;
 
 /// The longest frame of a session: room for a plan; weights do not travel in frames.

@@ -8,16 +8,17 @@
 //! ```
 //!
 //! A proof covers the protocol version, the role of whoever computes it, both challenges and everything claimed, so none
-//! can be replayed on another connection, reflected to its maker, or used for another rank, attempt or purpose.
+//! can be replayed on another connection, reflected to its maker, or used for another rank, attempt or purpose. Among what
+//! each side claims is which process it is, so that the other can [fence](crate::fence) it once it counts as lost.
 //! Frames are read to their last byte and no further: the stream can be handed on as it is.
 //!
 //! Nothing is encrypted, and who can alter packets on the way can take over a connection once it is proven.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     future::Future,
     io,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -28,6 +29,7 @@ use tokio::{
 };
 
 use crate::{
+    fence::ProcessIdentity,
     link::{
         frame::{FrameError, STRANGER_FRAME_MAX, read_frame, write_frame},
         same_user::SameUserError,
@@ -62,21 +64,84 @@ pub struct Terms {
     pub attempt: u32,
     /// The longest a handshake may take.
     pub within: Duration,
-    /// Who was admitted: each rank once for each purpose, whichever of the clones of these terms it was admitted by.
-    pub(crate) admitted: Arc<Mutex<HashSet<(u32, Purpose)>>>,
+    /// Which process this is, for whoever is admitted; `None` where that cannot be told.
+    pub process: Option<ProcessIdentity>,
+    /// Who was admitted, by whichever of the clones of these terms.
+    pub admissions: Admissions,
 }
 
 impl Terms {
     /// Terms with the usual time limit.
     pub fn new(secret: Option<Secret>, world_size: u32, attempt: u32) -> Self {
-        Self { secret, world_size, attempt, within: HANDSHAKE_LIMIT, admitted: Arc::default() }
+        Self {
+            secret,
+            world_size,
+            attempt,
+            within: HANDSHAKE_LIMIT,
+            process: ProcessIdentity::own().ok(),
+            admissions: Admissions::default(),
+        }
+    }
+}
+
+/// Who was admitted: each rank once for each purpose, until it is forgotten. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub struct Admissions(Arc<Mutex<Places>>);
+
+#[derive(Debug, Default)]
+struct Places {
+    taken: HashMap<(u32, Purpose), u64>,
+    /// Tells one that took a place from those that had it before.
+    tickets: u64,
+}
+
+impl Admissions {
+    /// Forgets a rank that was lost, so that another process may join in its place. What the lost one has is not touched.
+    pub fn forget(&self, rank: u32) {
+        self.places().taken.retain(|(admitted, _), _| *admitted != rank);
     }
 
-    /// Notes that a rank is admitted; `false` if it was before.
-    fn admit(&self, rank: u32, purpose: Purpose) -> bool {
-        // a set is consistent after every call
-        let mut admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
-        admitted.insert((rank, purpose))
+    /// Takes a rank's place; `None` if it is taken.
+    fn take(&self, rank: u32, purpose: Purpose) -> Option<Admission> {
+        let mut places = self.places();
+        if places.taken.contains_key(&(rank, purpose)) {
+            return None;
+        }
+        places.tickets += 1;
+        let ticket = places.tickets;
+        places.taken.insert((rank, purpose), ticket);
+        drop(places);
+        Some(Admission { of: self.clone(), place: (rank, purpose), ticket, kept: false })
+    }
+
+    fn places(&self) -> MutexGuard<'_, Places> {
+        // they are consistent after every call
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A place that is given back unless it is kept: whoever goes away before it is welcomed has not joined.
+#[derive(Debug)]
+struct Admission {
+    of: Admissions,
+    place: (u32, Purpose),
+    ticket: u64,
+    kept: bool,
+}
+
+impl Admission {
+    fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        let mut places = self.of.places();
+        // another may have it by now, if this one was forgotten
+        if !self.kept && places.taken.get(&self.place) == Some(&self.ticket) {
+            places.taken.remove(&self.place);
+        }
     }
 }
 
@@ -95,6 +160,8 @@ pub struct Credentials {
     pub purpose: Purpose,
     /// The longest a handshake may take.
     pub within: Duration,
+    /// Which process this is; `None` where that cannot be told.
+    pub process: Option<ProcessIdentity>,
 }
 
 impl Credentials {
@@ -106,17 +173,20 @@ impl Credentials {
         attempt: u32,
         purpose: Purpose,
     ) -> Self {
-        Self { secret, rank, world_size, attempt, purpose, within: HANDSHAKE_LIMIT }
+        let (within, process) = (HANDSHAKE_LIMIT, ProcessIdentity::own().ok());
+        Self { secret, rank, world_size, attempt, purpose, within, process }
     }
 }
 
 /// Who was admitted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Joined {
     /// Its rank, below the world size.
     pub rank: u32,
     /// What the connection is for.
     pub purpose: Purpose,
+    /// Which process it is, where it could tell.
+    pub process: Option<ProcessIdentity>,
 }
 
 /// Why one that knows the secret is not admitted; it is told.
@@ -146,7 +216,8 @@ pub enum Mismatch {
         /// Ranks of the group.
         world_size: u32,
     },
-    /// The rank is there already: there are two of it, or it is to join another group of the same processes.
+    /// The rank is there already: it has been replaced and is not known to be lost yet, there are two of it, or it is to join
+    /// another group of the same processes.
     #[error("rank {rank} has joined already")]
     Joined {
         /// The joiner's rank.
@@ -155,8 +226,9 @@ pub enum Mismatch {
 }
 
 impl Mismatch {
-    /// Whether trying again cannot help. It can where the other side is the older one, about to make room for its successor, and
-    /// where the same processes are about to form another group, on the next port.
+    /// Whether trying again cannot help. It can where the other side is the older one, about to make room for its successor; where
+    /// a rank's own predecessor is about to be found lost; and where the same processes are about to form another group, on the
+    /// next port.
     pub fn is_final(&self) -> bool {
         match self {
             Mismatch::Attempt { joiner, group } => joiner <= group,
@@ -245,12 +317,13 @@ pub enum JoinError {
 }
 
 /// What a joiner claims, and both sides prove.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Claim {
     rank: u32,
     world_size: u32,
     attempt: u32,
     purpose: Purpose,
+    process: Option<ProcessIdentity>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -262,7 +335,7 @@ struct Join {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
-    Welcome { proof: [u8; PROOF_BYTES] },
+    Welcome { process: Option<ProcessIdentity>, proof: [u8; PROOF_BYTES] },
     Refused { why: Mismatch, proof: [u8; PROOF_BYTES] },
 }
 
@@ -290,11 +363,12 @@ impl Transcript {
     }
 
     fn with_parts<T>(&self, role: &str, said: &[u8], then: impl FnOnce(&[&[u8]]) -> T) -> T {
-        let Claim { rank, world_size, attempt, purpose } = self.claim;
+        let Claim { rank, world_size, attempt, purpose, ref process } = self.claim;
         let purpose = match purpose {
             Purpose::Control => "control",
             Purpose::Data => "data",
         };
+        let process = process_bytes(process.as_ref());
         then(&[
             MAGIC,
             &[PROTOCOL_VERSION],
@@ -305,9 +379,17 @@ impl Transcript {
             &world_size.to_le_bytes(),
             &attempt.to_le_bytes(),
             purpose.as_bytes(),
+            &process,
             said,
         ])
     }
+}
+
+/// What a proof has of a process: nothing, or at least its numbers.
+fn process_bytes(process: Option<&ProcessIdentity>) -> Vec<u8> {
+    process.map_or_else(Vec::new, |ProcessIdentity { host, pid, start }| {
+        [&pid.to_le_bytes()[..], &start.to_le_bytes(), host.as_bytes()].concat()
+    })
 }
 
 const JOINER: &str = "joiner";
@@ -347,42 +429,48 @@ where
         return Err(Refusal::Proof);
     }
 
-    let misfit = misfit(&claim, terms);
-    let answer = match &misfit {
-        None => Answer::Welcome { proof: transcript.prove(&secret, ADMITTER, &[]) },
-        Some(why) => {
+    let place = place_for(&transcript.claim, terms);
+    let answer = match &place {
+        Ok(_) => {
+            let process = terms.process.clone();
+            let said = process_bytes(process.as_ref());
+            Answer::Welcome { process, proof: transcript.prove(&secret, ADMITTER, &said) }
+        }
+        Err(why) => {
             let said = wire::encode(why).map_err(Refusal::NoJoin)?;
             Answer::Refused { why: why.clone(), proof: transcript.prove(&secret, REFUSER, &said) }
         }
     };
     let answer = wire::encode(&answer).map_err(Refusal::NoJoin)?;
     write_frame(stream, &answer, STRANGER_FRAME_MAX).await.map_err(refused_by_frame)?;
-    match misfit {
-        None => Ok(Joined { rank: claim.rank, purpose: claim.purpose }),
-        Some(why) => Err(Refusal::Mismatch(why)),
-    }
+    place.map_err(Refusal::Mismatch)?.keep();
+    let Claim { rank, purpose, process, .. } = transcript.claim;
+    Ok(Joined { rank, purpose, process })
 }
 
-/// What keeps one that knows the secret out; one that nothing keeps out is noted.
-fn misfit(claim: &Claim, terms: &Terms) -> Option<Mismatch> {
-    let Claim { rank, world_size, attempt, purpose } = *claim;
+/// The place of one that knows the secret, or what keeps it out.
+fn place_for(claim: &Claim, terms: &Terms) -> Result<Admission, Mismatch> {
+    let Claim { rank, world_size, attempt, purpose, .. } = *claim;
     if attempt != terms.attempt {
-        return Some(Mismatch::Attempt { joiner: attempt, group: terms.attempt });
+        return Err(Mismatch::Attempt { joiner: attempt, group: terms.attempt });
     }
     if world_size != terms.world_size {
-        return Some(Mismatch::WorldSize { joiner: world_size, group: terms.world_size });
+        return Err(Mismatch::WorldSize { joiner: world_size, group: terms.world_size });
     }
     if rank >= world_size {
-        return Some(Mismatch::Rank { rank, world_size });
+        return Err(Mismatch::Rank { rank, world_size });
     }
-    (!terms.admit(rank, purpose)).then_some(Mismatch::Joined { rank })
+    terms.admissions.take(rank, purpose).ok_or(Mismatch::Joined { rank })
 }
 
-/// The joiner's side, whole.
+/// The joiner's side, whole. Returns which process has admitted it, where that could tell.
 ///
 /// # Errors
 /// Nobody of ours is there, or we are not wanted.
-pub async fn join<S>(stream: &mut S, credentials: &Credentials) -> Result<(), JoinError>
+pub async fn join<S>(
+    stream: &mut S,
+    credentials: &Credentials,
+) -> Result<Option<ProcessIdentity>, JoinError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
@@ -424,15 +512,16 @@ pub(crate) async fn answer_greeting<S>(
     stream: &mut S,
     credentials: &Credentials,
     greeting: Greeting,
-) -> Result<(), JoinError>
+) -> Result<Option<ProcessIdentity>, JoinError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     let secret = secret_or_well_known(credentials.secret.as_ref());
-    let &Credentials { rank, world_size, attempt, purpose, within, .. } = credentials;
-    let claim = Claim { rank, world_size, attempt, purpose };
+    let &Credentials { rank, world_size, attempt, purpose, within, ref process, .. } = credentials;
+    let claim = Claim { rank, world_size, attempt, purpose, process: process.clone() };
     let challenge = random()?;
-    let transcript = Transcript { admitter: greeting.challenge, joiner: challenge, claim };
+    let (admitter, joiner) = (greeting.challenge, challenge);
+    let transcript = Transcript { admitter, joiner, claim: claim.clone() };
     let proof = transcript.prove(&secret, JOINER, &[]);
     let join = wire::encode(&Join { claim, challenge, proof }).map_err(JoinError::NoAnswer)?;
 
@@ -441,8 +530,13 @@ where
         read_frame(stream, STRANGER_FRAME_MAX).await
     });
     match wire::decode(&answer.await?).map_err(JoinError::NoAnswer)? {
-        Answer::Welcome { proof } if transcript.verify(&secret, ADMITTER, &[], &proof) => Ok(()),
-        Answer::Welcome { .. } => Err(JoinError::Proof),
+        Answer::Welcome { process, proof } => {
+            let said = process_bytes(process.as_ref());
+            match transcript.verify(&secret, ADMITTER, &said, &proof) {
+                true => Ok(process),
+                false => Err(JoinError::Proof),
+            }
+        }
         Answer::Refused { why, proof } => {
             let said = wire::encode(&why).map_err(JoinError::NoAnswer)?;
             // whoever does not know the secret cannot send a rank away for good either

@@ -15,7 +15,7 @@ use tokio::{
 
 use crate::{
     link::{
-        handshake::{self, Joined, Refusal, Terms},
+        handshake::{self, Admissions, Joined, Refusal, Terms},
         same_user, tcp,
     },
     secret::SECRET_VARIABLE,
@@ -132,7 +132,13 @@ impl Listener {
         self.address
     }
 
-    /// Hands proven connections to `admitted` until nobody takes them any more, one of each rank for each purpose.
+    /// Who was admitted, and may be forgotten while [`Listener::run`] goes on.
+    pub fn admissions(&self) -> Admissions {
+        self.terms.admissions.clone()
+    }
+
+    /// Hands proven connections to `admitted` until nobody takes them any more, one of each rank for each purpose, unless it is
+    /// [forgotten](Admissions::forget).
     ///
     /// # Cancel safety
     /// Dropping the future closes the address and every connection that was not handed on.

@@ -40,8 +40,10 @@ pub const OUTGOING_MAX: usize = 64;
 pub struct Beat {
     /// Grows with whatever gets done; a rank that does not wait and whose number stands still is stuck.
     pub progress: u64,
-    /// Bytes read from storage.
+    /// Bytes read, from storage or from what its host has kept of it.
     pub read_bytes: u64,
+    /// Those of them that were kept.
+    pub cached_bytes: u64,
     /// Bytes received from other ranks.
     pub received_bytes: u64,
     /// Bytes sent to other ranks.

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 
 /// The version of everything that is said on a link; two processes that differ in it do not talk.
-pub const PROTOCOL_VERSION: u8 = 2;
+pub const PROTOCOL_VERSION: u8 = 3;
 
 /// Why bytes are no value, or a value no bytes.
 #[derive(Debug, thiserror::Error)]
@@ -99,7 +99,7 @@ mod tests {
         let mut other = good.to_vec();
         other[0] = PROTOCOL_VERSION + 1;
         let found = decode::<Value>(&other).unwrap_err();
-        assert_eq!(found.to_string(), "the message is of protocol version 3, this is version 2");
+        assert_eq!(found.to_string(), "the message is of protocol version 4, this is version 3");
 
         for cut in 1..good.len() {
             let found = decode::<Value>(&good[..cut]);

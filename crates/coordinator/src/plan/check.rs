@@ -1,6 +1,8 @@
 //! Proves the reads of a plan before anyone trusts them. A violation is a bug of ours.
 
-use longshore_models::{byte_range::ByteRange, error::PlanError, have::Have};
+use longshore_models::{
+    byte_range::ByteRange, error::PlanError, have::Have, placement::PlacedPiece,
+};
 use longshore_rank::protocol::{LoadPlan, Read, ReadFrom};
 
 /// Every byte that a rank needs and does not have is in exactly one read that it takes, and no byte that it has; the rounds of
@@ -17,6 +19,7 @@ pub(super) fn check_reads(load: &LoadPlan, have: &[Have]) -> Result<(), PlanErro
     let mut landing = Landing { load, have, ranks: vec![Landed::default(); have.len()] };
     for (reader, read) in all {
         landing.read(reader, read)?;
+        check_source(load, have, reader, read)?;
     }
     for (rank, landed) in (0..).zip(&landing.ranks) {
         let missing = missing_bytes(load, rank, &have[rank as usize]);
@@ -55,47 +58,64 @@ struct Landed {
 
 impl Landing<'_> {
     fn read(&mut self, reader: u32, read: &Read) -> Result<(), PlanError> {
-        let Self { load, have, ranks } = self;
-        let takes = |r| (load.exchange || r == reader) && load.takes(r, read);
-        let mut read_bytes = 0;
+        let load = self.load;
+        let takes = |&r: &u32| (load.exchange || r == reader) && load.takes(r, read);
         for (tensor, within, _) in load.checkpoint.tensors_in(read.file, read.range) {
-            let first = load.checkpoint.tensors[tensor as usize].file_range.start;
+            let tensor_start = load.checkpoint.tensors[tensor as usize].file_range.start;
             for piece in load.placement.pieces_of(tensor) {
-                if read.from == ReadFrom::Parameters
-                    && let Some(part) = piece.members.part(reader)
-                {
-                    read_bytes += piece.bytes_in(part, within);
-                }
-                for rank in piece.members.ranks().filter(|&rank| takes(rank)) {
-                    let part = piece.members.part(rank);
-                    let Some((part, extent)) =
-                        part.and_then(|part| Some((part, piece.extent_in(part, within)?)))
-                    else {
-                        continue;
-                    };
-                    let had = have[rank as usize].file(read.file);
-                    let absolute = ByteRange::new(first + extent.start, first + extent.end);
-                    let twice = had.cut(absolute).filter(|(_, there)| *there).any(|(range, _)| {
-                        let within = ByteRange::new(range.start - first, range.end - first);
-                        piece.extent_in(part, within).is_some()
-                    });
-                    let landed = &mut ranks[rank as usize];
-                    if twice || (read.file, absolute.start) < landed.end {
-                        let found = format!("bytes {} of file {} land twice", absolute, read.file);
-                        return Err(inconsistent(rank, found));
-                    }
-                    landed.bytes += piece.bytes_in(part, extent);
-                    landed.end = (read.file, absolute.end);
+                for rank in piece.members.ranks().filter(takes) {
+                    self.piece(rank, piece, read.file, tensor_start, within)?;
                 }
             }
         }
-        let held = have[reader as usize].file(read.file).covers(read.range);
-        if read.from == ReadFrom::Parameters && !(held && read_bytes == read.range.len()) {
-            let found = format!("it does not hold all of {} of file {}", read.range, read.file);
-            return Err(inconsistent(reader, found));
-        }
         Ok(())
     }
+
+    /// What `rank` takes of `within`, part of a tensor that begins at `tensor_start` in its file.
+    fn piece(
+        &mut self,
+        rank: u32,
+        piece: &PlacedPiece,
+        file: u32,
+        tensor_start: u64,
+        within: ByteRange,
+    ) -> Result<(), PlanError> {
+        let Some(part) = piece.members.part(rank) else { return Ok(()) };
+        let Some(extent) = piece.extent_in(part, within) else { return Ok(()) };
+        let range = ByteRange::new(tensor_start + extent.start, tensor_start + extent.end);
+        let has = |(range, there): (ByteRange, bool)| {
+            let within = ByteRange::new(range.start - tensor_start, range.end - tensor_start);
+            there && piece.extent_in(part, within).is_some()
+        };
+        let landed = &mut self.ranks[rank as usize];
+        let again = (file, range.start) < landed.end;
+        if again || self.have[rank as usize].file(file).cut(range).any(has) {
+            let found = format!("bytes of {range} of file {file} land again");
+            return Err(inconsistent(rank, found));
+        }
+        landed.bytes += piece.bytes_in(part, extent);
+        landed.end = (file, range.end);
+        Ok(())
+    }
+}
+
+/// A rank that reads from its parameters has all of the read there, for others to take.
+fn check_source(load: &LoadPlan, have: &[Have], reader: u32, read: &Read) -> Result<(), PlanError> {
+    if read.from == ReadFrom::Storage {
+        return Ok(());
+    }
+    let mut held = 0;
+    for (tensor, within, _) in load.checkpoint.tensors_in(read.file, read.range) {
+        for piece in load.placement.pieces_of(tensor) {
+            held += piece.members.part(reader).map_or(0, |part| piece.bytes_in(part, within));
+        }
+    }
+    let landed = have[reader as usize].file(read.file).covers(read.range);
+    if landed && held == read.range.len() && read.round.is_some() {
+        return Ok(());
+    }
+    let found = format!("it has {held} bytes of {} of file {}", read.range, read.file);
+    Err(inconsistent(reader, found))
 }
 
 /// Bytes of the checkpoint that `rank` needs and does not have.
@@ -116,4 +136,112 @@ fn missing_bytes(load: &LoadPlan, rank: u32, have: &Have) -> u64 {
 
 fn inconsistent(rank: u32, found: String) -> PlanError {
     PlanError::Inconsistent { what: format!("the reads of rank {rank}"), found }
+}
+
+#[cfg(test)]
+mod tests {
+    use longshore_models::have::RankSet;
+
+    use super::*;
+    use crate::{
+        discover::discover,
+        error::LoadError,
+        plan::{Plan, PlanOptions, storage_bytes},
+        synth::Synth,
+    };
+
+    const LOST: usize = 1;
+
+    /// What is wrong with the reads, and how they get to be so.
+    type Damage = (&'static str, fn(&mut LoadPlan));
+
+    /// A plan for four ranks, and what they have when all has landed and one was lost.
+    fn lost_at_the_end() -> (Plan, Vec<Have>) {
+        let directory = tempfile::tempdir().unwrap();
+        Synth::new("llama", "bf16").write(directory.path()).unwrap();
+        let options = PlanOptions { tp: 4, read_bytes: Some(8 << 10), ..PlanOptions::default() };
+        let plan = Plan::new(discover(directory.path()).unwrap(), &options).unwrap();
+        let mut have = vec![Have::default(); 4];
+        for tensor in &plan.checkpoint().tensors {
+            have.iter_mut().for_each(|have| have.insert(tensor.file, tensor.file_range));
+        }
+        have[LOST] = Have::default();
+        (plan, have)
+    }
+
+    #[test]
+    fn what_is_left_is_read_by_the_replacement_alone() {
+        let (plan, have) = lost_at_the_end();
+        let rest = plan.rest(&have).unwrap();
+        let stored = storage_bytes(&rest);
+        let needed = plan.placement().landing_bytes(LOST as u32).iter().sum::<u64>();
+        assert!(stored[LOST] > needed / 2);
+        assert_eq!(stored.iter().sum::<u64>(), stored[LOST]);
+        let first = plan.rest(&vec![Have::default(); 4]).unwrap();
+        assert_eq!(first.reads, plan.load.reads);
+        assert_eq!(storage_bytes(&first).iter().sum::<u64>(), plan.needed_bytes);
+    }
+
+    #[test]
+    fn what_ranks_say_that_they_have_is_checked() {
+        let (plan, mut have) = lost_at_the_end();
+        assert!(matches!(plan.rest(&have[1..]), Err(LoadError::Plan { .. })));
+        let norm = plan.checkpoint().get("model.norm.weight").unwrap();
+        let start = norm.file_range.start;
+        have[LOST].insert(norm.file, ByteRange::new(start, start + 2));
+        plan.rest(&have).unwrap();
+        have[LOST].insert(norm.file, ByteRange::new(start, start + 3));
+        let error = plan.rest(&have).unwrap_err();
+        let LoadError::Plan { source, .. } = error else { panic!("{error}") };
+        assert!(source.to_string().contains("within an element"), "{source}");
+        // past the end of the file, there is nothing to be cut
+        have[LOST] = Have::default();
+        have[LOST].insert(norm.file, ByteRange::new(1 << 40, (1 << 40) + 1));
+        have[LOST].insert(99, ByteRange::new(5, 7));
+        plan.rest(&have).unwrap();
+    }
+
+    /// Each way in which reads can be wrong is found.
+    #[test]
+    fn wrong_reads_are_found() {
+        let (plan, have) = lost_at_the_end();
+        let damages: [Damage; 9] = [
+            ("left out", |load| load.reads[LOST].truncate(9)),
+            ("twice", |load| {
+                let read = load.reads[LOST][0];
+                load.reads[LOST].insert(0, read);
+            }),
+            ("twice, by another", |load| {
+                let read = load.reads[LOST][0];
+                load.reads[0].insert(0, read);
+            }),
+            ("shorter", |load| load.reads[LOST][3].range.end -= 2),
+            ("for those that have it", |load| {
+                let read = load.reads[0].iter().position(|r| r.from == ReadFrom::Parameters);
+                load.reads[0][read.unwrap()].settled = 0;
+            }),
+            ("for nobody", |load| {
+                load.settled.push(RankSet::from_iter(0..4));
+                load.reads[LOST][0].settled = load.settled.len() as u32 - 1;
+            }),
+            ("from parameters that are empty", |load| {
+                load.reads[LOST][0].from = ReadFrom::Parameters;
+            }),
+            ("in one round", |load| {
+                let rounds = load
+                    .reads
+                    .iter_mut()
+                    .find(|r| r.iter().filter(|read| read.round.is_some()).count() > 1);
+                rounds.unwrap().iter_mut().for_each(|r| r.round = r.round.map(|_| 0));
+            }),
+            ("too long", |load| load.read_bytes_max = 4 << 10),
+        ];
+        for (what, damage) in damages {
+            let mut load = plan.rest(&have).unwrap();
+            check_reads(&load, &have).unwrap();
+            damage(&mut load);
+            let checked = check_reads(&load, &have);
+            assert!(matches!(checked, Err(PlanError::Inconsistent { .. })), "{what}: {checked:?}");
+        }
+    }
 }

@@ -64,6 +64,7 @@ impl Hosting {
             ranks: Vec::new(),
             stuck_after,
             recovery,
+            admissions: Some(listener.admissions()),
             gathered: tell_gathered,
         };
         let (supervisor, ended) = Actor::spawn(None, Supervisor, start)
@@ -89,9 +90,24 @@ impl Hosting {
     /// # Errors
     /// The first failure of any rank.
     pub(crate) async fn load(&self, generation: Generation) -> Outcome {
+        self.ask(|done| SupervisorMessage::Load { generation, done }).await
+    }
+
+    /// Carries another load through, into what the ranks hold: all are prepared to begin it.
+    ///
+    /// # Errors
+    /// The first failure of any rank.
+    pub(crate) async fn load_again(&self, plan: PlanName) -> Outcome {
+        self.ask(|done| SupervisorMessage::LoadAgain { plan, done }).await
+    }
+
+    async fn ask(
+        &self,
+        message: impl FnOnce(oneshot::Sender<Outcome>) -> SupervisorMessage,
+    ) -> Outcome {
         let (done, outcome) = oneshot::channel();
         let gone = || LoadError::Runtime("the coordinator's actor has ended".into());
-        self.supervisor.cast(SupervisorMessage::Load { generation, done }).map_err(|_| gone())?;
+        self.supervisor.cast(message(done)).map_err(|_| gone())?;
         outcome.await.map_err(|_| gone())?
     }
 
@@ -107,6 +123,14 @@ impl Hosting {
         let gathered = self.gathered.recv().await.ok_or_else(gone)?;
         self.over = gathered.as_ref().err().map(LoadError::line);
         gathered
+    }
+
+    /// Goes without a word: the ranks go on, and look for another coordinator.
+    pub(crate) async fn vanish(self) {
+        self.door.abort();
+        self.supervisor.kill();
+        // an actor that does not end is left to the end of the process
+        let _ = timeout(END_LIMIT, self.ended).await;
     }
 
     /// Says goodbye to all ranks.
@@ -147,7 +171,8 @@ impl Joining {
         }
         let Some(progress) = self.progress.get(rank as usize) else { return };
         let (progress, plan, timing) = (Arc::clone(progress), self.plan, self.timing);
-        let rank = RemoteArguments { rank, stream, timing, progress, plan };
+        let process = joined.process;
+        let rank = RemoteArguments { rank, process, stream, timing, progress, plan };
         // as above
         let _ = supervisor.cast(SupervisorMessage::Joined(rank));
     }

@@ -25,8 +25,9 @@ use tokio::{sync::mpsc, time::timeout_at};
 
 use crate::{
     error::line,
+    fence::host_identity,
     link::{
-        connect::connect,
+        connect::{Connected, connect},
         handshake::{Credentials, Purpose, Terms},
         listen::{Admitted, Listener},
         tcp::into_blocking,
@@ -281,7 +282,7 @@ impl HostJoin {
         let failed = |what: String| CollectiveError::Connection { with: rank, what };
         let Place { rank: own, world_size, attempt, ref secret, .. } = self.place;
         let credentials = Credentials::new(secret.clone(), own, world_size, attempt, Purpose::Data);
-        let (stream, _) =
+        let Connected { stream, .. } =
             connect(&[address], &credentials, deadline).await.map_err(|e| failed(line(&e)))?;
         into_blocking(stream).map_err(|e| failed(e.to_string()))
     }
@@ -370,15 +371,4 @@ fn pass_barrier(collective: &dyn Collective) -> Result<(), CollectiveError> {
         }
         collective.wait(Duration::from_millis(100));
     }
-}
-
-/// What tells this host from any other, as far as memory is concerned: processes with the same answer can open each
-/// other's. Containers on one machine count as hosts of their own, and so do network namespaces.
-fn host_identity() -> io::Result<String> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    let namespace = |name: &str| std::fs::read_link(format!("/proc/self/ns/{name}"));
-    let (pid, net) = (namespace("pid")?, namespace("net")?);
-    // SAFETY: the call has no preconditions and cannot fail.
-    let user = unsafe { libc::geteuid() };
-    Ok(format!("{} {} {} user:{user}", boot.trim(), pid.display(), net.display()))
 }

@@ -6,22 +6,22 @@ use std::{collections::VecDeque, io, sync::Arc};
 use longshore_rank::{
     actor::{RankActor, RankArguments},
     error::RankError,
-    params::{Home, ReadyParams},
+    params::{Home, ParamMemory, ReadyParams},
     protocol::{
         Contact, Generation, Join, LoadPlan, PlanName, Progress, RankCommand, RankEvent,
-        RankEventKind, RankMessage, RankReport, Work,
+        RankEventKind, RankMessage, Work,
     },
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
-use tokio::{
-    net::TcpStream,
-    sync::{mpsc, oneshot},
-};
+use tokio::sync::{mpsc, oneshot};
 use tracing::warn;
 
 use crate::{
     error::{LoadError, line},
+    events,
+    fence::{Fenced, ProcessIdentity},
     link::{
+        connect::Connected,
         session::Timing,
         thread::{self, LinkThread},
     },
@@ -32,8 +32,8 @@ use crate::{
     },
 };
 
-/// What a rank holds when every rank is complete.
-pub(crate) type Released = Result<(ReadyParams, RankReport), LoadError>;
+/// What a rank holds when every rank is complete, and in which generation that is.
+pub(crate) type Released = Result<(ReadyParams, Generation), LoadError>;
 
 /// What all ranks have contributed, or nothing where that was not asked for.
 pub(crate) type Gathered = Result<Vec<Vec<u8>>, LoadError>;
@@ -48,8 +48,8 @@ pub(crate) type CheckAtEnd = Box<dyn Fn() -> Result<(), LoadError> + Send>;
 /// What it is started with.
 pub(crate) struct MemberArguments {
     pub(crate) rank: u32,
-    /// The connection to the coordinator, right behind the handshake.
-    pub(crate) stream: TcpStream,
+    /// The connection to the coordinator.
+    pub(crate) coordinator: Connected,
     pub(crate) timing: Timing,
     pub(crate) progress: Arc<Progress>,
     pub(crate) work: Arc<Work>,
@@ -62,6 +62,26 @@ pub(crate) struct MemberArguments {
     pub(crate) released: oneshot::Sender<Released>,
 }
 
+/// Another load into what this rank holds.
+pub(crate) struct Again {
+    pub(crate) work: Arc<Work>,
+    pub(crate) home: Home,
+    /// Ready to be written again; whoever asks for this keeps it as well.
+    pub(crate) memory: Arc<ParamMemory>,
+    pub(crate) join: Arc<dyn Join>,
+    pub(crate) plan: PlanName,
+    pub(crate) check_at_end: CheckAtEnd,
+    pub(crate) released: oneshot::Sender<Released>,
+    /// Told when the coordinator may begin.
+    pub(crate) taken_up: oneshot::Sender<Result<(), String>>,
+}
+
+impl std::fmt::Debug for Again {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Again").field("plan", &self.plan).finish_non_exhaustive()
+    }
+}
+
 /// Everything that arrives in its mailbox.
 #[derive(Debug)]
 pub(crate) enum MemberMessage {
@@ -71,10 +91,14 @@ pub(crate) enum MemberMessage {
     Event(RankEvent),
     /// Contribute a piece, and answer when every rank has.
     Contribute(Piece, oneshot::Sender<Gathered>),
+    /// Let go of the parameters, which are to be written again.
+    LetGo,
+    /// Take another load up.
+    Again(Box<Again>),
     /// The link has ended.
     LinkEnded,
     /// Another coordinator was found, or not.
-    Successor(Result<TcpStream, LoadError>),
+    Successor(Result<Connected, LoadError>),
     /// Nothing is left to be done.
     End(oneshot::Sender<()>),
 }
@@ -101,6 +125,8 @@ pub(crate) struct MemberState {
     work: Arc<Work>,
     rank: ActorRef<RankMessage>,
     link: Option<LinkThread<ToCoordinator>>,
+    /// The coordinator's process.
+    coordinator: Option<ProcessIdentity>,
     timing: Timing,
     progress: Arc<Progress>,
     way: Option<Way>,
@@ -109,8 +135,10 @@ pub(crate) struct MemberState {
     plan: PlanName,
     check_at_end: CheckAtEnd,
     generation: Generation,
+    /// The last generation before another load was taken up: what comes later is about that.
+    before_again: Option<Generation>,
     /// Complete on this rank, not yet everywhere.
-    complete: Option<(ReadyParams, RankReport)>,
+    complete: Option<ReadyParams>,
     released: Option<oneshot::Sender<Released>>,
     gathering: VecDeque<oneshot::Sender<Gathered>>,
     /// Set once nothing more will come of the group.
@@ -127,7 +155,7 @@ impl Actor for Member {
         myself: ActorRef<MemberMessage>,
         arguments: MemberArguments,
     ) -> Result<MemberState, ActorProcessingErr> {
-        let MemberArguments { rank, stream, timing, progress, work, home, join, plan, .. } =
+        let MemberArguments { rank, coordinator, timing, progress, work, home, join, plan, .. } =
             arguments;
         let number = rank;
         let start = RankArguments {
@@ -145,6 +173,7 @@ impl Actor for Member {
             work,
             rank,
             link: None,
+            coordinator: None,
             timing,
             progress,
             way: arguments.way,
@@ -152,12 +181,13 @@ impl Actor for Member {
             plan,
             check_at_end: arguments.check_at_end,
             generation: 0,
+            before_again: None,
             complete: None,
             released: Some(arguments.released),
             gathering: VecDeque::new(),
             over: None,
         };
-        state.link(stream, myself)?;
+        state.link(coordinator, myself)?;
         Ok(state)
     }
 
@@ -178,6 +208,9 @@ impl Actor for Member {
                     state.say(ToCoordinator::Contributed(piece)).await;
                 }
             },
+            // what it has of the last load, and its threads, go with it
+            MemberMessage::LetGo => state.rank.stop(None),
+            MemberMessage::Again(again) => state.take_up(*again, myself).await,
             MemberMessage::LinkEnded => {
                 let ended = match state.link.take() {
                     None => Ok("it was ended".to_owned()),
@@ -192,9 +225,12 @@ impl Actor for Member {
                         if state.released.is_some() && state.over.is_none() =>
                     {
                         warn!("the coordinator was lost ({reason}); its successor is looked for");
+                        events::coordinator_lost(&reason);
                         let way = way.clone();
                         state.orphaned = Some(reason);
+                        let gone = state.coordinator.take();
                         tokio::spawn(async move {
+                            fence(gone).await;
                             let found = way.meet().await;
                             // a member that is gone has no use for it
                             let _ = myself.cast(MemberMessage::Successor(found));
@@ -203,9 +239,10 @@ impl Actor for Member {
                     (Ok(reason) | Err(reason), _) => state.end(Over::Lost { reason }),
                 }
             }
-            MemberMessage::Successor(Ok(stream)) => {
+            MemberMessage::Successor(Ok(coordinator)) => {
                 state.orphaned = None;
-                state.link(stream, myself)?;
+                events::emit(events::What::Joined);
+                state.link(coordinator, myself)?;
                 let generation = state.generation;
                 state.say(ToCoordinator::Knows { generation }).await;
             }
@@ -232,17 +269,30 @@ impl Actor for Member {
         event: SupervisionEvent,
         state: &mut MemberState,
     ) -> Result<(), ActorProcessingErr> {
-        let reason = match event {
-            SupervisionEvent::ActorFailed(_, error) => error.to_string(),
-            SupervisionEvent::ActorTerminated(_, _, reason) => {
-                reason.unwrap_or_else(|| "it stopped".to_owned())
+        let (cell, reason) = match event {
+            SupervisionEvent::ActorFailed(cell, error) => (cell, error.to_string()),
+            SupervisionEvent::ActorTerminated(cell, _, reason) => {
+                (cell, reason.unwrap_or_else(|| "it stopped".to_owned()))
             }
             _ => return Ok(()),
         };
+        if cell.get_id() != state.rank.get_id() {
+            // it was that of an earlier load
+            return Ok(());
+        }
         let text = RankError::Panicked(reason).to_string();
         let what = Happened::Failed { text, refused: false, lasting: false, blames: None };
         state.say(ToCoordinator::Event { generation: state.generation, what }).await;
         Ok(())
+    }
+}
+
+/// Makes sure that a process that counts as lost does nothing any more.
+pub(crate) async fn fence(process: Option<ProcessIdentity>) {
+    let Some(process) = process else { return };
+    let killed = tokio::task::spawn_blocking(move || process.kill()).await;
+    if let Ok(Fenced::Failed(e)) = killed {
+        warn!("a process that counts as lost may still be there: {e}");
     }
 }
 
@@ -259,7 +309,9 @@ async fn pass_on(mut told: mpsc::Receiver<ToRank>, member: ActorRef<MemberMessag
 
 impl MemberState {
     /// Takes up the connection to a coordinator.
-    fn link(&mut self, stream: TcpStream, myself: ActorRef<MemberMessage>) -> io::Result<()> {
+    fn link(&mut self, coordinator: Connected, myself: ActorRef<MemberMessage>) -> io::Result<()> {
+        let Connected { stream, process, .. } = coordinator;
+        self.coordinator = process;
         let progress = Arc::clone(&self.progress);
         let (link, told) = thread::spawn(stream, move || beat_of(&progress), self.timing)?;
         tokio::spawn(pass_on(told, myself));
@@ -273,20 +325,30 @@ impl MemberState {
             ToRank::Allocate { generation } if *generation <= self.generation => return,
             ToRank::Allocate { generation } => {
                 self.generation = *generation;
+                events::generation(*generation);
                 // complete means now what it means in this generation
                 self.complete = None;
             }
-            ToRank::Dismissed { why } => self.end(Over::Told { why: why.clone() }),
+            ToRank::Dismissed { why } => self.end(Over::Dismissed { why: why.clone() }),
             ToRank::Release { generation } if *generation == self.generation => {
                 if let (Some(complete), Some(released)) =
                     (self.complete.take(), self.released.take())
                 {
                     // whoever waited may have gone away
-                    let _ = released.send(Ok(complete));
+                    let _ = released.send(Ok((complete, *generation)));
                 }
             }
             ToRank::Abort { generation, why } if *generation == self.generation => {
-                self.end(Over::Told { why: why.clone() });
+                let over = Over::Told { why: why.clone() };
+                match self.released.take_if(|_| self.before_again.is_some_and(|g| g < *generation))
+                {
+                    None => self.end(over),
+                    // the group can still do something about it
+                    Some(released) => {
+                        self.complete = None;
+                        let _ = released.send(Err(over.error()));
+                    }
+                }
             }
             _ => {}
         }
@@ -300,6 +362,35 @@ impl MemberState {
             // supervision tells when the rank is gone
             let _ = self.rank.cast(RankMessage::Command(command));
         }
+    }
+
+    async fn take_up(&mut self, again: Again, myself: ActorRef<MemberMessage>) {
+        let Again { work, home, memory, join, plan, check_at_end, released, taken_up } = again;
+        if let Some(over) = &self.over {
+            // whoever waits for these may have gone away, here and below
+            let _ = taken_up.send(Err(over.error().line()));
+            return;
+        }
+        self.progress.begin_again();
+        let start = RankArguments {
+            rank: self.number,
+            events: myself.get_derived(),
+            progress: Arc::clone(&self.progress),
+            work: Arc::clone(&work),
+            home,
+            reuse: Some(memory),
+            join: Some(join),
+        };
+        match Actor::spawn_linked(None, RankActor, start, myself.get_cell()).await {
+            Ok((rank, _)) => self.rank = rank,
+            Err(e) => return drop(taken_up.send(Err(e.to_string()))),
+        }
+        (self.work, self.plan, self.check_at_end) = (work, plan, check_at_end);
+        (self.complete, self.released) = (None, Some(released));
+        self.before_again = Some(self.generation);
+        // no other coordinator would know what these ranks hold
+        self.way = None;
+        let _ = taken_up.send(Ok(()));
     }
 
     async fn event(&mut self, event: RankEvent) {
@@ -317,7 +408,7 @@ impl MemberState {
             RankEventKind::Prepared(plan) => Happened::Prepared { plan },
             RankEventKind::Ready(params, report) => match (self.check_at_end)() {
                 Ok(()) => {
-                    self.complete = params.map(|params| (params, report.clone()));
+                    self.complete = params;
                     Happened::Ready(report)
                 }
                 Err(e) => {
@@ -345,6 +436,7 @@ impl MemberState {
         self.complete = None;
         // the first cause is the one that counts
         let over = self.over.get_or_insert(over);
+        events::ended(Some(&over.error().line()));
         if let Some(released) = self.released.take() {
             // whoever waited may have gone away, here and below
             let _ = released.send(Err(over.error()));
@@ -363,6 +455,8 @@ impl MemberState {
 enum Over {
     /// The coordinator said so.
     Told { why: String },
+    /// The group goes on without this process.
+    Dismissed { why: String },
     /// The coordinator is gone.
     Lost { reason: String },
 }
@@ -371,6 +465,7 @@ impl Over {
     fn error(&self) -> LoadError {
         match self {
             Over::Told { why } => LoadError::GroupEnded { why: why.clone() },
+            Over::Dismissed { why } => LoadError::Replaced { why: why.clone() },
             Over::Lost { reason } => LoadError::CoordinatorLost { reason: reason.clone() },
         }
     }

@@ -17,10 +17,12 @@ use longshore_rank::{
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::{net::TcpStream, sync::mpsc};
+use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use crate::{
     error::line,
+    fence::ProcessIdentity,
     link::session::{self, Beat, Ended, LinkError, OUTGOING_MAX, Overrun, Timing},
     processes::message::{Happened, ToCoordinator, ToRank},
     supervisor::SupervisorMessage,
@@ -34,6 +36,8 @@ pub(crate) struct RemoteRank;
 #[derive(Debug)]
 pub(crate) struct RemoteArguments {
     pub(crate) rank: u32,
+    /// Which process it is, as far as that can be told.
+    pub(crate) process: Option<ProcessIdentity>,
     /// The connection, right behind the handshake.
     pub(crate) stream: TcpStream,
     pub(crate) timing: Timing,
@@ -47,6 +51,10 @@ pub(crate) struct RemoteArguments {
 #[derive(Debug)]
 pub(crate) enum RemoteMessage {
     Command(RankCommand),
+    /// What it carries out from now on.
+    Plan(PlanName),
+    /// The group is over, for this reason.
+    Over(String),
     /// Every rank has contributed its piece; all of them, if this one wants them.
     Gathered(Vec<Vec<u8>>),
     /// Nothing is left to be said.
@@ -76,6 +84,8 @@ impl TryFrom<RemoteMessage> for RankCommand {
 
 #[derive(Debug)]
 pub(crate) struct RemoteState {
+    // dropped first: one that is killed says no goodbye
+    _session: AbortOnDropHandle<()>,
     rank: u32,
     supervisor: ActorRef<SupervisorMessage>,
     /// `None` once nothing is left to be said.
@@ -98,11 +108,11 @@ impl Actor for RemoteRank {
         myself: ActorRef<RemoteMessage>,
         (arguments, supervisor): Self::Arguments,
     ) -> Result<RemoteState, ActorProcessingErr> {
-        let RemoteArguments { rank, stream, timing, progress, plan } = arguments;
+        let RemoteArguments { rank, stream, timing, progress, plan, .. } = arguments;
         let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
         let waiting: Arc<AtomicUsize> = Arc::default();
         let unheard = Arc::clone(&waiting);
-        tokio::spawn(async move {
+        let session = tokio::spawn(async move {
             // the mailbox has no bound, so what waits in it is counted
             let heard = |message| {
                 if unheard.fetch_add(1, Ordering::Relaxed) >= OUTGOING_MAX {
@@ -117,6 +127,7 @@ impl Actor for RemoteRank {
             let _ = myself.cast(RemoteMessage::Ended(ended));
         });
         Ok(RemoteState {
+            _session: AbortOnDropHandle::new(session),
             rank,
             supervisor,
             outgoing: Some(outgoing),
@@ -136,6 +147,14 @@ impl Actor for RemoteRank {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             RemoteMessage::Command(command) => state.tell(to_rank(command)),
+            RemoteMessage::Plan(plan) => {
+                state.plan = plan;
+                Ok(())
+            }
+            RemoteMessage::Over(why) => {
+                let generation = state.generation;
+                state.tell(Some(ToRank::Abort { generation, why }))
+            }
             RemoteMessage::Gathered(pieces) => state.tell(Some(ToRank::Gathered(pieces))),
             RemoteMessage::End => {
                 state.outgoing = None;
@@ -252,6 +271,7 @@ fn note(progress: &Progress, beat: &Beat) {
     progress.steps.store(beat.progress, Ordering::Relaxed);
     progress.in_hand.store(u64::from(!beat.waiting), Ordering::Relaxed);
     progress.read_bytes.store(beat.read_bytes, Ordering::Relaxed);
+    progress.cached_bytes.store(beat.cached_bytes, Ordering::Relaxed);
     progress.received_bytes.store(beat.received_bytes, Ordering::Relaxed);
     progress.sent_bytes.store(beat.sent_bytes, Ordering::Relaxed);
 }
@@ -261,6 +281,7 @@ pub(crate) fn beat_of(progress: &Progress) -> Beat {
     Beat {
         progress: progress.steps.load(Ordering::Relaxed),
         read_bytes: progress.read_bytes.load(Ordering::Relaxed),
+        cached_bytes: progress.cached_bytes.load(Ordering::Relaxed),
         received_bytes: progress.received_bytes.load(Ordering::Relaxed),
         sent_bytes: progress.sent_bytes.load(Ordering::Relaxed),
         phase: progress.phase() as u8,

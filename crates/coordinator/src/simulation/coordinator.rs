@@ -90,8 +90,11 @@ struct Host {
 pub(super) async fn host(world: Rc<World>, process: ProcessId, over: oneshot::Sender<String>) {
     let (said, mut mailbox) = mpsc::unbounded_channel();
     let ranks = world.ranks();
-    let recovery =
-        Recovery { replacements_max: world.scenario.replacements_max, join_limit: JOIN_LIMIT };
+    let recovery = Recovery {
+        replacements_max: world.scenario.replacements_max,
+        join_limit: JOIN_LIMIT,
+        own_rank: None,
+    };
     let mut host = Host {
         coordination: Coordination::new(ranks, STUCK_AFTER, recovery),
         process,

@@ -21,12 +21,14 @@ use crate::{error::RankError, region::Region, storage::CheckpointSource, stream:
 /// A stream's counters, readable at any time by anyone. Sizes in bytes.
 #[derive(Debug, Default)]
 pub struct StreamProgress {
-    /// Bytes of tensors read from storage, and of the gaps between them that were read through.
+    /// Bytes of tensors read, and of the gaps between them that were read through.
     pub read_bytes: AtomicU64,
     /// Of these, bytes of the gaps.
     pub gap_bytes: AtomicU64,
     /// Bytes read beyond them because direct I/O works in blocks.
     pub padding_bytes: AtomicU64,
+    /// Of [`read_bytes`](Self::read_bytes), what came from what this host has kept of the storage.
+    pub cached_bytes: AtomicU64,
     /// Reads issued to storage.
     pub reads: AtomicU64,
     /// Tensors handed out.
@@ -295,6 +297,7 @@ impl Shared {
         progress.reads.fetch_add(staged.reads, Ordering::Relaxed);
         progress.read_bytes.fetch_add(part.range.len(), Ordering::Relaxed);
         progress.padding_bytes.fetch_add(staged.padding_bytes, Ordering::Relaxed);
+        progress.cached_bytes.fetch_add(staged.cached_bytes, Ordering::Relaxed);
         Ok(())
     }
 

@@ -171,7 +171,7 @@ impl Reader {
         }
         let known = (part.filled - runner.at).min(bytes.len());
         count(&self.counters.discarded_bytes, known as u64);
-        part.target[runner.at + known..end].copy_from_slice(&bytes[known..]);
+        part.target.write(runner.at + known, &bytes[known..]);
         if runner.first.is_none() && !bytes.is_empty() {
             runner.first = Some((now, runner.at));
             self.reached.store(true, Relaxed);

@@ -53,7 +53,7 @@ async fn a_coordinator_that_starts_later_is_waited_for() {
     let address = free().await;
     coordinator(address, "abc", 7, Duration::from_millis(400));
     let limit = within(Duration::from_secs(10));
-    assert_eq!(connect(&[address], &credentials(7), limit).await.unwrap().1, address);
+    assert_eq!(connect(&[address], &credentials(7), limit).await.unwrap().address, address);
 }
 
 /// A port that says nothing, one that says something else, one where nobody listens, another load's coordinator, and ours.
@@ -87,7 +87,7 @@ async fn the_right_one_is_found_among_others() {
 
     coordinator(addresses[4], "abc", 7, Duration::ZERO);
     let limit = within(Duration::from_secs(10));
-    assert_eq!(connect(&addresses, &credentials(7), limit).await.unwrap().1, addresses[4]);
+    assert_eq!(connect(&addresses, &credentials(7), limit).await.unwrap().address, addresses[4]);
 }
 
 #[tokio::test]
@@ -108,7 +108,36 @@ async fn a_coordinator_from_before_a_restart_is_passed_over() {
     coordinator(old, "abc", 6, Duration::ZERO);
     coordinator(new, "abc", 7, Duration::from_millis(200));
     let limit = within(Duration::from_secs(10));
-    assert_eq!(connect(&[old, new], &credentials(7), limit).await.unwrap().1, new);
+    assert_eq!(connect(&[old, new], &credentials(7), limit).await.unwrap().address, new);
+}
+
+/// A replacement is there before its predecessor is known to be lost; whoever claims the place of one that stays is turned away.
+#[tokio::test]
+async fn a_predecessor_that_is_about_to_be_lost_is_waited_for() {
+    let address = free().await;
+    let terms = Terms::new(Some(Secret::from_text("abc")), 4, 7);
+    let listener = Listener::bind(&[address], terms).await.unwrap();
+    let admissions = listener.admissions();
+    let (sender, mut admitted) = mpsc::channel(8);
+    tokio::spawn(listener.run(sender));
+    let first = connect(&[address], &credentials(7), within(Duration::from_secs(10))).await;
+    let first = (first.unwrap(), admitted.recv().await.unwrap());
+
+    let limit = within(Duration::from_millis(1500));
+    let refused = connect(&[address], &credentials(7), limit).await.unwrap_err().to_string();
+    assert!(refused.contains("rank 1 has joined already"), "{refused}");
+
+    let lost = async {
+        sleep(Duration::from_millis(200)).await;
+        admissions.forget(1);
+    };
+    let (addresses, credentials) = ([address], credentials(7));
+    let second = connect(&addresses, &credentials, within(Duration::from_secs(10)));
+    let (second, ()) = tokio::join!(second, lost);
+    let joined = admitted.recv().await.unwrap().joined;
+    assert_eq!((joined.rank, joined.process), (1, ProcessIdentity::own().ok()));
+    assert_eq!(second.unwrap().process, ProcessIdentity::own().ok());
+    drop(first);
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ fn credentials() -> Credentials {
 async fn shake(
     terms: &Terms,
     credentials: &Credentials,
-) -> (Result<Joined, Refusal>, Result<(), JoinError>) {
+) -> (Result<Joined, Refusal>, Result<Option<ProcessIdentity>, JoinError>) {
     let (mut a, mut b) = duplex(64);
     let admitter = async {
         let admitted = admit(&mut a, terms).await;
@@ -55,8 +55,25 @@ fn frame(body: &[u8]) -> Vec<u8> {
 async fn one_that_knows_the_secret_joins_for_either_purpose() {
     for purpose in [Purpose::Control, Purpose::Data] {
         let (admitted, joined) = shake(&terms(), &Credentials { purpose, ..credentials() }).await;
-        assert_eq!(admitted.unwrap(), Joined { rank: 3, purpose });
-        joined.unwrap();
+        let process = ProcessIdentity::own().ok();
+        assert_eq!(admitted.unwrap(), Joined { rank: 3, purpose, process: process.clone() });
+        assert_eq!(joined.unwrap(), process);
+    }
+}
+
+/// Each is told which process the other is; one that cannot tell is no worse.
+#[tokio::test]
+async fn each_side_tells_which_process_it_is() {
+    let some = |pid| Some(ProcessIdentity { host: "a host".into(), pid, start: 1 << 40 });
+    // the longest that the system has a name for, and more
+    let long = Some(ProcessIdentity { host: "h".repeat(400), pid: u32::MAX, start: u64::MAX });
+    for (ours, theirs) in
+        [(some(1), some(2)), (None, some(2)), (some(1), None), (long.clone(), long)]
+    {
+        let terms = Terms { process: ours.clone(), ..terms() };
+        let credentials = Credentials { process: theirs.clone(), ..credentials() };
+        let (admitted, joined) = shake(&terms, &credentials).await;
+        assert_eq!((admitted.unwrap().process, joined.unwrap()), (theirs, ours));
     }
 }
 
@@ -158,6 +175,89 @@ async fn a_rank_joins_once_for_each_purpose() {
     }
 }
 
+/// The place of a lost rank is free for its successor, on all clones of the terms; others keep theirs.
+#[tokio::test]
+async fn a_rank_that_is_forgotten_can_join_again() {
+    let terms = terms();
+    let other = Credentials { rank: 2, ..credentials() };
+    for credentials in [&credentials(), &other] {
+        shake(&terms, credentials).await.0.unwrap();
+    }
+    terms.clone().admissions.forget(3);
+    assert!(matches!(shake(&terms, &other).await.0, Err(Refusal::Mismatch(_))));
+    shake(&terms, &credentials()).await.0.unwrap();
+    // once
+    assert!(matches!(shake(&terms, &credentials()).await.0, Err(Refusal::Mismatch(_))));
+}
+
+/// It was killed between its claim and the welcome: nobody has joined, and nobody is in the way.
+#[tokio::test(start_paused = true)]
+async fn a_joiner_that_goes_away_midway_leaves_its_place() {
+    let terms = terms();
+    // until the claim is proven, and the answer does not fit into what is left of the pipe
+    let (mut a, mut b) = duplex(64);
+    let joiner = async {
+        let credentials = credentials();
+        let greeting = hear_greeting(&mut b, HANDSHAKE_LIMIT).await.unwrap();
+        let mut writing = Writing(&mut b);
+        let joining = answer_greeting(&mut writing, &credentials, greeting);
+        let claimed = timeout(Duration::from_secs(1), joining).await;
+        assert!(claimed.is_err(), "it hears no answer");
+        assert!(!terms.admissions.places().taken.is_empty());
+        drop(b);
+    };
+    let (admitted, ()) = tokio::join!(admit(&mut a, &terms), joiner);
+    assert!(matches!(admitted, Err(Refusal::Closed)), "{admitted:?}");
+    shake(&terms, &credentials()).await.0.unwrap();
+
+    // one that had the place before it was forgotten does not take it from its successor
+    let admissions = Admissions::default();
+    let old = admissions.take(1, Purpose::Control).unwrap();
+    admissions.forget(1);
+    let new = admissions.take(1, Purpose::Control).unwrap();
+    drop(old);
+    assert!(admissions.take(1, Purpose::Control).is_none());
+    new.keep();
+    assert!(admissions.take(1, Purpose::Control).is_none());
+}
+
+/// A stream of which nothing is read.
+struct Writing<'a>(&'a mut tokio::io::DuplexStream);
+
+impl AsyncRead for Writing<'_> {
+    fn poll_read(
+        self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+        _: &mut tokio::io::ReadBuf<'_>,
+    ) -> std::task::Poll<io::Result<()>> {
+        std::task::Poll::Pending
+    }
+}
+
+impl AsyncWrite for Writing<'_> {
+    fn poll_write(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+        bytes: &[u8],
+    ) -> std::task::Poll<io::Result<usize>> {
+        std::pin::Pin::new(&mut *self.0).poll_write(context, bytes)
+    }
+
+    fn poll_flush(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<io::Result<()>> {
+        std::pin::Pin::new(&mut *self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<io::Result<()>> {
+        std::pin::Pin::new(&mut *self.0).poll_shutdown(context)
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_silent_joiner_is_given_up_in_time() {
     let (mut a, _b) = duplex(4096);
@@ -246,7 +346,7 @@ async fn an_impostor_neither_welcomes_nor_refuses() {
             let why = Mismatch::Rank { rank: 3, world_size: 4 };
             let answer = match refuse {
                 true => Answer::Refused { why, proof },
-                false => Answer::Welcome { proof },
+                false => Answer::Welcome { process: None, proof },
             };
             a.write_all(&frame(&wire::encode(&answer).unwrap())).await.unwrap();
         };
@@ -259,20 +359,23 @@ async fn an_impostor_neither_welcomes_nor_refuses() {
 /// A join overheard on one connection is worth nothing on the next, nor with another claim.
 #[tokio::test]
 async fn a_proof_is_good_for_one_connection_and_claim() {
-    let transcript = |admitter, rank, purpose| Transcript {
+    let own = |pid| Some(ProcessIdentity { host: "a host".into(), pid, start: 17 });
+    let transcript = |admitter, rank, purpose, process| Transcript {
         admitter,
         joiner: [2; 32],
-        claim: Claim { rank, world_size: 4, attempt: 7, purpose },
+        claim: Claim { rank, world_size: 4, attempt: 7, purpose, process },
     };
     let secret = Secret::from_text("abc");
-    let said = transcript([1; 32], 3, Purpose::Control);
+    let said = transcript([1; 32], 3, Purpose::Control, own(1));
     let proof = said.prove(&secret, JOINER, &[]);
     assert!(said.verify(&secret, JOINER, &[], &proof));
     assert!(!said.verify(&secret, ADMITTER, &[], &proof));
     for other in [
-        transcript([3; 32], 3, Purpose::Control),
-        transcript([1; 32], 2, Purpose::Control),
-        transcript([1; 32], 3, Purpose::Data),
+        transcript([3; 32], 3, Purpose::Control, own(1)),
+        transcript([1; 32], 2, Purpose::Control, own(1)),
+        transcript([1; 32], 3, Purpose::Data, own(1)),
+        transcript([1; 32], 3, Purpose::Control, own(2)),
+        transcript([1; 32], 3, Purpose::Control, None),
     ] {
         assert!(!other.verify(&secret, JOINER, &[], &proof));
     }

@@ -117,14 +117,15 @@ async fn ranks_join_over_loopback() {
     let (address, mut admitted, _task) = listening(terms()).await;
     for (rank, purpose) in [(0, Purpose::Control), (3, Purpose::Data)] {
         let credentials = Credentials { purpose, ..credentials(rank) };
-        let (stream, found) = connect(&[address], &credentials, soon()).await.unwrap();
-        assert_eq!(found, address);
+        let connected = connect(&[address], &credentials, soon()).await.unwrap();
+        assert_eq!(connected.address, address);
+        let stream = connected.stream;
         let ready = admitted.recv().await.unwrap();
         for stream in [&stream, &ready.stream] {
             let limit = socket2::SockRef::from(stream).tcp_user_timeout().unwrap();
             assert_eq!(limit, Some(Duration::from_secs(10)));
         }
-        assert_eq!(ready.joined, Joined { rank, purpose });
+        assert_eq!((ready.joined.rank, ready.joined.purpose), (rank, purpose));
         assert_eq!(ready.address, stream.local_addr().unwrap());
     }
 }
@@ -134,7 +135,7 @@ async fn a_data_connection_goes_on_as_a_plain_blocking_stream() {
     use std::io::{Read, Write};
     let (address, mut admitted, _task) = listening(terms()).await;
     let credentials = Credentials { purpose: Purpose::Data, ..credentials(1) };
-    let (ours, _) = connect(&[address], &credentials, soon()).await.unwrap();
+    let ours = connect(&[address], &credentials, soon()).await.unwrap().stream;
     let ready = admitted.recv().await.unwrap();
     let mut theirs = tcp::into_blocking(ready.stream).unwrap();
     let mut ours = tcp::into_blocking(ours).unwrap();
@@ -195,7 +196,7 @@ async fn strangers_disturb_nobody_and_are_logged_once() {
     let (log, _guard) = Log::capture(tracing::Level::WARN);
     let quick = Terms { within: Duration::from_millis(300), ..terms() };
     let (address, mut admitted, _task) = listening(quick).await;
-    let (ours, _) = connect(&[address], &credentials(0), soon()).await.unwrap();
+    let ours = connect(&[address], &credentials(0), soon()).await.unwrap().stream;
     let theirs = admitted.recv().await.unwrap().stream;
     let (to_rank, queue) = mpsc::channel::<u32>(8);
     let (to_coordinator, other_queue) = mpsc::channel::<u32>(8);
