@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 count=${1:-20000} first=${2:-0}
-LONGSHORE_SEEDS=$first..$((first + count)) cargo test --release --locked -p longshore --lib -- \
+LONGSHORE_SEEDS=$first..$((first + count)) cargo test --locked -p longshore --lib -- \
     --exact simulation::seeds_that_are_asked_for_hold --ignored --nocapture

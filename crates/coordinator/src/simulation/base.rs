@@ -111,7 +111,7 @@ fn with_finishes(plan: Plan) -> Plan {
     let free = |p: &u32| !taken.contains(p) && !placement.params[*p as usize].derived;
     let free: Vec<u32> = (0..placement.params.len() as u32).filter(free).collect();
     let mut finishes = Vec::new();
-    for params in free.chunks(5) {
+    for params in free.chunks(7) {
         let &[a, b, c, ..] = params else { continue };
         let whole = Matrices { param: a, count: 1, rows: 1, row_bytes: 1 };
         finishes.push(Finish::Reorder(whole, Reordering::Rows(RowOrder::AsStored)));

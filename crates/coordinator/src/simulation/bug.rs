@@ -30,21 +30,3 @@ pub(super) enum Bug {
     /// Nobody tells a replacement what to do.
     ForgetsReplacement,
 }
-
-impl Bug {
-    pub(super) const ALL: [Bug; 13] = [
-        Bug::ForgetsRange,
-        Bug::HaveTooLarge,
-        Bug::DoesNotWaitForWorkers,
-        Bug::IgnoresSettled,
-        Bug::ReadsWhatItHas,
-        Bug::FinishesAgain,
-        Bug::ReadyTooSoon,
-        Bug::TakesSlotInUse,
-        Bug::HearsOldGeneration,
-        Bug::HearsOldWorkers,
-        Bug::ReleasesTooSoon,
-        Bug::SeatsTwo,
-        Bug::ForgetsReplacement,
-    ];
-}

@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// How long ranks that have announced themselves may take to reach each other.
-const JOIN_LIMIT: Duration = Duration::from_secs(3);
+const JOIN_LIMIT: Duration = Duration::from_secs(1);
 
 /// From one attempt to reach a rank to the next.
 const TRY_AGAIN: Duration = Duration::from_millis(50);
@@ -211,7 +211,9 @@ async fn send_all(job: Rc<Job>, mut senders: Vec<Option<OwnedWriteHalf>>, left: 
                 continue;
             }
             let round = Round { generation: job.generation, round: Some(round), bytes };
-            if let Err(e) = send(sender, &round).await {
+            let breaks = std::mem::take(&mut job.world.breaks.borrow_mut()[job.rank as usize]);
+            let sent = if breaks { Err("broken".to_owned()) } else { send(sender, &round).await };
+            if let Err(e) = sent {
                 return fail(&job, other, &e);
             }
         }

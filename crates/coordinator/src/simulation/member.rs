@@ -1,5 +1,5 @@
 //! One rank process: its end of the control link, as `processes::member` has it, and the rank behind it. Rank 0's holds the
-//! coordinator as well.
+//! coordinator as well, and ends when its rank is dismissed: the launcher then starts both again.
 
 use std::{rc::Rc, sync::Arc, time::Duration};
 
@@ -173,11 +173,7 @@ impl Member {
             }
             ToRank::Dismissed { why } => self.end(why.clone()),
             ToRank::Release { generation } if *generation == self.generation => {
-                if std::mem::take(&mut self.complete) {
-                    self.released = true;
-                    let released = self.world.watch.borrow_mut().release(self.process, *generation);
-                    self.world.holds(released);
-                }
+                self.release(*generation);
             }
             ToRank::Abort { generation, why } if *generation == self.generation => {
                 self.end(why.clone());
@@ -187,6 +183,15 @@ impl Member {
         if let Some(command) = told.command() {
             // a rank that is gone has no use for it
             let _ = self.actor.send(Message::Command(command));
+        }
+    }
+
+    /// Every rank is complete.
+    fn release(&mut self, generation: Generation) {
+        if std::mem::take(&mut self.complete) {
+            self.released = true;
+            let released = self.world.watch.borrow_mut().release(self.process, generation);
+            self.world.holds(released);
         }
     }
 

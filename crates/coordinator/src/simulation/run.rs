@@ -92,6 +92,7 @@ enum Act {
     Resume(ProcessId),
     Release(ProcessId, ProcessId),
     Repair(ProcessId, ProcessId),
+    RepairOneway(ProcessId, ProcessId),
 }
 
 struct Driver {
@@ -143,7 +144,10 @@ impl Driver {
                 Act::Start(_) | Act::Replace(_) => {}
                 Act::Supersede(process) => {
                     let rank = self.world.watch.borrow().processes[process].rank;
-                    if self.latest(rank) == process {
+                    // of two coordinators nobody would know which is the right one: the other ranks have left the first
+                    let least = if rank == 0 { self.noticed() } else { Duration::ZERO };
+                    let still = self.gates[process].still_since();
+                    if self.latest(rank) == process && still.is_some_and(|at| now >= at + least) {
                         self.start(sim, rank);
                     }
                 }
@@ -151,6 +155,7 @@ impl Driver {
                 Act::Resume(process) => self.gates[process].resume(),
                 Act::Release(a, b) => sim.release(self.host(a), self.host(b)),
                 Act::Repair(a, b) => sim.repair(self.host(a), self.host(b)),
+                Act::RepairOneway(a, b) => sim.repair_oneway(self.host(a), self.host(b)),
             }
             if !matches!(act, Act::Replace(_)) {
                 self.healed = now;
@@ -188,6 +193,11 @@ impl Driver {
         self.world.latest.borrow()[rank as usize]
     }
 
+    /// How long a process stands still before all others have noticed.
+    fn noticed(&self) -> Duration {
+        self.world.scenario.silent_after + Duration::from_millis(500)
+    }
+
     fn is_gone(&self, process: ProcessId) -> bool {
         self.world.watch.borrow().processes.get(process).is_none_or(|seen| seen.gone)
     }
@@ -216,29 +226,36 @@ impl Driver {
                 if self.is_gone(process) {
                     return;
                 }
-                self.gates[process].paused.set(true);
+                self.gates[process].pause(self.now());
                 self.at(lasting, Act::Resume(process));
-                // of two coordinators nobody knows which is the right one: the other ranks have to have left the first
-                let noticed = self.world.scenario.silent_after + Duration::from_millis(500);
-                let least = if rank == 0 { noticed } else { Duration::ZERO };
-                let replaced = replaced.map(|replaced| replaced.max(least));
                 if let Some(replaced) = replaced.filter(|replaced| *replaced < lasting) {
                     self.at(replaced, Act::Supersede(process));
                 }
             }
-            Fault::Hold { a, b, lasting } | Fault::Cut { a, b, lasting } => {
+            Fault::Hold { a, b, lasting }
+            | Fault::Cut { a, b, lasting }
+            | Fault::Mute { from: a, to: b, lasting } => {
                 let (a, b) = (self.latest(a), self.latest(b));
                 if a == b || self.is_gone(a) || self.is_gone(b) {
                     return;
                 }
-                if matches!(fault, Fault::Hold { .. }) {
-                    sim.hold(self.host(a), self.host(b));
-                    self.at(lasting, Act::Release(a, b));
-                } else {
-                    sim.partition(self.host(a), self.host(b));
-                    self.at(lasting, Act::Repair(a, b));
+                let hosts = (self.host(a), self.host(b));
+                match fault {
+                    Fault::Hold { .. } => {
+                        sim.hold(hosts.0, hosts.1);
+                        self.at(lasting, Act::Release(a, b));
+                    }
+                    Fault::Mute { .. } => {
+                        sim.partition_oneway(hosts.0, hosts.1);
+                        self.at(lasting, Act::RepairOneway(a, b));
+                    }
+                    _ => {
+                        sim.partition(hosts.0, hosts.1);
+                        self.at(lasting, Act::Repair(a, b));
+                    }
                 }
             }
+            Fault::Break { rank } => self.world.breaks.borrow_mut()[rank as usize] = true,
             Fault::StorageFails { rank } => {
                 self.world.storage.borrow_mut()[rank as usize].next_fails = true;
             }
@@ -373,7 +390,9 @@ impl Driver {
 /// What a process stands still at.
 #[derive(Debug, Default)]
 struct Gate {
-    paused: Cell<bool>,
+    /// How many pauses are not over.
+    pauses: Cell<u32>,
+    since: Cell<Duration>,
     waker: RefCell<Option<Waker>>,
 }
 
@@ -382,7 +401,7 @@ impl Gate {
     async fn hold<T>(&self, main: impl Future<Output = T>) -> T {
         let mut main = pin!(main);
         poll_fn(|context| {
-            if self.paused.get() {
+            if self.pauses.get() > 0 {
                 *self.waker.borrow_mut() = Some(context.waker().clone());
                 return Poll::Pending;
             }
@@ -391,8 +410,19 @@ impl Gate {
         .await
     }
 
+    fn pause(&self, now: Duration) {
+        if self.pauses.replace(self.pauses.get() + 1) == 0 {
+            self.since.set(now);
+        }
+    }
+
+    /// Since when the process stands still, if it does.
+    fn still_since(&self) -> Option<Duration> {
+        (self.pauses.get() > 0).then(|| self.since.get())
+    }
+
     fn resume(&self) {
-        self.paused.set(false);
+        self.pauses.set(self.pauses.get() - 1);
         self.waker.take().into_iter().for_each(Waker::wake);
     }
 }

@@ -58,6 +58,10 @@ pub(super) enum Fault {
     Hold { a: u32, b: u32, lasting: Duration },
     /// What they say is lost.
     Cut { a: u32, b: u32, lasting: Duration },
+    /// What one says to the other is lost.
+    Mute { from: u32, to: u32, lasting: Duration },
+    /// The connection over which a rank sends bytes next breaks, and nothing else.
+    Break { rank: u32 },
     /// A read of this rank fails.
     StorageFails { rank: u32 },
     /// The reads of this rank return only afterwards.
@@ -144,13 +148,15 @@ fn fault(dice: &mut Dice, ranks: u32, forgiving: bool) -> Fault {
             Fault::Crash { rank, silently: dice.chance(25), back }
         }
         40..60 => {
-            let replaced = dice.chance(75).then(|| dice.millis(50, 1500));
+            let replaced = dice.chance(75).then(|| dice.millis(50, 2000));
             Fault::Pause { rank, lasting: dice.millis(50, 5000), replaced }
         }
         60..70 => Fault::Hold { a: rank, b: other, lasting: dice.millis(50, 2500) },
-        70..78 => Fault::Cut { a: rank, b: other, lasting: dice.millis(20, 2500) },
-        78..88 => Fault::StorageFails { rank },
-        88..94 => Fault::StorageHangs { rank, lasting: dice.millis(200, 6000) },
+        70..75 => Fault::Cut { a: rank, b: other, lasting: dice.millis(20, 2500) },
+        75..79 => Fault::Mute { from: rank, to: other, lasting: dice.millis(20, 2500) },
+        79..82 => Fault::Break { rank },
+        82..89 => Fault::StorageFails { rank },
+        89..95 => Fault::StorageHangs { rank, lasting: dice.millis(200, 6000) },
         _ => {
             Fault::StorageSlow { rank, times: dice.pick(&[3, 20]), lasting: dice.millis(200, 2000) }
         }

@@ -39,6 +39,8 @@ pub(super) struct World {
     pub(super) storage: RefCell<Vec<Storage>>,
     /// Where each rank is looked for: its latest process, if it ever had one.
     pub(super) latest: RefCell<Vec<ProcessId>>,
+    /// Of each rank whether the next connection that it sends over breaks.
+    pub(super) breaks: RefCell<Vec<bool>>,
     /// As of the last step.
     pub(super) now: Cell<Duration>,
     plans: RefCell<Vec<Planned>>,
@@ -63,6 +65,7 @@ impl World {
             watch: RefCell::new(Watch::new(ranks)),
             storage: RefCell::new(vec![Storage::default(); ranks]),
             latest: RefCell::new(vec![ProcessId::MAX; ranks]),
+            breaks: RefCell::new(vec![false; ranks]),
             now: Cell::default(),
             plans: RefCell::default(),
             bug,
