@@ -15,7 +15,7 @@
 //! | for | there is |
 //! |---|---|
 //! | ranks that are threads | [`Load::start`] → [`Loading`] → [`Loaded`], reload in place |
-//! | ranks that are processes, under whatever launcher | [`Place`], [`Load::join`] → [`Joining`] → [`Rank`] |
+//! | ranks that are processes, under whatever launcher | [`Place`], [`Load::join`] → [`Joining`] → [`Rank`], reload in place |
 //! | kernels, Python frameworks, servers in another process | [`handover`]: addresses, DLPack, CUDA IPC, and their rules |
 //! | servers with a `load_weights(name, tensor)` of their own | [`Load::tensors`] → [`Tensors`] |
 //! | knowing beforehand what a load will do | [`Load::plan`] → [`Report`] |
@@ -31,7 +31,7 @@
 //! | 2 | placement | `longshore_models::placement` | model, headers, group → where each byte belongs |
 //! | 3 | assignment | [`assignment`], [`plan`] | placement → who reads what; one checked [`plan::Plan`] |
 //! | 4–6 | streaming, exchange, post-processing | `longshore_rank`, started by [`load`](mod@load) in this process, by [`processes`] in others | plan → complete parameters |
-//! | 7 | complete ranks, reload in place | [`group`] | complete parameters of one checkpoint → of another |
+//! | 7 | complete ranks, reload in place | [`group`], in other processes [`processes`] | complete parameters of one checkpoint → of another |
 //! | – | instead of 2 to 7, for servers that place weights themselves | [`tensors`] | headers → tensors as they are stored, each once |
 //! | 8 | results | [`digest`], [`out`], [`report`] | complete parameters → digest, files, JSON, table |
 //! | – | the wire between coordinator and ranks in other processes | [`link`], [`secret`] | messages ⇄ messages, heartbeats, how it ended |

@@ -342,6 +342,8 @@ impl RankState {
     fn release(&mut self, generation: Generation) {
         if self.complete.take_if(|r| r.job.generation == generation).is_some() {
             self.held = None;
+            // whoever has the finished parameters has them alone
+            self.arguments.reuse = None;
         }
     }
 

@@ -49,6 +49,9 @@ use crate::{
 /// How long a reload waits for the reads of an earlier attempt that failed; a read from local storage takes far less.
 const QUIET_AFTER: Duration = Duration::from_secs(30);
 
+/// What is known of the other ranks where the coordinator is lost when all were about to begin.
+const IN_DOUBT: &str = "another rank may have begun to write; start all ranks again";
+
 /// One rank of a group of processes, and the weights of one checkpoint that it holds.
 #[derive(Debug)]
 pub(crate) struct Holder {
@@ -205,7 +208,7 @@ impl Holder {
                 return Err(self.not_reloaded(e));
             }
             Err(e) => {
-                return Err(self.not_restored("another rank may have begun to write".into(), e));
+                return Err(self.not_restored(IN_DOUBT.into(), e));
             }
         }
         match self.write(&Arc::clone(&prepared)).await {
@@ -263,8 +266,9 @@ impl Holder {
         // of a load that fails the coordinator knows the first cause, this rank only what it was told
         let loaded = loaded.transpose()?;
         let (params, generation) = released?;
-        given_back(slice::from_ref(&params)).await;
+        // drops what was kept of it for another attempt
         self.weights = Weights::Ready(params);
+        given_back(slice::from_ref(self.weights.params()?)).await;
         let joined = &mut self.joined;
         joined.generation = generation;
         joined.seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
@@ -344,7 +348,13 @@ impl Holder {
                 let (kept, not_restored) = (source.into(), None);
                 LoadError::Reload { kept, not_restored, source: Box::new(cause) }
             }
-            Err(e) => self.not_restored(e.line(), cause),
+            Err(e) => {
+                let needed = match e {
+                    LoadError::OnRank { .. } => "reload a checkpoint that is whole",
+                    _ => "start all ranks again",
+                };
+                self.not_restored(format!("{}; {needed}", e.line()), cause)
+            }
         }
     }
 
