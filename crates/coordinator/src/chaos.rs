@@ -165,7 +165,6 @@ impl Chaos {
         let wrong = observed.wrong(&nothing);
         let code = observed.exit.map_or(0, command::Exit::code);
         let reference = Reference::of(&observed);
-        done.files.remove();
         if !wrong.is_empty() {
             return Err(ChaosError::Reference { wrong, code });
         }
@@ -186,11 +185,11 @@ impl Chaos {
         strikes: &[Strike],
     ) -> Result<RunReport, ChaosError> {
         let run = Run::new(self, scratch, &format!("run-{number}"), strikes)?;
-        let done = run.until_over(reference, clock)?;
+        let mut done = run.until_over(reference, clock)?;
         let mut report = done.observed().report(number, reference);
-        match report.verdict {
-            Verdict::Wrong => report.kept = Some(scratch.0.display().to_string()),
-            Verdict::Right | Verdict::Missed => done.files.remove(),
+        if report.verdict == Verdict::Wrong {
+            done.files.keep();
+            report.kept = Some(scratch.0.display().to_string());
         }
         Ok(report)
     }
