@@ -210,8 +210,8 @@ fn another_digest_is_wrong() {
     let command = script(
         &story,
         "\"$longshore\" load checkpoint --tp 2 --ranks processes --json --read-size 64KiB >out.json || exit 1\n\
-         test -e disturbed && sed -i 's/\"digest\": \".*\"/\"digest\": \"0\"/' out.json\n\
-         touch disturbed\ncat out.json\n",
+         test -e second && sed -i 's/\"digest\": \".*\"/\"digest\": \"0\"/' out.json\n\
+         test -e first && touch second; touch first\ncat out.json\n",
     );
     let ended = chaos(&story, &["--fault", "kill", "--phase", "reading", "--", &command]);
     let report = wrong(&ended);

@@ -77,6 +77,9 @@ impl TryFrom<RemoteMessage> for RankCommand {
     }
 }
 
+/// How one is lost that says goodbye before the coordinator does.
+pub(crate) const LEFT: &str = "its process left before the end";
+
 #[derive(Debug)]
 pub(crate) struct RemoteState {
     rank: u32,
@@ -161,7 +164,7 @@ impl Actor for RemoteRank {
                 myself.stop(None);
                 Ok(())
             }
-            RemoteMessage::Ended(Ok(_)) => Err("its process left before the end".into()),
+            RemoteMessage::Ended(Ok(_)) => Err(LEFT.into()),
             RemoteMessage::Ended(Err(e)) => Err(line(&e).into()),
         }
     }
