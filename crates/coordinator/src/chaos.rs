@@ -2,7 +2,7 @@
 //! for users to try on their own checkpoints, under their own launch command.
 //!
 //! ```text
-//!  command ──► undisturbed run: digest, seconds, how long each rank was in each phase
+//!  command ──► undisturbed runs (two: the first warms up): digest, seconds, how long each rank was in each phase
 //!     │
 //!     └──────► run 1 … n: events tell pids and phases ──► signals at the chosen moments ──► digest, exit code, what is left
 //! ```
@@ -113,6 +113,9 @@ impl ChaosError {
     }
 }
 
+/// How often a moment that was missed is tried for, sooner each time.
+const TRIES: u32 = 3;
+
 /// The run that nothing has disturbed.
 #[derive(Debug, Default)]
 struct Reference {
@@ -128,7 +131,7 @@ struct Reference {
 }
 
 impl Chaos {
-    /// Runs the command undisturbed, then as often as is wanted with its ranks disturbed.
+    /// Runs the command twice undisturbed, then as often as is wanted with its ranks disturbed.
     ///
     /// Blocks, outside of any runtime. From the first call on, the signals that end a process (SIGINT, SIGQUIT, SIGTERM,
     /// SIGHUP) only end such runs in this one. Nothing that was started is left, unless it hides from its process group.
@@ -139,12 +142,27 @@ impl Chaos {
     pub fn run(&self) -> Result<Report, ChaosError> {
         let mut clock = Clock::start()?;
         let scratch = Scratch::new(self.seed)?;
-        let reference = self.undisturbed(&scratch, &mut clock)?;
-        self.check_ranks(reference.world_size)?;
+        // the first finds caches as they are, and all that follow as it left them
+        let first = self.undisturbed(&scratch, &mut clock, &Reference::default())?;
+        self.check_ranks(first.world_size)?;
+        let reference = self.undisturbed(&scratch, &mut clock, &first)?;
+        let Reference { seconds, world_size, .. } = reference;
+        tracing::info!("undisturbed: {world_size} ranks complete after {seconds:.3} s");
         let schedule = schedule(&self.wanted, reference.world_size, self.seed);
         let mut runs = Vec::with_capacity(schedule.len());
         for (number, strikes) in (1..).zip(&schedule) {
-            let run = self.disturbed(&scratch, &mut clock, &reference, number, strikes)?;
+            let mut disturb = |strikes: &[Strike]| {
+                self.disturbed(&scratch, &mut clock, &reference, number, strikes)
+            };
+            let mut run = disturb(strikes)?;
+            let mut sooner = strikes.clone();
+            for _ in 1..TRIES {
+                if run.verdict != Verdict::Missed {
+                    break;
+                }
+                sooner = sooner.iter().map(Strike::sooner).collect();
+                run = disturb(&sooner)?;
+            }
             let what: Vec<String> = strikes
                 .iter()
                 .map(|s| format!("{} rank {} {}", s.fault, s.rank, s.moment))
@@ -156,24 +174,25 @@ impl Chaos {
         Ok(self.report(&reference, runs))
     }
 
-    fn undisturbed(&self, scratch: &Scratch, clock: &mut Clock) -> Result<Reference, ChaosError> {
-        let nothing = Reference::default();
+    /// Nothing is done to this one; `before` is the one before, which it may not differ from either.
+    fn undisturbed(
+        &self,
+        scratch: &Scratch,
+        clock: &mut Clock,
+        before: &Reference,
+    ) -> Result<Reference, ChaosError> {
         let run = Run::new(self, scratch, "undisturbed", &[])?;
-        let done = run.until_over(&nothing, clock)?;
+        let done = run.until_over(before, clock)?;
         let observed = done.observed();
-        // whatever it prints, it is what the others are compared with
-        let wrong = observed.wrong(&nothing);
+        let wrong = observed.wrong(before);
         let code = observed.exit.map_or(0, command::Exit::code);
         let reference = Reference::of(&observed);
-        done.files.remove();
         if !wrong.is_empty() {
             return Err(ChaosError::Reference { wrong, code });
         }
         if reference.world_size == 0 {
             return Err(ChaosError::Silent);
         }
-        let Reference { seconds, world_size, .. } = reference;
-        tracing::info!("undisturbed: {world_size} ranks complete after {seconds:.3} s");
         Ok(reference)
     }
 
@@ -186,11 +205,11 @@ impl Chaos {
         strikes: &[Strike],
     ) -> Result<RunReport, ChaosError> {
         let run = Run::new(self, scratch, &format!("run-{number}"), strikes)?;
-        let done = run.until_over(reference, clock)?;
+        let mut done = run.until_over(reference, clock)?;
         let mut report = done.observed().report(number, reference);
-        match report.verdict {
-            Verdict::Wrong => report.kept = Some(scratch.0.display().to_string()),
-            Verdict::Right | Verdict::Missed => done.files.remove(),
+        if report.verdict == Verdict::Wrong {
+            done.files.keep();
+            report.kept = Some(scratch.0.display().to_string());
         }
         Ok(report)
     }

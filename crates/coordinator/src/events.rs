@@ -41,7 +41,7 @@ use longshore_rank::protocol::{Generation, Phase, Progress, RankCommand};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use crate::{coordination::Order, fence::ProcessIdentity, place::Place};
+use crate::{coordination::Order, fence::ProcessIdentity, place::Place, processes::remote::LEFT};
 
 /// The environment variable that names the file.
 pub const EVENTS_VARIABLE: &str = "LONGSHORE_EVENTS";
@@ -125,8 +125,8 @@ struct Own {
     progress: OnceLock<Arc<Progress>>,
     /// Lost and not replaced, as its coordinator knows.
     lost: Mutex<BTreeSet<u32>>,
-    /// It has left the group: that the others do so too is no loss to tell of.
-    left: AtomicBool,
+    /// Its load is complete: that ranks leave, each in its time, is no failure.
+    complete: AtomicBool,
     warned: AtomicBool,
 }
 
@@ -146,7 +146,7 @@ pub(crate) fn open(place: &Place) {
         generation: AtomicU64::new(0),
         progress: OnceLock::new(),
         lost: Mutex::default(),
-        left: AtomicBool::new(false),
+        complete: AtomicBool::new(false),
         warned: AtomicBool::new(false),
     };
     if OWN.set(own).is_ok() {
@@ -182,12 +182,15 @@ pub(crate) fn generation(generation: Generation) {
 
 /// The coordinator has lost a rank or gets one back, begins, or is done; `read_bytes` is what a rank has read.
 pub(crate) fn ordered(order: &Order, read_bytes: impl FnOnce(u32) -> u64) {
-    let Some(own) = OWN.get().filter(|own| !own.left.load(Ordering::Relaxed)) else { return };
+    let Some(own) = OWN.get() else { return };
     let lost = || own.lost.lock().unwrap_or_else(PoisonError::into_inner);
     match order {
         Order::TellAll(RankCommand::Allocate { generation }) => {
+            own.complete.store(false, Ordering::Relaxed);
             own.write(*generation, What::Generation);
         }
+        Order::TellAll(RankCommand::Abort { why, .. })
+            if own.complete.load(Ordering::Relaxed) && why.ends_with(LEFT) => {}
         Order::TellAll(RankCommand::Abort { generation, why }) => {
             own.write(*generation, What::Failed { why: shortened(why) });
         }
@@ -199,7 +202,10 @@ pub(crate) fn ordered(order: &Order, read_bytes: impl FnOnce(u32) -> u64) {
             let who_read_bytes = read_bytes(*who);
             emit(What::Lost { who: *who, why: shortened(why), who_read_bytes });
         }
-        Order::Answer(Ok(loaded)) => own.write(loaded.generation, What::Complete),
+        Order::Answer(Ok(loaded)) => {
+            own.complete.store(true, Ordering::Relaxed);
+            own.write(loaded.generation, What::Complete);
+        }
         _ => {}
     }
 }
@@ -209,11 +215,8 @@ pub(crate) fn coordinator_lost(why: &str) {
     emit(What::Lost { who: 0, why: shortened(why), who_read_bytes: 0 });
 }
 
-/// This rank leaves the group, and does so well if there is no reason.
+/// This rank leaves the group.
 pub(crate) fn ended(why: Option<&str>) {
-    if let (Some(own), None) = (OWN.get(), why) {
-        own.left.store(true, Ordering::Relaxed);
-    }
     emit(What::Ended { why: why.map(shortened) });
 }
 

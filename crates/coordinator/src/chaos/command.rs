@@ -13,19 +13,20 @@ use serde_json::Value;
 
 use crate::{error::LoadError, events::EVENTS_VARIABLE};
 
-/// The files of one run.
+/// The files of one run; removed with this unless they are kept.
 #[derive(Debug)]
 pub(super) struct Files {
     pub(super) events: PathBuf,
     stdout: PathBuf,
     stderr: PathBuf,
+    kept: bool,
 }
 
 impl Files {
     pub(super) fn new(dir: &Path, name: &str) -> Self {
         let [events, stdout, stderr] =
             ["events", "stdout", "stderr"].map(|kind| dir.join(format!("{name}.{kind}")));
-        Self { events, stdout, stderr }
+        Self { events, stdout, stderr, kept: false }
     }
 
     /// What the command has printed.
@@ -35,7 +36,16 @@ impl Files {
         Printed::of(&stdout.unwrap_or_default(), &stderr.unwrap_or_default())
     }
 
-    pub(super) fn remove(&self) {
+    pub(super) fn keep(&mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
         for path in [&self.events, &self.stdout, &self.stderr] {
             // one that was never written need not be removed
             let _ = fs::remove_file(path);

@@ -94,7 +94,8 @@ pub(super) struct Life<'a> {
     pub(super) started: f64,
     pub(super) pid: u32,
     pub(super) process: Option<&'a ProcessIdentity>,
-    pub(super) joined: bool,
+    /// When it has last met a coordinator.
+    pub(super) joined: Option<f64>,
     /// When it entered which stage; the first is joining.
     stages: Vec<(Stage, f64)>,
     pub(super) ended: Option<f64>,
@@ -168,10 +169,10 @@ impl Events {
         };
         let (started, pid) = (first.time, first.pid);
         let stages = vec![(Stage::Joining, started)];
-        let mut life = Life { started, pid, process, joined: false, stages, ended: None };
+        let mut life = Life { started, pid, process, joined: None, stages, ended: None };
         for event in self.0[at..].iter().filter(|e| (e.rank, e.pid) == (first.rank, first.pid)) {
             match &event.what {
-                What::Joined => life.joined = true,
+                What::Joined => life.joined = Some(event.time),
                 What::Ended { .. } => {
                     life.ended.get_or_insert(event.time);
                 }
@@ -205,6 +206,13 @@ impl Events {
                 }
         };
         self.0.iter().filter(notices).map(|event| event.time).reduce(f64::min)
+    }
+
+    /// Whether the coordinator that there is now has heard of the rank.
+    pub(super) fn is_heard_of(&self, rank: u32) -> bool {
+        let (coordinator, life) = (self.life(0), self.life(rank));
+        let since = coordinator.map_or(f64::INFINITY, |coordinator| coordinator.started);
+        life.and_then(|life| life.joined).is_some_and(|joined| joined >= since)
     }
 
     /// Whether another process than `pid` has joined as `rank` since `time`.
@@ -292,8 +300,13 @@ mod tests {
         assert_eq!(durations, wanted);
         let first = events.life_of(1, 11).unwrap();
         assert_eq!((first.stage_at(1.9), first.stage_at(2.5)), (Stage::Joining, Stage::Reading));
-        assert_eq!((first.entered(), first.joined, first.ended), (2.0, true, None));
+        assert_eq!((first.entered(), first.joined, first.ended), (2.0, Some(1.0), None));
         assert!(events.life(2).is_none());
+        assert!(events.is_heard_of(1) && !events.is_heard_of(2));
+        // it has not joined another coordinator than the first
+        let mut orphan = events;
+        orphan.0.push(event(9.0, 0, 13, 0, started()));
+        assert!(!orphan.is_heard_of(1));
     }
 
     #[test]

@@ -139,8 +139,12 @@ impl<'a> Run<'a> {
     /// One strike after the other.
     fn attack(&mut self, reference: &Reference) -> Result<(), LoadError> {
         let mut before = self.began;
-        for attack in &mut self.attacks {
-            attack.look(&self.log.events, reference, self.began, before)?;
+        for number in 0..self.attacks.len() {
+            let (earlier, later) = self.attacks.split_at_mut(number);
+            let attack = &mut later[0];
+            if attack.has_happened() || !attack.has_to_wait(earlier, &self.log.events) {
+                attack.look(&self.log.events, reference, self.began, before)?;
+            }
             if !attack.has_happened() {
                 break;
             }
@@ -231,7 +235,6 @@ impl<'a> Run<'a> {
         // what cannot be read tells of no process
         let _ = self.read();
         self.left();
-        self.files.remove();
     }
 }
 

@@ -113,6 +113,18 @@ pub(super) struct Strike {
     pub(super) moment: Moment,
 }
 
+impl Strike {
+    /// The same, where its stage was over before its moment came.
+    pub(super) fn sooner(&self) -> Self {
+        match self.moment {
+            Moment::Within { stage, part } => {
+                Self { moment: Moment::Within { stage, part: part / 4.0 }, ..*self }
+            }
+            Moment::At(_) | Moment::Part(_) | Moment::Later(_) => *self,
+        }
+    }
+}
+
 /// When. Parts are of how long the same took undisturbed, from 0 to 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Moment {

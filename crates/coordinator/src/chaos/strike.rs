@@ -2,6 +2,9 @@
 //!
 //! A process is one that has told who it is (host, number, time of start). It is tied to a descriptor and compared before the
 //! first signal, so a number that was given to another process since reaches nobody.
+//!
+//! A process that is stopped for good is lost only if somebody is left who waits for what it says. So that it is, `stop` waits until
+//! the rank has met the coordinator and whatever was lost before is replaced, and what comes after a `stop` waits for the same.
 
 use std::io;
 
@@ -80,6 +83,22 @@ impl Attack {
         matches!(self.state, State::Over)
     }
 
+    /// Whether the group is whole again after this.
+    fn is_settled(&self, events: &Events) -> bool {
+        let replaced = |s: Struck| events.is_replaced(self.strike.rank, s.pid, s.time);
+        match self.strike.fault {
+            Fault::Kill | Fault::Stop => self.struck.is_none_or(replaced),
+            Fault::StopContinue(_) | Fault::Pause(_) | Fault::Slow(_) => self.is_over(),
+        }
+    }
+
+    /// Whether nobody might be left to notice it, `earlier` strikes being what they are.
+    pub(super) fn has_to_wait(&self, earlier: &[Attack], events: &Events) -> bool {
+        let stops = |attack: &Attack| attack.strike.fault == Fault::Stop;
+        (stops(self) || earlier.iter().any(stops))
+            && !earlier.iter().all(|attack| attack.is_settled(events))
+    }
+
     /// Does what is to be done now. `began` is when the command was started, `before` when the strike before this one
     /// happened.
     ///
@@ -124,7 +143,10 @@ impl Attack {
             State::Over => {}
             State::Waiting => {
                 let life = events.life(rank);
-                match due(&self.strike, life.as_ref(), reference, (began, before, now)) {
+                let due = due(&self.strike, life.as_ref(), reference, (began, before, now));
+                match due {
+                    // nobody notices that one has stopped of whom nobody has heard
+                    Due::Now if self.strike.fault == Fault::Stop && !events.is_heard_of(rank) => {}
                     Due::NotYet => {}
                     Due::Missed(why) => self.miss(why),
                     Due::Now => match life {
@@ -215,11 +237,9 @@ fn due(
         Moment::Later(part) => before + part * whole,
     };
     let Some(life) = life.filter(|_| now >= at) else { return Due::NotYet };
-    match () {
-        () if life.ended.is_some() => Due::Missed("it had left the group".into()),
-        // nobody notices that one has stopped of whom nobody has heard
-        () if strike.fault == Fault::Stop && !life.joined => Due::NotYet,
-        () => Due::Now,
+    match life.ended {
+        Some(_) => Due::Missed("it had left the group".into()),
+        None => Due::Now,
     }
 }
 
@@ -285,15 +305,20 @@ mod tests {
         assert_eq!(due(left.life(0).as_ref(), 104.0), Due::Missed("it had left the group".into()));
     }
 
+    /// After a loss that is not made good nobody may be left who notices the next.
     #[test]
-    fn a_rank_that_has_not_joined_is_not_stopped_for_ever() {
-        for (fault, wanted) in [(Fault::Stop, Due::NotYet), (Fault::Kill, Due::Now)] {
-            let joining = strike(fault, Moment::Within { stage: Stage::Joining, part: 0.0 });
-            let there = events(&[]);
-            let times = (99.0, 99.0, 101.0);
-            assert_eq!(due(&joining, there.life(0).as_ref(), &reference(), times), wanted);
-            let joined = events(&[(100.5, What::Joined)]);
-            assert_eq!(due(&joining, joined.life(0).as_ref(), &reference(), times), Due::Now);
-        }
+    fn who_is_stopped_for_good_is_stopped_in_a_whole_group() {
+        let later = |fault| Attack::new(strike(fault, Moment::Later(0.0)));
+        let mut killed = later(Fault::Kill);
+        killed.state = State::Over;
+        killed.struck = Some(Struck { pid: 7, time: 101.0 });
+        let lost = events(&[]);
+        assert!(!later(Fault::Stop).has_to_wait(&[], &lost));
+        let earlier = [killed];
+        assert!(later(Fault::Stop).has_to_wait(&earlier, &lost));
+        assert!(!later(Fault::Kill).has_to_wait(&earlier, &lost));
+        let mut replaced = events(&[(102.0, What::Started { world_size: 1, process: None })]);
+        replaced.0.push(Event { pid: 8, what: What::Joined, time: 103.0, ..replaced.0[0].clone() });
+        assert!(!later(Fault::Stop).has_to_wait(&earlier, &replaced));
     }
 }

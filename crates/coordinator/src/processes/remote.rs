@@ -82,6 +82,9 @@ impl TryFrom<RemoteMessage> for RankCommand {
     }
 }
 
+/// How one is lost that says goodbye before the coordinator does.
+pub(crate) const LEFT: &str = "its process left before the end";
+
 #[derive(Debug)]
 pub(crate) struct RemoteState {
     // dropped first: one that is killed says no goodbye
@@ -177,7 +180,7 @@ impl Actor for RemoteRank {
                 myself.stop(None);
                 Ok(())
             }
-            RemoteMessage::Ended(Ok(_)) => Err("its process left before the end".into()),
+            RemoteMessage::Ended(Ok(_)) => Err(LEFT.into()),
             RemoteMessage::Ended(Err(e)) => Err(line(&e).into()),
         }
     }
