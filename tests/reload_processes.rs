@@ -1,7 +1,7 @@
 //! Reload in place where ranks are processes: on all of them or on none, whatever fails or is lost on the way.
 //!
 //! Ranks that have to tell what they hold after a failure are this very program, started once more for each rank: see
-//! [`rank_process`].
+//! [`rank_process`]. `LONGSHORE_KILLS=N` kills at N moments rather than at a few.
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
 #![allow(clippy::print_stdout, reason = "a rank process tells by it what it holds")]
@@ -13,6 +13,8 @@ use std::{
     os::unix::fs::{FileExt, symlink},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
+    thread,
+    time::Duration,
 };
 
 use longshore::{KernelLayout, Load, Place, Rank};
@@ -465,6 +467,39 @@ fn the_command_line_reloads_in_turn_and_writes_the_last() {
     reloads.story.assert_nothing_is_left();
 }
 
+/// Wherever it is in a reload.
+#[test]
+fn a_rank_that_is_killed_at_any_moment_leaves_no_mix() {
+    let reloads = Reloads::new(2, &nvfp4(), Some("trtllm"));
+    let versions = [("a", reloads.fresh("a")), ("b", reloads.fresh("b"))];
+    let kills = env::var("LONGSHORE_KILLS").map_or(12, |count| count.parse().unwrap());
+    // reloads take some 30 ms; the order in which the moments are spread over them does not matter
+    for (kill, lost) in (0..kills).zip([0, 1].into_iter().cycle()) {
+        let mut tellers = reloads.start("a b a", "rank=all,read=0,do=slow,ms=1");
+        for teller in &mut tellers {
+            assert_eq!(teller.next().unwrap()["error"], Value::Null);
+        }
+        thread::sleep(Duration::from_micros(60_000 * kill / kills));
+        signal(tellers[lost].process.id() as i32, "KILL");
+        let other = &mut tellers[1 - lost];
+        for _ in 0..2 {
+            let held = other.next().unwrap();
+            let Some(hash) = held["hash"].as_str() else {
+                assert_ne!(held["not_ready"], Value::Null, "kill {kill}");
+                continue;
+            };
+            let version = versions.iter().find(|(_, hashes)| hashes[1 - lost] == hash);
+            let (name, _) = version.unwrap_or_else(|| panic!("kill {kill}: a mix: {held}"));
+            assert_eq!(held["source"], *name, "kill {kill}");
+        }
+        drop(other.process.stdin.take());
+        for teller in &mut tellers {
+            teller.process.wait().unwrap();
+        }
+    }
+    reloads.story.assert_nothing_is_left();
+}
+
 /// The whole command runs again, from its first load on.
 #[test]
 fn under_a_launcher_a_loss_in_a_reload_is_made_good() {
@@ -482,5 +517,15 @@ fn under_a_launcher_a_loss_in_a_reload_is_made_good() {
             assert_eq!(report["source"], "b", "{what}");
             reloads.story.assert_nothing_is_left();
         }
+    }
+    // one that only hangs is not left in the way of its successor
+    for lost in [0, 1] {
+        let fault = format!("rank={lost},at=started,do=stop,generation=2");
+        let reload = ["--ranks", "processes", "--reload", "b", "--heartbeat-timeout", "2"];
+        let ended = load(&reloads, &fault, &reload);
+        assert_eq!(ended.status.code(), Some(0), "rank {lost} stopped: {:?}", ended.stderr);
+        let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+        assert_eq!(report["digest"], undisturbed["digest"], "rank {lost} stopped");
+        reloads.story.assert_nothing_is_left();
     }
 }

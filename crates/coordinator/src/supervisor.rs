@@ -16,6 +16,7 @@ use longshore_rank::{
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, DerivedActorRef, SupervisionEvent};
 use tokio::{
     sync::{mpsc, oneshot},
+    task::JoinHandle,
     time::{sleep, timeout},
 };
 
@@ -131,6 +132,8 @@ pub(crate) struct SupervisorState {
     /// Where the answer to the load goes that is under way.
     done: Option<oneshot::Sender<Outcome>>,
     ending: bool,
+    /// Ranks that are being dismissed, or were.
+    dismissals: Vec<JoinHandle<()>>,
     /// What ranks that were lost had read.
     lost_read_bytes: u64,
 }
@@ -172,6 +175,7 @@ impl Actor for Supervisor {
             gathered,
             done,
             ending,
+            dismissals: Vec::new(),
             lost_read_bytes,
         })
     }
@@ -243,6 +247,11 @@ impl Actor for Supervisor {
     ) -> Result<(), ActorProcessingErr> {
         for rank in state.ranks.iter().flatten() {
             rank.commands.get_cell().stop(None);
+        }
+        // with this process goes whoever would end them
+        for dismissal in std::mem::take(&mut state.dismissals) {
+            // one that has panicked has ended
+            let _ = dismissal.await;
         }
         Ok(())
     }
@@ -379,7 +388,7 @@ impl SupervisorState {
         let told = remote.cast(RemoteMessage::Dismiss(why)).is_ok();
         // a group that is over has no room for anybody
         let admissions = self.admissions.clone().filter(|_| self.coordination.over().is_none());
-        tokio::spawn(async move {
+        let dismissal = tokio::spawn(async move {
             if told {
                 // it ends by itself and says why, if it still can
                 let _ = timeout(DISMISSED_WITHIN, remote.get_cell().wait(None)).await;
@@ -390,6 +399,7 @@ impl SupervisorState {
                 admissions.forget(rank);
             }
         });
+        self.dismissals.push(dismissal);
     }
 
     fn contributed(&mut self, rank: u32, piece: Piece) {

@@ -135,7 +135,8 @@ pub(crate) struct MemberState {
     plan: PlanName,
     check_at_end: CheckAtEnd,
     generation: Generation,
-    /// The last generation before another load was taken up: what comes later is about that.
+    /// The last generation before another load was taken up: what comes later is about that. No other coordinator would know
+    /// what ranks hold that have done so.
     before_again: Option<Generation>,
     /// Complete on this rank, not yet everywhere.
     complete: Option<ReadyParams>,
@@ -222,7 +223,9 @@ impl Actor for Member {
                 match (ended, &state.way) {
                     // the load goes on, under whoever takes its place
                     (Err(reason), Some(way))
-                        if state.released.is_some() && state.over.is_none() =>
+                        if state.released.is_some()
+                            && state.over.is_none()
+                            && state.before_again.is_none() =>
                     {
                         warn!("the coordinator was lost ({reason}); its successor is looked for");
                         events::coordinator_lost(&reason);
@@ -235,6 +238,12 @@ impl Actor for Member {
                             // a member that is gone has no use for it
                             let _ = myself.cast(MemberMessage::Successor(found));
                         });
+                    }
+                    // in a reload nobody takes its place: all start again, which one that only hangs must not keep them from
+                    (Err(reason), Some(_)) if state.released.is_some() => {
+                        // before anyone here is told and ends: then nobody would do it
+                        fence(state.coordinator.take()).await;
+                        state.end(Over::Lost { reason });
                     }
                     (Ok(reason) | Err(reason), _) => state.end(Over::Lost { reason }),
                 }
@@ -388,8 +397,6 @@ impl MemberState {
         (self.work, self.plan, self.check_at_end) = (work, plan, check_at_end);
         (self.complete, self.released) = (None, Some(released));
         self.before_again = Some(self.generation);
-        // no other coordinator would know what these ranks hold
-        self.way = None;
         let _ = taken_up.send(Ok(()));
     }
 
