@@ -101,20 +101,20 @@ impl Observed<'_> {
     /// What is wrong with it, beside a reference that nothing has disturbed.
     pub(super) fn wrong(&self, reference: &Reference) -> Vec<String> {
         let mut wrong = Vec::new();
-        if let Some(limit) = self.timed_out {
-            wrong.push(format!("it did not end within {limit} s"));
-        }
-        match self.exit {
-            None | Some(Exit::Code(0)) => {
+        match (self.timed_out, self.exit) {
+            (Some(limit), _) => wrong.push(format!("it did not end within {limit} s")),
+            (None, None | Some(Exit::Code(0))) => {
                 wrong.extend(self.wrong_digest(reference));
                 if reference.complete && self.events.complete().is_none() {
                     wrong.push("it ended well, but the load did not become complete".into());
                 }
             }
-            Some(Exit::Code(code)) => {
+            (None, Some(Exit::Code(code))) => {
                 wrong.push(format!("it exited with code {code}: {}", self.printed.last_line));
             }
-            Some(Exit::Signal(signal)) => wrong.push(format!("it was killed by signal {signal}")),
+            (None, Some(Exit::Signal(signal))) => {
+                wrong.push(format!("it was killed by signal {signal}"))
+            }
         }
         wrong.extend(self.left.iter().cloned());
         wrong

@@ -208,11 +208,18 @@ impl Events {
         self.0.iter().filter(notices).map(|event| event.time).reduce(f64::min)
     }
 
-    /// Whether the coordinator that there is now has heard of the rank.
+    /// Whether there is somebody who waits for what the rank says: of the coordinator's any other that has met it, of the others
+    /// the coordinator that there is now.
     pub(super) fn is_heard_of(&self, rank: u32) -> bool {
-        let (coordinator, life) = (self.life(0), self.life(rank));
-        let since = coordinator.map_or(f64::INFINITY, |coordinator| coordinator.started);
-        life.and_then(|life| life.joined).is_some_and(|joined| joined >= since)
+        let since = self.life(0).map_or(f64::INFINITY, |coordinator| coordinator.started);
+        let has_met = |rank| {
+            let joined = self.life(rank).and_then(|life| life.joined);
+            joined.is_some_and(|joined| joined >= since)
+        };
+        match rank {
+            0 => (1..self.world_size()).any(has_met),
+            rank => has_met(rank),
+        }
     }
 
     /// Whether another process than `pid` has joined as `rank` since `time`.
@@ -302,11 +309,11 @@ mod tests {
         assert_eq!((first.stage_at(1.9), first.stage_at(2.5)), (Stage::Joining, Stage::Reading));
         assert_eq!((first.entered(), first.joined, first.ended), (2.0, Some(1.0), None));
         assert!(events.life(2).is_none());
-        assert!(events.is_heard_of(1) && !events.is_heard_of(2));
+        assert!(events.is_heard_of(0) && events.is_heard_of(1) && !events.is_heard_of(2));
         // it has not joined another coordinator than the first
         let mut orphan = events;
         orphan.0.push(event(9.0, 0, 13, 0, started()));
-        assert!(!orphan.is_heard_of(1));
+        assert!(!orphan.is_heard_of(0) && !orphan.is_heard_of(1));
     }
 
     #[test]
