@@ -180,7 +180,9 @@ impl Restarts {
             rank.state = State::Held;
             rank.losses += 1;
         });
-        let verdict = self.lines == FinalLines::One && gone.end.is_verdict();
+        // where one has ended well, all were complete: another process would find nobody
+        let found_nobody = self.ranks.values().any(|rank| rank.state == State::Done);
+        let verdict = self.lines == FinalLines::One && (gone.end.is_verdict() || found_nobody);
         self.over = verdict || self.counted.saturating_add(rounds) > self.max;
     }
 
