@@ -22,7 +22,7 @@ use turmoil::net::{TcpListener, TcpStream};
 
 use crate::{
     coordination::{Coordination, Order, Recovery, Watched},
-    error::line,
+    error::{LoadError, line},
     link::{
         handshake::{self, Purpose, Terms},
         session::{self, Beat, Ended, OUTGOING_MAX, Overrun},
@@ -67,6 +67,8 @@ struct Remote {
     outgoing: RefCell<Option<mpsc::Sender<ToRank>>>,
     generation: Cell<Generation>,
     dismissed: Cell<bool>,
+    /// Nothing is ever said to it: a bug.
+    forgotten: bool,
     beat: Cell<Beat>,
 }
 
@@ -84,6 +86,8 @@ struct Host {
     ready: u32,
     /// Why the load has failed.
     failed: Option<String>,
+    /// Because another process has to come in the place of this one.
+    replaced: bool,
 }
 
 /// Hosts the coordinator; tells how a load has failed, once all were told.
@@ -93,7 +97,7 @@ pub(super) async fn host(world: Rc<World>, process: ProcessId, over: oneshot::Se
     let recovery = Recovery {
         replacements_max: world.scenario.replacements_max,
         join_limit: JOIN_LIMIT,
-        own_rank: None,
+        own_rank: Some(0),
     };
     let mut host = Host {
         coordination: Coordination::new(ranks, STUCK_AFTER, recovery),
@@ -105,6 +109,7 @@ pub(super) async fn host(world: Rc<World>, process: ProcessId, over: oneshot::Se
         generation: 0,
         ready: 0,
         failed: None,
+        replaced: false,
         world,
     };
     host.world.spawn(listen(Rc::clone(&host.world), host.said.clone()));
@@ -126,6 +131,11 @@ pub(super) async fn host(world: Rc<World>, process: ProcessId, over: oneshot::Se
             }
         };
         host.carry_out(orders);
+    }
+    if host.replaced {
+        // this process goes without a goodbye, so that the others look for the next one
+        let _ = over.send(host.failed.take().unwrap_or_default());
+        return std::future::pending().await;
     }
     for remote in host.remotes.values() {
         remote.outgoing.take();
@@ -239,6 +249,7 @@ impl Host {
             outgoing: RefCell::new(Some(outgoing)),
             generation: Cell::default(),
             dismissed: Cell::default(),
+            forgotten: self.world.has(Bug::ForgetsReplacement) && self.generation > 1,
             beat: Cell::default(),
         });
         self.seats[rank as usize] = Some(connection);
@@ -263,10 +274,7 @@ impl Host {
             // a coordinator that is gone has no use for it
             let _ = ended.send(Said::Ended(connection, reason));
         });
-        match self.coordination.joined(rank) {
-            _ if self.world.has(Bug::ForgetsReplacement) && self.generation > 1 => Vec::new(),
-            orders => orders,
-        }
+        self.coordination.joined(rank)
     }
 
     /// What there is to be seen of each rank, if all are there.
@@ -296,6 +304,9 @@ impl Host {
                     }
                 }
                 Order::Dismiss(rank, why) => self.dismiss(rank, why),
+                Order::Answer(Err(LoadError::Replaced { why })) => {
+                    (self.failed, self.replaced) = (Some(why), true);
+                }
                 Order::Answer(outcome) => {
                     let answer = match outcome {
                         Ok(loaded) => Ok(loaded.generation),
@@ -310,7 +321,7 @@ impl Host {
 
     fn tell(&self, rank: u32, command: &RankCommand) {
         let remote = self.seats[rank as usize].and_then(|connection| self.remotes.get(&connection));
-        let Some(remote) = remote else { return };
+        let Some(remote) = remote.filter(|remote| !remote.forgotten) else { return };
         if let RankCommand::Allocate { generation } = command {
             remote.generation.set(*generation);
         }

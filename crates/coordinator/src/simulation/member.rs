@@ -1,5 +1,5 @@
 //! One rank process: its end of the control link, as `processes::member` has it, and the rank behind it. Rank 0's holds the
-//! coordinator as well, and ends when its rank is dismissed: the launcher then starts both again.
+//! coordinator as well, and ends when its rank is lost: the launcher then starts both again.
 
 use std::{rc::Rc, sync::Arc, time::Duration};
 
