@@ -196,7 +196,7 @@ fn hanging(network: &Network) -> (Story, Vec<Running>, Vec<Process>) {
     let story = Story::new();
     let checkpoint = Checkpoint::new(Family::DeepseekV3, Scheme::Bf16);
     checkpoint.write(&story.path("checkpoint")).unwrap();
-    let quiet = ["--json", "--log-level", "error", "--heartbeat-timeout", "2"];
+    let quiet = ["--json", "--log-level", "error", "--heartbeat-timeout", "2", "--on-loss", "fail"];
     let arguments = [&["checkpoint", "--out", "out", "--read-size", "64KiB"], &quiet[..]].concat();
     let running = network.start(&story, 4, Some("rank=1,read=1,do=hang"), &arguments);
     let processes = story.loading(4);

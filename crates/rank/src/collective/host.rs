@@ -66,7 +66,7 @@ struct State {
 struct Sent {
     operation: u64,
     /// Kept until the others have taken it.
-    _data: Option<Arc<Slot>>,
+    data: Option<Arc<Slot>>,
 }
 
 impl HostCollective {
@@ -130,7 +130,10 @@ impl HostCollective {
         let mut state = self.lock();
         // in order: those behind a slow one wait for it, which bounds how far a rank runs ahead
         while state.sent.front().is_some_and(|sent| self.taken(sent.operation)) {
-            state.sent.pop_front();
+            let sent = state.sent.pop_front();
+            if let Some(slot) = sent.as_ref().and_then(|sent| sent.data.as_ref()) {
+                slot.show(false);
+            }
         }
         state
     }
@@ -274,9 +277,13 @@ impl Collective for HostCollective {
                 connection.send(Outbound { operation: number, data, pieces })?;
             }
         }
+        let in_sight = self.routes.iter().any(|route| matches!(route, Reached::SharedMemory(_)));
+        if let Some(slot) = &data {
+            slot.show(in_sight);
+        }
         let slot = data.as_ref().map_or(0, |slot| slot.index());
         self.segment.announce(number, Announcement { slot, filled }, bytes.into_iter());
-        state.sent.push_back(Sent { operation: number, _data: data });
+        state.sent.push_back(Sent { operation: number, data });
         state.next += 1;
         drop(state);
         for route in &self.routes {

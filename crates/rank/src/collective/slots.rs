@@ -1,6 +1,12 @@
 //! Slots: equal parts of one allocation, leased to be sent from or received into.
 
-use std::{slice, sync::Arc};
+use std::{
+    slice,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use longshore_kernels::cuda::driver::Device;
 
@@ -74,7 +80,7 @@ impl SlotPool {
         if let Memory::Private(region) = &self.memory {
             region.touch(index as usize * self.slot_bytes, self.slot_bytes);
         }
-        Slot { pool: Arc::clone(self), index, used: self.slot_bytes }
+        Slot { pool: Arc::clone(self), index, used: self.slot_bytes, shown: AtomicBool::new(false) }
     }
 
     /// Bytes of a slot.
@@ -99,12 +105,20 @@ pub struct Slot {
     pool: Arc<SlotPool>,
     index: u32,
     used: usize,
+    /// Other processes may be looking at it.
+    shown: AtomicBool,
 }
 
 impl Slot {
     /// Which one it is.
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// Notes whether other processes may be looking at it. One that goes meanwhile (its group has ended, the others may not know)
+    /// is never used again.
+    pub(super) fn show(&self, shown: bool) {
+        self.shown.store(shown, Ordering::Relaxed);
     }
 
     /// Makes the slot `bytes` long, up to its full size.
@@ -139,6 +153,9 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
+        if *self.shown.get_mut() {
+            return;
+        }
         if cfg!(debug_assertions) {
             // whoever looks at it afterwards sees rubbish, and a test fails
             self.used = self.pool.slot_bytes;
@@ -151,6 +168,22 @@ impl Drop for Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A rank that leaves a group must not spoil what another one is copying: what that has placed counts as landed.
+    #[test]
+    fn a_slot_that_others_may_see_keeps_its_bytes() {
+        let pool = SlotPool::private(2, 4096).unwrap();
+        let mut slot = pool.lease().unwrap();
+        slot.bytes_mut().fill(7);
+        let seen = slot.bytes().as_ptr();
+        slot.show(true);
+        drop(slot);
+        // SAFETY: the pool's memory lives, and nobody has this slot
+        assert!(unsafe { slice::from_raw_parts(seen, 4096) }.iter().all(|&b| b == 7));
+        let other = pool.lease().unwrap();
+        assert_ne!(other.bytes().as_ptr(), seen);
+        assert!(pool.lease().is_none());
+    }
 
     #[test]
     fn slots_are_counted_reused_and_given_back() {
