@@ -299,12 +299,10 @@ impl Coordination {
             // nothing was asked for yet, and whoever comes in its place serves as well
             return vec![Order::Dismiss(rank, reason)];
         }
-        // one that only hangs would keep its launcher waiting
-        let dismiss = Order::Dismiss(rank, reason.clone());
         let (rank, reason) = self.over.get_or_insert((rank, reason)).clone();
         let why = LoadError::RankLost { rank, reason }.line();
         // those that are complete may wait for each other
-        vec![dismiss, Order::TellAll(RankCommand::Abort { generation: self.generation, why })]
+        vec![Order::TellAll(RankCommand::Abort { generation: self.generation, why })]
     }
 
     /// Time has passed; `watched` tells of each rank, if all are there.

@@ -239,8 +239,8 @@ impl Actor for Member {
                             let _ = myself.cast(MemberMessage::Successor(found));
                         });
                     }
-                    // nobody takes its place: all start again, which one that only hangs must not keep them from
-                    (Err(reason), Some(_)) if state.over.is_none() => {
+                    // in a reload nobody takes its place: all start again, which one that only hangs must not keep them from
+                    (Err(reason), Some(_)) if state.released.is_some() => {
                         // before anyone here is told and ends: then nobody would do it
                         fence(state.coordinator.take()).await;
                         state.end(Over::Lost { reason });
