@@ -671,9 +671,12 @@ fn of_the_final_lines_of_longshore_commands_one_is_left() {
     let both = "rank 1 exited with code 75: disk; then rank 1 exited with code 75: disk";
     assert_eq!(launch(script, 1).unwrap(), ended(1, Some(both), 1));
     // a line of one that was started again is none of a group that ends well
-    let script = "test $LONGSHORE_RESTARTS = 1 && exit; test $RANK = 1 || exit 0; \
+    let script = "test $LONGSHORE_RESTARTS = 1 && exit; test $RANK = 1 || exec sleep 2; \
         echo 'longshore: disk' >&2; exit 75";
     assert_eq!(launch(script, 1).unwrap(), ended(0, None, 1));
+    // where one has ended well, another process would find nobody
+    let script = "test $RANK = 1 || exit 0; sleep 0.5; echo 'longshore: disk' >&2; exit 75";
+    assert_eq!(launch(script, 1).unwrap(), ended(1, Some("disk"), 0));
     // nobody had
     let killed = launch("test $RANK = 2 || exec sleep 1000; kill -9 $$", 0).unwrap();
     assert_eq!(killed, ended(1, Some("rank 2 was killed by signal 9 (SIGKILL)"), 0));
