@@ -674,9 +674,12 @@ fn of_the_final_lines_of_longshore_commands_one_is_left() {
     let script = "test $LONGSHORE_RESTARTS = 1 && exit; test $RANK = 1 || exec sleep 2; \
         echo 'longshore: disk' >&2; exit 75";
     assert_eq!(launch(script, 1).unwrap(), ended(0, None, 1));
-    // where one has ended well, another process would find nobody
-    let script = "test $RANK = 1 || exit 0; sleep 0.5; echo 'longshore: disk' >&2; exit 75";
-    assert_eq!(launch(script, 1).unwrap(), ended(1, Some("disk"), 0));
+    // none ends well before the work of all is done; but then rank 0 has its report to make, and another process found nobody
+    let script = "test $RANK = 1 || exit 0; sleep 0.5; kill -9 $$";
+    assert_eq!(launch(script, 1).unwrap(), ended(0, None, 0));
+    let script = "test $RANK = 0 || exit 0; sleep 0.5; kill -9 $$";
+    let killed = "rank 0 was killed by signal 9 (SIGKILL)";
+    assert_eq!(launch(script, 1).unwrap(), ended(1, Some(killed), 0));
     // nobody had
     let killed = launch("test $RANK = 2 || exec sleep 1000; kill -9 $$", 0).unwrap();
     assert_eq!(killed, ended(1, Some("rank 2 was killed by signal 9 (SIGKILL)"), 0));

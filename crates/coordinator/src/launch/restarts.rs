@@ -114,7 +114,10 @@ impl Restarts {
             self.with_rank(gone.rank, |rank| rank.state = State::Done);
         }
         for gone in found.iter().filter(|gone| gone.end.is_failure()) {
-            if !self.over {
+            if self.is_late(gone) {
+                tracing::warn!("rank {} {} when its work was done", gone.rank, gone.end);
+                self.with_rank(gone.rank, |rank| rank.state = State::Done);
+            } else if !self.over {
                 self.failed(*gone, now);
             }
         }
@@ -171,6 +174,15 @@ impl Restarts {
         self.causes
     }
 
+    /// Of `longshore` commands none ends well before the work of all ranks is done; what is left is rank 0's report.
+    fn is_late(&self, gone: &Gone) -> bool {
+        self.lines == FinalLines::One && gone.rank != 0 && self.one_is_done()
+    }
+
+    fn one_is_done(&self) -> bool {
+        self.ranks.values().any(|rank| rank.state == State::Done)
+    }
+
     fn failed(&mut self, gone: Gone, now: Instant) {
         let open = self.open.get_or_insert(Open { until: now + TOGETHER, failures: Vec::new() });
         let earlier = open.failures.iter().filter(|(_, other)| other.rank == gone.rank).count();
@@ -180,9 +192,9 @@ impl Restarts {
             rank.state = State::Held;
             rank.losses += 1;
         });
-        // where one has ended well, all were complete: another process would find nobody
-        let found_nobody = self.ranks.values().any(|rank| rank.state == State::Done);
-        let verdict = self.lines == FinalLines::One && (gone.end.is_verdict() || found_nobody);
+        // where one has ended well, another process would find nobody
+        let verdict =
+            self.lines == FinalLines::One && (gone.end.is_verdict() || self.one_is_done());
         self.over = verdict || self.counted.saturating_add(rounds) > self.max;
     }
 
