@@ -10,8 +10,9 @@
 //! `bytes / read_bytes` plus one for each run of tensors between skipped ones. Without exchange each rank reads all that
 //! it needs, across small gaps.
 //!
-//! [`assign_rest`] does the same for what is missing after a rank was lost.
+//! [`assign_rest`] does the same for what is missing after a rank was lost, [`assign_over`] where the others go on without it.
 
+mod former;
 mod rest;
 
 use longshore_models::{
@@ -23,6 +24,7 @@ use longshore_models::{
 };
 use longshore_rank::protocol::Read;
 
+pub use former::{FormerGroup, assign_over};
 pub use rest::assign_rest;
 
 /// What an assignment is made for.
@@ -48,6 +50,14 @@ pub struct Assignment {
     pub rounds: u32,
     /// Sets of ranks that reads refer to; the first is empty.
     pub settled: Vec<RankSet>,
+}
+
+impl Assignment {
+    /// The same in a group of `ranks`, of which those at the end do nothing.
+    pub fn over(mut self, ranks: usize) -> Self {
+        self.reads.resize(ranks.max(self.reads.len()), Vec::new());
+        self
+    }
 }
 
 /// Splits what `placement` needs over its ranks.
@@ -128,6 +138,15 @@ impl Share {
         let rounds = self.round + u32::from(self.any_round);
         Assignment { reads: self.reads, rounds, settled }
     }
+}
+
+/// Which of `ranks` has least of `bytes`.
+fn least(ranks: &RankSet, bytes: &[u64]) -> usize {
+    ranks.iter().map(|rank| rank as usize).min_by_key(|&rank| bytes[rank]).unwrap_or(0)
+}
+
+fn segments(cuts: &[u64]) -> impl Iterator<Item = ByteRange> {
+    cuts.windows(2).map(|ends| ByteRange::new(ends[0], ends[1]))
 }
 
 /// The needed bytes as runs in file order.

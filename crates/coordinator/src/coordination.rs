@@ -13,6 +13,9 @@
 //! the first failure that no replacement can mend: one that the user has to mend, or one more loss than is allowed, or a
 //! replacement that does not come.
 //!
+//! Where lost ranks are not to be replaced, all that are left stop and keep what has landed, and when it is certain which they
+//! are, this group is over for another one of them: its load goes on from what they have.
+//!
 //! A reload is one generation: what fails is answered at once, as the ranks mend it by loading the old weights again, and they
 //! can say whether they may. With a rank that is lost the group is over: its replacement would have no weights at all.
 
@@ -48,12 +51,14 @@ pub(crate) struct Recovery {
     pub(crate) join_limit: Duration,
     /// The rank of the coordinator's own process, where ranks are processes.
     pub(crate) own_rank: Option<u32>,
+    /// Whether the others go on without lost ranks, as a group of their own, rather than that these are replaced.
+    pub(crate) shrinks: bool,
 }
 
 impl Recovery {
     /// The first loss ends the load; nobody is waited for.
     pub(crate) const NONE: Self =
-        Self { replacements_max: 0, join_limit: Duration::MAX, own_rank: None };
+        Self { replacements_max: 0, join_limit: Duration::MAX, own_rank: None, shrinks: false };
 }
 
 /// What all ranks ended with.
@@ -67,8 +72,43 @@ pub(crate) struct Loaded {
     pub(crate) lost: Lost,
 }
 
+/// A group that has lost ranks, and goes on as another one.
+#[derive(Debug)]
+pub(crate) struct Shrunk {
+    /// The ranks that are left, which are numbered in this order from now on.
+    pub(crate) ranks: Vec<u32>,
+    /// The last generation.
+    pub(crate) generation: Generation,
+    /// How the others were lost, in this group and before it.
+    pub(crate) losses: Vec<LoadError>,
+    /// Weight bytes that these had asked of storage.
+    pub(crate) lost_bytes_read: u64,
+}
+
+/// How a load has ended in a group.
+#[derive(Debug)]
+pub(crate) enum LoadEnd {
+    /// Every rank is complete.
+    Complete(Loaded),
+    /// It goes on in a smaller one.
+    Shrunk(Shrunk),
+}
+
+impl LoadEnd {
+    /// Of a group that cannot shrink.
+    ///
+    /// # Errors
+    /// It has shrunk: a bug.
+    pub(crate) fn complete(self) -> Result<Loaded, LoadError> {
+        match self {
+            LoadEnd::Complete(loaded) => Ok(loaded),
+            LoadEnd::Shrunk(_) => Err(LoadError::Runtime("the group has changed".into())),
+        }
+    }
+}
+
 /// The answer to a load.
-pub(crate) type Outcome = Result<Loaded, LoadError>;
+pub(crate) type Outcome = Result<LoadEnd, LoadError>;
 
 /// What is to be done. A rank that cannot be told is about to be lost.
 #[derive(Debug)]
@@ -88,6 +128,8 @@ pub(crate) enum Order {
 pub(crate) struct Coordination {
     /// Whether each rank is there.
     present: Vec<bool>,
+    /// How many of the first ranks hold parameters; the others only hand on what they have.
+    holders: usize,
     stuck_after: Duration,
     recovery: Recovery,
     generation: Generation,
@@ -115,6 +157,8 @@ struct Attempt {
     suspicion: Option<(Instant, u32, LoadError)>,
     /// Since when ranks may join.
     since: Instant,
+    /// Since when the ranks that are left are to hand over what they have.
+    shrinking: Option<Instant>,
 }
 
 impl Attempt {
@@ -126,6 +170,7 @@ impl Attempt {
             stuck: Stuck::new(ranks, stuck_after, now),
             suspicion: None,
             since: now,
+            shrinking: None,
         }
     }
 }
@@ -134,10 +179,21 @@ impl Attempt {
 /// closes its connections to all, and the news of that may come by way of another first.
 const SUSPICION: Duration = Duration::from_millis(500);
 
+/// How long a loss is waited with: what takes one rank away often takes others too, which is known a little later.
+const SHRINK_AFTER: Duration = Duration::from_millis(300);
+
 impl Coordination {
-    pub(crate) fn new(world_size: u32, stuck_after: Duration, recovery: Recovery) -> Self {
+    /// Of `world_size` ranks the first `holders` hold parameters; `losses` are those of the groups that this one was part of.
+    pub(crate) fn new(
+        world_size: u32,
+        holders: u32,
+        stuck_after: Duration,
+        recovery: Recovery,
+        losses: Vec<LoadError>,
+    ) -> Self {
         Self {
             present: vec![false; world_size as usize],
+            holders: holders as usize,
             stuck_after,
             recovery,
             generation: 0,
@@ -145,7 +201,7 @@ impl Coordination {
             begun: false,
             complete: None,
             reloads: false,
-            losses: Vec::new(),
+            losses,
             over: None,
         }
     }
@@ -169,6 +225,7 @@ impl Coordination {
     /// A load is asked for into what the ranks hold, all of them.
     pub(crate) fn begin_again(&mut self, now: Instant) -> Vec<Order> {
         self.reloads = true;
+        self.losses.clear();
         self.begin_attempt(0, now)
     }
 
@@ -177,15 +234,21 @@ impl Coordination {
             return vec![Order::Answer(Err(LoadError::RankLost { rank, reason }))];
         }
         self.begun = true;
-        self.losses.clear();
         self.next_generation(generation, now)
     }
 
     /// A rank has joined.
     pub(crate) fn joined(&mut self, rank: u32) -> Vec<Order> {
-        self.present[rank as usize] = true;
         let generation = self.generation;
+        if let Some(present) = self.present.get_mut(rank as usize) {
+            *present = true;
+        }
         match (&self.attempt, self.begun) {
+            (Some(attempt), _) if attempt.shrinking.is_some() => {
+                self.present[rank as usize] = false;
+                let why = "the group goes on without this rank".to_owned();
+                vec![Order::Dismiss(rank, why)]
+            }
             (Some(_), _) => vec![Order::Tell(rank, RankCommand::Allocate { generation })],
             (None, false) => Vec::new(),
             (None, true) => self.too_late(rank),
@@ -195,7 +258,9 @@ impl Coordination {
     /// A rank joins when the load is over. One that was complete like all others, and was lost before it heard so, is told now;
     /// nobody else takes notice of a release. More will not come of it, and a process that nobody tells would wait for ever.
     fn too_late(&mut self, rank: u32) -> Vec<Order> {
-        self.present[rank as usize] = false;
+        if let Some(present) = self.present.get_mut(rank as usize) {
+            *present = false;
+        }
         let why = match self.over.clone() {
             Some((rank, reason)) => LoadError::RankLost { rank, reason }.line(),
             None => "the load has ended".to_owned(),
@@ -229,21 +294,21 @@ impl Coordination {
     /// A rank has said something.
     pub(crate) fn event(&mut self, event: RankEvent, now: Instant) -> Vec<Order> {
         let RankEvent { rank, generation, kind } = event;
-        let at = rank as usize;
         // RNK-4; one that was lost has nothing to say either
-        let current = generation == self.generation && self.present[at];
-        let Some(attempt) = self.attempt.as_mut().filter(|_| current) else {
+        let current = generation == self.generation && self.is_present(rank);
+        let attempt = self.attempt.as_mut().filter(|attempt| attempt.shrinking.is_none());
+        let Some(attempt) = attempt.filter(|_| current) else {
             debug!("rank {rank}: news of generation {generation} comes too late");
             return Vec::new();
         };
         match kind {
             RankEventKind::Allocated(contact, have) => {
-                attempt.contacts[at] = Some((contact, have));
+                attempt.contacts[rank as usize] = Some((contact, have));
                 let Some((peers, have)) = peers(&attempt.contacts) else { return Vec::new() };
                 vec![Order::TellAll(RankCommand::Load { generation, peers, have })]
             }
             RankEventKind::Prepared(plan) => {
-                attempt.prepared[at] = Some(plan);
+                attempt.prepared[rank as usize] = Some(plan);
                 let Some(plans) = attempt.prepared.iter().copied().collect::<Option<Vec<_>>>()
                 else {
                     return Vec::new();
@@ -257,7 +322,7 @@ impl Coordination {
                 }
             }
             RankEventKind::Ready(params, report) => {
-                attempt.ready[at] = Some((params, report));
+                attempt.ready[rank as usize] = Some((params, report));
                 if !attempt.ready.iter().all(Option::is_some) {
                     return Vec::new();
                 }
@@ -266,9 +331,13 @@ impl Coordination {
                 let loaded = Loaded { ranks, generation, lost };
                 self.complete = Some(generation);
                 let mut orders = vec![Order::TellAll(RankCommand::Release { generation })];
-                orders.extend(self.answer(Ok(loaded)));
+                orders.extend(self.answer(Ok(LoadEnd::Complete(loaded))));
+                // the others have nothing more to do here
+                self.present.truncate(self.holders);
                 orders
             }
+            // only its own process hears it
+            RankEventKind::HandedOver(_) => Vec::new(),
             RankEventKind::Failed(source) => {
                 let blames_another = source.blames().is_some_and(|other| other != rank);
                 let lasting = source.is_lasting();
@@ -308,6 +377,10 @@ impl Coordination {
     /// Time has passed; `watched` tells of each rank, if all are there.
     pub(crate) fn look(&mut self, watched: Option<&[Watched]>, now: Instant) -> Vec<Order> {
         let Some(attempt) = &mut self.attempt else { return Vec::new() };
+        if let Some(since) = attempt.shrinking {
+            let certain = now.duration_since(since) >= SHRINK_AFTER;
+            return if certain { self.shrink() } else { Vec::new() };
+        }
         let over =
             |(since, ..): &mut (Instant, u32, LoadError)| now.duration_since(*since) >= SUSPICION;
         if let Some((_, rank, failed)) = attempt.suspicion.take_if(over) {
@@ -316,7 +389,7 @@ impl Coordination {
         if now.duration_since(attempt.since) >= self.recovery.join_limit
             && self.present.contains(&false)
         {
-            return self.missing();
+            return self.missing(now);
         }
         // whoever has not joined is waited for
         let Some(mut watched) = watched.map(<[Watched]>::to_vec) else { return Vec::new() };
@@ -334,11 +407,16 @@ impl Coordination {
         }
     }
 
-    fn missing(&mut self) -> Vec<Order> {
+    fn missing(&mut self, now: Instant) -> Vec<Order> {
         let world_size = self.present.len() as u32;
         let missing = (0..world_size).filter(|rank| !self.is_present(*rank)).collect();
         let after = self.recovery.join_limit;
         let missing = LoadError::Missing { missing, world_size, after };
+        if self.recovery.shrinks && !self.losses.is_empty() {
+            // they were left over from a larger group, and are not any more
+            self.losses.push(missing);
+            return self.hand_over(now);
+        }
         let end = self.with_losses(missing);
         self.answer(Err(end))
     }
@@ -348,7 +426,15 @@ impl Coordination {
         if self.reloads {
             return self.lose_in_reload(rank, cause);
         }
-        if self.losses.len() as u32 >= self.recovery.replacements_max {
+        if self.recovery.shrinks && self.recovery.own_rank != Some(rank) {
+            tracing::warn!("{}; the others go on without it", cause.line());
+            self.present[rank as usize] = false;
+            let mut orders = vec![Order::Dismiss(rank, cause.line())];
+            self.losses.push(cause);
+            orders.extend(self.hand_over(now));
+            return orders;
+        }
+        if self.recovery.shrinks || self.losses.len() as u32 >= self.recovery.replacements_max {
             self.over.get_or_insert((rank, cause.line()));
             let end = self.with_losses(cause);
             return self.answer(Err(end));
@@ -364,6 +450,29 @@ impl Coordination {
         self.losses.push(cause);
         orders.extend(self.next_generation(0, now));
         orders
+    }
+
+    /// Has the ranks that are left stop and keep what they have, unless they were told so.
+    fn hand_over(&mut self, now: Instant) -> Vec<Order> {
+        let generation = self.generation;
+        match &mut self.attempt {
+            Some(attempt) if attempt.shrinking.is_none() => {
+                attempt.shrinking = Some(now);
+                vec![Order::TellAll(RankCommand::HandOver { generation })]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The group is over: another one goes on, of the ranks that are left.
+    fn shrink(&mut self) -> Vec<Order> {
+        self.attempt = None;
+        let numbers = (0..).zip(&self.present).filter(|(_, there)| **there);
+        let ranks = numbers.map(|(rank, _)| rank).collect();
+        let losses = std::mem::take(&mut self.losses);
+        let generation = self.generation;
+        let shrunk = Shrunk { ranks, generation, losses, lost_bytes_read: 0 };
+        vec![Order::Answer(Ok(LoadEnd::Shrunk(shrunk)))]
     }
 
     fn lose_in_reload(&mut self, rank: u32, cause: LoadError) -> Vec<Order> {
@@ -442,8 +551,9 @@ mod tests {
     fn a_rank_that_missed_its_release_is_told_when_it_is_back() {
         let now = Instant::now();
         let recovery =
-            Recovery { replacements_max: 3, join_limit: Duration::from_secs(10), own_rank: None };
-        let mut coordination = Coordination::new(2, Duration::from_secs(10), recovery);
+            Recovery { replacements_max: 3, join_limit: Duration::from_secs(10), ..Recovery::NONE };
+        let mut coordination =
+            Coordination::new(2, 2, Duration::from_secs(10), recovery, Vec::new());
         coordination.begin(4, now);
         (0..2).for_each(|rank| drop(coordination.joined(rank)));
         coordination.event(ready(0, 4), now);

@@ -281,6 +281,17 @@ pub enum LoadError {
         /// Why.
         why: String,
     },
+    /// The group went on with fewer ranks, and this one is none of those that the model was split over: it has handed on what it
+    /// had, and ends well.
+    #[error(
+        "{left} ranks are left, and the model is split over {tp} of them: this one is not needed"
+    )]
+    NotNeeded {
+        /// Ranks that are left.
+        left: u32,
+        /// Those that hold the model.
+        tp: u32,
+    },
     /// The coordinator has ended the load, and tells the cause itself.
     #[error("the coordinator ended the load: {why}")]
     GroupEnded {
@@ -311,6 +322,7 @@ impl LoadError {
     /// The exit code of the command line: 2 for what the user can mend before any weight is read, 1 for a failed load.
     pub fn exit_code(&self) -> u8 {
         match self {
+            LoadError::NotNeeded { .. } => 0,
             LoadError::Rank { source, .. } if source.is_refusal() => 2,
             LoadError::Tensors { source: RankError::TensorOverLimit { .. }, .. } => 2,
             LoadError::Join(ConnectError::Nobody(_)) => 1,

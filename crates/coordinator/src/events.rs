@@ -19,6 +19,7 @@
 //! | `generation` | the coordinator | a generation of the load begins |
 //! | `lost` | the coordinator; of the coordinator itself, every other rank | `who`, the rank; `why`; `who_read_bytes`, as of its last heartbeat |
 //! | `replaced` | the coordinator | `who`: another process has joined in the place of one that was lost |
+//! | `shrunk` | the coordinator | the group goes on with the ranks that are `left`: what it tells of ranks numbers them anew, in their order |
 //! | `complete` | the coordinator | every parameter of every rank is complete |
 //! | `failed` | the coordinator | the load has failed, or the group after it: `why` |
 //! | `ended` | each rank | it leaves the group: `why`, where that is no good end; may come twice |
@@ -41,7 +42,12 @@ use longshore_rank::protocol::{Generation, Phase, Progress, RankCommand};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use crate::{coordination::Order, fence::ProcessIdentity, place::Place, processes::remote::LEFT};
+use crate::{
+    coordination::{LoadEnd, Order},
+    fence::ProcessIdentity,
+    place::Place,
+    processes::remote::LEFT,
+};
 
 /// The environment variable that names the file.
 pub const EVENTS_VARIABLE: &str = "LONGSHORE_EVENTS";
@@ -98,6 +104,11 @@ pub enum What {
     Replaced {
         /// The rank.
         who: u32,
+    },
+    /// The group goes on with fewer ranks, and numbers them anew in their order.
+    Shrunk {
+        /// How many.
+        left: u32,
     },
     /// Every parameter of every rank is complete.
     Complete,
@@ -202,7 +213,12 @@ pub(crate) fn ordered(order: &Order, read_bytes: impl FnOnce(u32) -> u64) {
             let who_read_bytes = read_bytes(*who);
             emit(What::Lost { who: *who, why: shortened(why), who_read_bytes });
         }
-        Order::Answer(Ok(loaded)) => {
+        Order::Answer(Ok(LoadEnd::Shrunk(shrunk))) => {
+            // they are numbered anew
+            lost().clear();
+            own.write(shrunk.generation, What::Shrunk { left: shrunk.ranks.len() as u32 });
+        }
+        Order::Answer(Ok(LoadEnd::Complete(loaded))) => {
             own.complete.store(true, Ordering::Relaxed);
             own.write(loaded.generation, What::Complete);
         }
@@ -275,6 +291,7 @@ mod tests {
             What::Generation,
             What::Lost { who: 1, why: "killed".into(), who_read_bytes: 9 },
             What::Replaced { who: 1 },
+            What::Shrunk { left: 3 },
             What::Complete,
             What::Failed { why: "no".into() },
             What::Ended { why: None },

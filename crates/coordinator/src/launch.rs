@@ -17,6 +17,9 @@
 //! again waits before it starts, half a second at first, twice as long each time. When the restarts are used up the group
 //! is ended, with a line that names the first cause and each later one.
 //!
+//! Or the others go on without a rank that fails ([`Launch::shrinks`]), as long as rank 0 does not, and any rank of this host is
+//! left.
+//!
 //! Launchers of several hosts do not talk to each other: each starts its own ranks again, and counts for itself.
 
 mod children;
@@ -65,6 +68,8 @@ pub struct Launch {
     pub master_port: Option<u16>,
     /// How often ranks are started again after a failure, all ranks together.
     pub max_restarts: u32,
+    /// Whether the others go on without a rank that has failed, unless it is rank 0, rather than that it is started again.
+    pub shrinks: bool,
     /// How many of the last lines of failed commands are shown.
     pub final_lines: FinalLines,
     /// For NCCL, each process is on a host of its own, reached by the loopback interface: only so do several on one device
@@ -104,6 +109,7 @@ impl Launch {
             master_addr: None,
             master_port: None,
             max_restarts: 0,
+            shrinks: false,
             final_lines: FinalLines::Each,
             nccl_hosts: false,
         }

@@ -381,11 +381,16 @@ pub(crate) async fn attempt(
     let ranks: Vec<Member> = progress.into_iter().enumerate().map(member).collect();
     // threads of one process have nothing to gather
     let (gathered, _) = mpsc::channel(1);
-    let (world_size, stuck_after) = (ranks.len() as u32, prepared.options.stuck_after);
-    let recovery = Recovery::NONE;
-    let admissions = None;
-    let arguments =
-        SupervisorArguments { world_size, ranks, stuck_after, recovery, admissions, gathered };
+    let arguments = SupervisorArguments {
+        world_size: ranks.len() as u32,
+        holders: ranks.len() as u32,
+        ranks,
+        stuck_after: prepared.options.stuck_after,
+        recovery: Recovery::NONE,
+        before: (Vec::new(), 0),
+        admissions: None,
+        gathered,
+    };
     let (supervisor, handle) = Actor::spawn(None, Supervisor, arguments)
         .await
         .map_err(|e| LoadError::Runtime(e.to_string()))?;
@@ -398,7 +403,8 @@ pub(crate) async fn attempt(
     supervisor.stop(None);
     handle.await.map_err(|e| LoadError::Runtime(e.to_string()))?;
     drop((work, reuse));
-    let (ranks, reports): (Vec<Option<ReadyParams>>, _) = outcome??.ranks.into_iter().unzip();
+    let (ranks, reports): (Vec<Option<ReadyParams>>, _) =
+        outcome??.complete()?.ranks.into_iter().unzip();
     check_unchanged(prepared)?;
     let missing = || LoadError::Runtime("a rank's parameters are in another process".into());
     let ranks = ranks.into_iter().collect::<Option<Vec<_>>>().ok_or_else(missing)?;

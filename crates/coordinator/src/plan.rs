@@ -19,7 +19,7 @@ use longshore_rank::{
 };
 
 use crate::{
-    assignment::{Assignment, Policy, assign, assign_rest},
+    assignment::{Assignment, FormerGroup, Policy, assign, assign_over, assign_rest},
     discover::Discovered,
     error::LoadError,
     origin::Origin,
@@ -181,19 +181,98 @@ impl Plan {
     pub fn rest(&self, have: &[Have]) -> Result<LoadPlan, LoadError> {
         let refused = |source| LoadError::Plan { path: self.origin.shown().into(), source };
         let LoadPlan { checkpoint, placement, exchange, read_bytes_max, .. } = &*self.load;
-        check_have(placement, checkpoint, have).map_err(refused)?;
+        check_have(checkpoint, have, placement.parallel.tp() as usize).map_err(refused)?;
         let policy = policy(*exchange, *read_bytes_max, self.origin.is_remote());
-        let Assignment { reads, settled, .. } = assign_rest(placement, checkpoint, &policy, have);
-        let load = LoadPlan {
+        let rest = assign_rest(placement, checkpoint, &policy, have);
+        let load = self.assigned(Arc::clone(placement), rest);
+        check::check_reads(&load, have, None).map_err(refused)?;
+        Ok(load)
+    }
+
+    /// The plan of the same checkpoint for the ranks that are left of this plan's group: as many of the first as the model can
+    /// be split over hold it, the others hold nothing.
+    ///
+    /// # Errors
+    /// The last size that was tried cannot be planned either.
+    pub fn for_fewer(&self, ranks: u32) -> Result<Self, LoadError> {
+        let parallel = self.placement().parallel;
+        let mut tp = ranks.min(parallel.tp());
+        loop {
+            // experts stay in groups as far as these are of whole ranks
+            let ep = (1..=parallel.ep()).rev().find(|ep| tp % ep == 0 && parallel.ep() % ep == 0);
+            match self.of_size(tp, ep.unwrap_or(1), ranks as usize) {
+                Err(_) if tp > 1 => tp -= 1,
+                planned => return planned,
+            }
+        }
+    }
+
+    /// The same plan in a group of only those ranks that hold parameters.
+    pub(crate) fn without_idle(&self) -> Self {
+        let holders = self.placement().parallel.tp() as usize;
+        if self.load.reads.len() == holders {
+            return self.clone();
+        }
+        let Self { load, forecast, .. } = self.clone();
+        let assignment = Assignment {
+            reads: load.reads[..holders].to_vec(),
+            rounds: self.rounds,
+            settled: load.settled.clone(),
+        };
+        let load = self.assigned(Arc::clone(&load.placement), assignment);
+        let forecast = forecast[..holders].to_vec();
+        Self { load: Arc::new(load), forecast, ..self.clone() }
+    }
+
+    /// The plan of the same checkpoint for `tp` ranks, in a group of more.
+    fn of_size(&self, tp: u32, ep: u32, group: usize) -> Result<Self, LoadError> {
+        let refused = |source| LoadError::Plan { path: self.origin.shown().into(), source };
+        let LoadPlan { checkpoint, exchange, read_bytes_max, .. } = &*self.load;
+        let parallel = Parallel::new(tp, ep).map_err(refused)?;
+        let placement = Placement::new(&self.model, checkpoint, parallel).map_err(refused)?;
+        let policy = policy(*exchange, *read_bytes_max, self.origin.is_remote());
+        let assignment = assign(&placement, checkpoint, &policy).over(group);
+        let rounds = assignment.rounds;
+        let load = self.assigned(Arc::new(placement), assignment);
+        check_needed(&load, self.needed_bytes).map_err(refused)?;
+        Ok(Self { forecast: forecast(&load), load: Arc::new(load), rounds, ..self.clone() })
+    }
+
+    /// The plan of the load of this smaller group, whose ranks had `have` (in order, one for each) in a former one, where their
+    /// numbers were `ranks` and they loaded by `former`.
+    ///
+    /// # Errors
+    /// What a rank had cuts an element, or is not told of every rank.
+    pub fn after(
+        &self,
+        former: &Plan,
+        ranks: &[u32],
+        have: &[Have],
+    ) -> Result<LoadPlan, LoadError> {
+        let refused = |source| LoadError::Plan { path: self.origin.shown().into(), source };
+        let LoadPlan { checkpoint, placement, exchange, read_bytes_max, .. } = &*self.load;
+        check_have(checkpoint, have, ranks.len()).map_err(refused)?;
+        let had = FormerGroup::new(former.placement(), ranks, have);
+        let policy = policy(*exchange, *read_bytes_max, self.origin.is_remote());
+        let over = assign_over(placement, checkpoint, &policy, &had);
+        let load = self.assigned(Arc::clone(placement), over);
+        let nothing = vec![Have::default(); placement.parallel.tp() as usize];
+        check::check_reads(&load, &nothing, Some(&had)).map_err(refused)?;
+        Ok(load)
+    }
+
+    /// Other reads of the same files.
+    fn assigned(&self, placement: Arc<Placement>, assignment: Assignment) -> LoadPlan {
+        let LoadPlan { checkpoint, exchange, read_bytes_max, .. } = &*self.load;
+        let Assignment { reads, settled, .. } = assignment;
+        LoadPlan {
             checkpoint: Arc::clone(checkpoint),
-            placement: Arc::clone(placement),
+            placement,
             reads,
             settled,
             exchange: *exchange,
             read_bytes_max: *read_bytes_max,
-        };
-        check::check_reads(&load, have).map_err(refused)?;
-        Ok(load)
+        }
     }
 
     /// What ranks that plan on their own have to agree on.
@@ -261,13 +340,8 @@ fn choose_exchange(
 }
 
 /// What a rank says that it has may be any numbers: it has to be of whole elements, which alone can be converted.
-fn check_have(
-    placement: &Placement,
-    checkpoint: &Checkpoint,
-    have: &[Have],
-) -> Result<(), PlanError> {
+fn check_have(checkpoint: &Checkpoint, have: &[Have], ranks: usize) -> Result<(), PlanError> {
     let wrong = |what, found| Err(PlanError::Inconsistent { what, found });
-    let ranks = placement.parallel.tp() as usize;
     if have.len() != ranks {
         return wrong("what ranks have".into(), format!("of {} ranks of {ranks}", have.len()));
     }

@@ -31,21 +31,22 @@ use std::{
 use longshore_rank::{
     collective::segment::Form,
     params::{Home, ReadyParams},
-    protocol::{Generation, Progress, RankReport},
+    protocol::{Former, Generation, Progress, RankReport},
 };
 use ractor::{Actor, ActorRef};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::timeout};
+use tracing::warn;
 
 pub use self::join::Transport;
 use self::{
-    holder::Holder,
+    holder::{Holder, QUIET_AFTER},
     hosting::{Hosting, HostingArguments},
-    join::HostJoin,
-    member::{Member, MemberArguments, MemberMessage},
+    join::{FormerRanks, HostJoin},
+    member::{End, Member, MemberArguments, MemberMessage},
     message::Piece,
 };
 use crate::{
-    coordination::{Loaded, Recovery},
+    coordination::{self, Loaded, Recovery},
     error::LoadError,
     events,
     link::{
@@ -54,7 +55,7 @@ use crate::{
         listen::{ListenError, Listener, Tried},
         session::Timing,
     },
-    load::{Prepared, check_unchanged, given_back},
+    load::{Prepared, check_unchanged, given_back, prepare_process},
     place::Place,
     report::Lost,
 };
@@ -65,7 +66,8 @@ pub enum OnLoss {
     /// It waits for the process that is started in the lost one's place.
     #[default]
     Wait,
-    /// It goes on with fewer ranks, where the model can be split so.
+    /// It goes on with fewer ranks, over as many of which the model is split as it can be; not without rank 0, whose process
+    /// coordinates.
     Shrink,
     /// It ends at once.
     Fail,
@@ -98,7 +100,8 @@ impl GroupOptions {
             OnLoss::Fail => 0,
         };
         // the coordinator is in rank 0's process
-        Recovery { replacements_max, join_limit: self.join_limit, own_rank: Some(0) }
+        let (own_rank, shrinks) = (Some(0), self.on_loss == OnLoss::Shrink);
+        Recovery { replacements_max, join_limit: self.join_limit, own_rank, shrinks }
     }
 
     /// With another limit to silence, and heartbeats to go with it.
@@ -188,7 +191,8 @@ pub(crate) struct Joined {
 /// On rank 0, `progress` shows how each rank gets on, as of its last heartbeat.
 ///
 /// # Errors
-/// On rank 0 the first failure of any rank; elsewhere that of this process, or that the coordinator has ended the load.
+/// On rank 0 the first failure of any rank; elsewhere that of this process, or that the coordinator has ended the load, or
+/// that the group went on with so few ranks that this one has no part of the model.
 pub(crate) async fn load(
     place: &Place,
     door: Door,
@@ -197,95 +201,303 @@ pub(crate) async fn load(
     options: &GroupOptions,
     progress: Vec<Arc<Progress>>,
 ) -> Result<Holder, LoadError> {
-    let prepared = Arc::new(prepared);
-    let (params, joined) = match door.0 {
-        None => load_as_guest(place, &prepared, options).await?,
-        Some(listener) => load_as_host(listener, place, &prepared, options, progress).await?,
-    };
-    given_back(slice::from_ref(&params)).await;
-    Ok(Holder::new(place, source, options, &prepared, params, joined))
-}
-
-async fn load_as_guest(
-    place: &Place,
-    prepared: &Arc<Prepared>,
-    options: &GroupOptions,
-) -> Result<(ReadyParams, Joined), LoadError> {
-    let started = Instant::now();
-    let Taking { member, address, released } = join(place, prepared, options, None).await?;
-    let (params, generation) = wait(released).await?;
-    let seconds = started.elapsed().as_secs_f64();
-    let (reports, lost, hosting) = (None, Lost::default(), None);
-    Ok((params, Joined { reports, generation, lost, seconds, address, member, hosting }))
-}
-
-async fn load_as_host(
-    listener: TcpListener,
-    place: &Place,
-    prepared: &Arc<Prepared>,
-    options: &GroupOptions,
-    progress: Vec<Arc<Progress>>,
-) -> Result<(ReadyParams, Joined), LoadError> {
-    let started = Instant::now();
-    let hosting = host(listener, place, prepared, options, progress).await?;
-    match host_and_join(place, prepared, options, &hosting).await {
-        Ok((member, address, params, Loaded { ranks, generation, lost })) => {
-            let seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
-            let reports = Some(ranks.into_iter().map(|(_, report)| report).collect());
-            let hosting = Some(hosting);
-            Ok((params, Joined { reports, generation, lost, seconds, address, member, hosting }))
-        }
-        Err(e @ LoadError::Replaced { .. }) => {
-            hosting.vanish().await;
-            Err(e)
-        }
-        Err(e) => {
-            hosting.end().await;
-            Err(e)
+    let own: Arc<Progress> = Arc::default();
+    events::watch(&own);
+    let (place, prepared) = (place.clone(), Arc::new(prepared));
+    let mut attempt = Attempt { place, options: *options, prepared, progress, own, before: None };
+    loop {
+        let ended = match &door.0 {
+            None => attempt.as_guest().await?,
+            Some(listener) => attempt.as_host(listener).await?,
+        };
+        match ended {
+            AttemptEnd::Complete(params, joined) => {
+                return attempt.complete(source, params, joined).await;
+            }
+            AttemptEnd::Shrunk(shrunk) => attempt = attempt.with_fewer(shrunk).await?,
         }
     }
 }
 
-type Released = (ActorRef<MemberMessage>, IpAddr, ReadyParams, Loaded);
-
-/// Rank 0: carries the load through on all ranks, and takes part in it.
-async fn host_and_join(
-    place: &Place,
-    prepared: &Arc<Prepared>,
-    options: &GroupOptions,
-    hosting: &Hosting,
-) -> Result<Released, LoadError> {
-    // of a load that fails the coordinator knows the first cause, this rank only what it was told
-    let joined = join(place, prepared, options, Some(hosting));
-    let (joined, loaded) = tokio::try_join!(joined, hosting.load(FIRST_GENERATION))?;
-    let Taking { member, address, released } = joined;
-    let (params, _) = wait(released).await?;
-    Ok((member, address, params, loaded))
+/// How an attempt has ended on this rank.
+enum AttemptEnd {
+    /// Every rank is complete.
+    Complete(ReadyParams, Joined),
+    /// The load goes on with fewer ranks.
+    Shrunk(Shrunk),
 }
+
+/// What goes over from a group to the smaller one that it goes on as.
+struct Shrunk {
+    /// Which of its ranks that is of, in their new order.
+    ranks: Vec<u32>,
+    /// What this one had in it.
+    former: Option<Former>,
+    /// On rank 0, how the others were lost.
+    losses: Vec<LoadError>,
+    /// On rank 0, weight bytes that these had asked of storage.
+    lost_bytes_read: u64,
+    /// On rank 0, the last generation.
+    generation: Generation,
+}
+
+/// A load, in the group of those that are left.
+struct Attempt {
+    place: Place,
+    options: GroupOptions,
+    prepared: Arc<Prepared>,
+    /// On rank 0, of each rank.
+    progress: Vec<Arc<Progress>>,
+    /// Of this one.
+    own: Arc<Progress>,
+    /// The larger group that the first ranks were lost of.
+    before: Option<Before>,
+}
+
+struct Before {
+    ranks: FormerRanks,
+    former: Option<Arc<Former>>,
+    losses: Vec<LoadError>,
+    lost_bytes_read: u64,
+    generation: Generation,
+}
+
+impl Attempt {
+    async fn as_guest(&self) -> Result<AttemptEnd, LoadError> {
+        let started = Instant::now();
+        let Taking { member, address, released } = self.join(None).await?;
+        match wait(released).await? {
+            End::Complete(params, generation) => {
+                let seconds = started.elapsed().as_secs_f64();
+                let (reports, lost, hosting) = (None, Lost::default(), None);
+                let joined =
+                    Joined { reports, generation, lost, seconds, address, member, hosting };
+                Ok(AttemptEnd::Complete(params, joined))
+            }
+            End::Shrunk { ranks, former } => {
+                end_member(&member).await;
+                let (losses, lost_bytes_read, generation) = (Vec::new(), 0, 0);
+                Ok(AttemptEnd::Shrunk(Shrunk {
+                    ranks,
+                    former,
+                    losses,
+                    lost_bytes_read,
+                    generation,
+                }))
+            }
+        }
+    }
+
+    async fn as_host(&mut self, listener: &TcpListener) -> Result<AttemptEnd, LoadError> {
+        let started = Instant::now();
+        // whoever knocks while one group gives way to the next is let in by that one
+        let listener = listener.try_clone().map_err(|e| LoadError::Meet(e.into()))?;
+        let mut hosting = self.host(listener).await?;
+        match self.host_and_join(&hosting).await {
+            Ok((taking, coordination::LoadEnd::Complete(loaded))) => {
+                let Taking { member, address, released } = taking;
+                let End::Complete(params, _) = wait(released).await? else {
+                    return Err(LoadError::Runtime("a complete group has changed".into()));
+                };
+                let Loaded { ranks, generation, mut lost } = loaded;
+                let mut reports: Vec<RankReport> =
+                    ranks.into_iter().map(|(_, report)| report).collect();
+                // those that only handed on are no part of what follows
+                let handed_on = reports.split_off(self.holders() as usize);
+                lost.bytes_read += handed_on.iter().map(|r| r.storage_bytes_read).sum::<u64>();
+                let seconds = self.prepared.opening_seconds + started.elapsed().as_secs_f64();
+                let (reports, hosting) = (Some(reports), Some(hosting));
+                let joined =
+                    Joined { reports, generation, lost, seconds, address, member, hosting };
+                Ok(AttemptEnd::Complete(params, joined))
+            }
+            Ok((taking, coordination::LoadEnd::Shrunk(shrunk))) => {
+                hosting.shrink(shrunk.ranks.clone()).await;
+                let ended = timeout(QUIET_AFTER, wait(taking.released)).await;
+                end_member(&taking.member).await;
+                hosting.end().await;
+                let hangs = |_| LoadError::Runtime("a read of rank 0 hangs".into());
+                match ended.map_err(hangs)?? {
+                    End::Shrunk { ranks, former } => {
+                        let coordination::Shrunk { generation, losses, lost_bytes_read, .. } =
+                            shrunk;
+                        Ok(AttemptEnd::Shrunk(Shrunk {
+                            ranks,
+                            former,
+                            losses,
+                            lost_bytes_read,
+                            generation,
+                        }))
+                    }
+                    End::Complete(..) => {
+                        Err(LoadError::Runtime("a group that was to shrink is complete".into()))
+                    }
+                }
+            }
+            Err(e @ LoadError::Replaced { .. }) => {
+                hosting.vanish().await;
+                Err(e)
+            }
+            Err(e) => {
+                hosting.end().await;
+                Err(e)
+            }
+        }
+    }
+
+    /// Rank 0: carries the load through on all ranks, and takes part in it.
+    async fn host_and_join(
+        &self,
+        hosting: &Hosting,
+    ) -> Result<(Taking, coordination::LoadEnd), LoadError> {
+        let first = self.before.as_ref().map_or(FIRST_GENERATION, |before| before.generation + 1);
+        // of a load that fails the coordinator knows the first cause, this rank only what it was told
+        tokio::try_join!(self.join(Some(hosting)), hosting.load(first))
+    }
+
+    /// How many of the first ranks hold parameters.
+    fn holders(&self) -> u32 {
+        self.prepared.plan.placement().parallel.tp()
+    }
+
+    /// The same load with those that are left, planned for them.
+    async fn with_fewer(self, shrunk: Shrunk) -> Result<Self, LoadError> {
+        let Self { place, options, prepared, progress, own, before } = self;
+        let Shrunk { ranks, former, losses, lost_bytes_read, generation } = shrunk;
+        let Some(rank) = ranks.iter().position(|rank| *rank == place.rank) else {
+            return Err(LoadError::Replaced { why: "the group goes on without this rank".into() });
+        };
+        let place = Place { rank: rank as u32, world_size: ranks.len() as u32, ..place };
+        let before = match before {
+            None => {
+                let (plan, former) = (prepared.plan.clone(), former.map(Arc::new));
+                let ranks = FormerRanks { plan, ranks };
+                Before { ranks, former, losses, lost_bytes_read, generation }
+            }
+            // what the ranks had at first is worth more than what they made of it since: each of those left has some of that
+            Some(Before { ranks: first, former, .. }) => {
+                let numbers = ranks.iter().map(|rank| first.ranks[*rank as usize]).collect();
+                let ranks = FormerRanks { ranks: numbers, ..first };
+                Before { ranks, former, losses, lost_bytes_read, generation }
+            }
+        };
+        let (planned_at, transport) = (place.clone(), options.transport);
+        let planning = tokio::task::spawn_blocking(move || {
+            let plan = before.ranks.plan.for_fewer(planned_at.world_size)?;
+            let prepared = prepare_process(&plan, &prepared.options, &planned_at, transport)?;
+            Ok::<_, LoadError>((before, prepared))
+        });
+        let (before, prepared) =
+            planning.await.map_err(|e| LoadError::Runtime(e.to_string()))??;
+        let parallel = prepared.plan.placement().parallel;
+        if place.rank == 0 {
+            let (tp, left) = (parallel.tp(), place.world_size);
+            warn!("{left} ranks are left; the load goes on with tp {tp}");
+        }
+        let progress: Vec<Arc<Progress>> =
+            progress.into_iter().take(place.world_size as usize).collect();
+        progress.iter().for_each(|progress| progress.begin_again());
+        let (prepared, before) = (Arc::new(prepared), Some(before));
+        Ok(Self { place, options, prepared, progress, own, before })
+    }
+
+    /// Hands the parameters out.
+    async fn complete(
+        self,
+        source: &str,
+        params: ReadyParams,
+        joined: Joined,
+    ) -> Result<Holder, LoadError> {
+        let (holders, left) = (self.holders(), self.place.world_size);
+        let Self { place, options, prepared, before, .. } = self;
+        drop(before);
+        if place.rank >= holders {
+            joined.end().await;
+            return Err(LoadError::NotNeeded { left, tp: holders });
+        }
+        given_back(slice::from_ref(&params)).await;
+        let place = Place { world_size: holders, ..place };
+        Ok(Holder::new(&place, source, &options, &prepared, params, joined))
+    }
+
+    /// Starts the coordinator, in rank 0's process.
+    async fn host(&mut self, listener: TcpListener) -> Result<Hosting, LoadError> {
+        let Self { place, options, prepared, .. } = self;
+        let terms = Terms::new(place.secret.clone(), place.world_size, place.attempt);
+        let listener =
+            Listener::from_std(listener, terms).map_err(|e| LoadError::Meet(e.into()))?;
+        let mut recovery = options.recovery();
+        let mut losses = (Vec::new(), 0);
+        if let Some(before) = &mut self.before {
+            // those that are left were there a moment ago
+            recovery.join_limit = recovery.join_limit.min(options.silent_after + REGROUP_LIMIT);
+            losses = (std::mem::take(&mut before.losses), before.lost_bytes_read);
+        }
+        let (plan, progress) = (prepared.plan.hash(), self.progress.clone());
+        let (timing, stuck_after) = (timing(options), options.stuck_after);
+        let (holders, before) = (self.holders(), losses);
+        Hosting::start(HostingArguments {
+            listener,
+            plan,
+            progress,
+            holders,
+            before,
+            timing,
+            recovery,
+            stuck_after,
+        })
+        .await
+    }
+
+    /// Connects this rank to the coordinator.
+    async fn join(&self, hosting: Option<&Hosting>) -> Result<Taking, LoadError> {
+        let Self { place, options, prepared, own, before, .. } = self;
+        let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Meet(e);
+        let way = Way { place: place.clone(), limit: options.join_limit };
+        let coordinator = way.meet_at(hosting.map(|hosting| hosting.address)).await?;
+        let address = coordinator.stream.local_addr().map_err(|e| failed(e.into()))?.ip();
+        events::emit(events::What::Joined);
+        let (released, outcome) = oneshot::channel();
+        let checked = Arc::clone(prepared);
+        let ranks = before.as_ref().map(|before| before.ranks.clone());
+        let recovery = options.recovery();
+        let is_replaced = recovery.replacements_max > 0 && !recovery.shrinks;
+        let start = MemberArguments {
+            rank: place.rank,
+            coordinator,
+            timing: timing(options),
+            progress: Arc::clone(own),
+            work: prepared.work(),
+            home: prepared.homes.first().cloned().unwrap_or(Home::Host),
+            former: before.as_ref().and_then(|before| before.former.clone()),
+            join: Arc::new(host_join(place, prepared, options, address, ranks)?),
+            plan: prepared.plan.hash(),
+            check_at_end: Box::new(move || check_unchanged(&checked)),
+            way: (hosting.is_none() && is_replaced).then_some(way),
+            released,
+        };
+        let (member, _) = Actor::spawn(None, Member, start)
+            .await
+            .map_err(|e| LoadError::Runtime(e.to_string()))?;
+        Ok(Taking { member, address, released: outcome })
+    }
+}
+
+/// How long the ranks that are left of a group may take to plan for fewer and to join, beyond what it takes to notice that one
+/// of them is lost as well.
+const REGROUP_LIMIT: Duration = Duration::from_secs(10);
 
 async fn wait(released: oneshot::Receiver<member::Released>) -> member::Released {
     released.await.map_err(|_| LoadError::Runtime("the rank's actor has ended".into()))?
 }
 
-/// Starts the coordinator, in rank 0's process.
-async fn host(
-    listener: TcpListener,
-    place: &Place,
-    prepared: &Prepared,
-    options: &GroupOptions,
-    progress: Vec<Arc<Progress>>,
-) -> Result<Hosting, LoadError> {
-    let terms = Terms::new(place.secret.clone(), place.world_size, place.attempt);
-    let listener = Listener::from_std(listener, terms).map_err(|e| LoadError::Meet(e.into()))?;
-    Hosting::start(HostingArguments {
-        listener,
-        plan: prepared.plan.hash(),
-        progress,
-        timing: timing(options),
-        recovery: options.recovery(),
-        stuck_after: options.stuck_after,
-    })
-    .await
+/// Has a rank say goodbye to its coordinator.
+async fn end_member(member: &ActorRef<MemberMessage>) {
+    let (done, ended) = oneshot::channel();
+    if member.cast(MemberMessage::End(done)).is_ok() {
+        // an actor that is gone has said it
+        let _ = ended.await;
+    }
 }
 
 fn timing(options: &GroupOptions) -> Timing {
@@ -298,40 +510,6 @@ struct Taking {
     /// The address by which other hosts reach this one.
     address: IpAddr,
     released: oneshot::Receiver<member::Released>,
-}
-
-/// Connects this rank to the coordinator.
-async fn join(
-    place: &Place,
-    prepared: &Arc<Prepared>,
-    options: &GroupOptions,
-    hosting: Option<&Hosting>,
-) -> Result<Taking, LoadError> {
-    let failed = |e: Box<dyn std::error::Error + Send + Sync>| LoadError::Meet(e);
-    let way = Way { place: place.clone(), limit: options.join_limit };
-    let coordinator = way.meet_at(hosting.map(|hosting| hosting.address)).await?;
-    let address = coordinator.stream.local_addr().map_err(|e| failed(e.into()))?.ip();
-    events::emit(events::What::Joined);
-    let progress: Arc<Progress> = Arc::default();
-    events::watch(&progress);
-    let (released, outcome) = oneshot::channel();
-    let checked = Arc::clone(prepared);
-    let start = MemberArguments {
-        rank: place.rank,
-        coordinator,
-        timing: timing(options),
-        progress,
-        work: prepared.work(),
-        home: prepared.homes.first().cloned().unwrap_or(Home::Host),
-        join: Arc::new(host_join(place, prepared, options, address)?),
-        plan: prepared.plan.hash(),
-        check_at_end: Box::new(move || check_unchanged(&checked)),
-        way: (hosting.is_none() && options.recovery().replacements_max > 0).then_some(way),
-        released,
-    };
-    let (member, _) =
-        Actor::spawn(None, Member, start).await.map_err(|e| LoadError::Runtime(e.to_string()))?;
-    Ok(Taking { member, address, released: outcome })
 }
 
 /// The way to the coordinator, from a rank that is to meet it.
@@ -392,6 +570,7 @@ fn host_join(
     prepared: &Prepared,
     options: &GroupOptions,
     address: IpAddr,
+    former: Option<FormerRanks>,
 ) -> Result<HostJoin, LoadError> {
     let Some(staging) = prepared.exchange_staging else {
         let why = "the load was not prepared for ranks that are processes".to_owned();
@@ -409,6 +588,7 @@ fn host_join(
         receive_slots: staging.receive_slots,
         nccl: prepared.nccl(),
         plan: prepared.plan.clone(),
+        former,
         announced: Mutex::default(),
     })
 }
@@ -451,11 +631,7 @@ impl Joined {
     /// Says goodbye.
     pub(crate) async fn end(self) {
         events::ended(None);
-        let (done, ended) = oneshot::channel();
-        if self.member.cast(MemberMessage::End(done)).is_ok() {
-            // an actor that is gone has said it
-            let _ = ended.await;
-        }
+        end_member(&self.member).await;
         if let Some(hosting) = self.hosting {
             hosting.end().await;
         }

@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use crate::{
-    coordination::{Coordination, Order, Outcome, Recovery, Watched},
+    coordination::{Coordination, LoadEnd, Order, Outcome, Recovery, Watched},
     error::LoadError,
     events,
     fence::ProcessIdentity,
@@ -60,12 +60,16 @@ pub(crate) enum Member {
 pub(crate) struct SupervisorArguments {
     /// Ranks of the group.
     pub(crate) world_size: u32,
+    /// How many of the first of them hold parameters.
+    pub(crate) holders: u32,
     /// Those that are there from the start, in the order of their numbers.
     pub(crate) ranks: Vec<Member>,
     /// How long a rank may have work in hand without getting on.
     pub(crate) stuck_after: Duration,
     /// How a load may go on after a loss.
     pub(crate) recovery: Recovery,
+    /// How ranks were lost of the groups that this one was part of, and the weight bytes that these had asked of storage.
+    pub(crate) before: (Vec<LoadError>, u64),
     /// Who was let in, where ranks are processes: one that is lost makes room.
     pub(crate) admissions: Option<Admissions>,
     /// Where a piece of every rank goes, when all have contributed one.
@@ -87,6 +91,8 @@ pub(crate) enum SupervisorMessage {
     Event(RankEvent),
     /// A rank's piece of what is gathered.
     Contributed { rank: u32, piece: Piece },
+    /// Tell all ranks that the group goes on as another one, of these of its ranks.
+    Shrink(Vec<u32>),
     /// Time to look whether all ranks get on.
     Look,
     /// Nothing is left to be done: end the ranks, then this.
@@ -127,6 +133,8 @@ pub(crate) struct SupervisorState {
     coordination: Coordination,
     /// `None`: it has not joined yet, or was lost.
     ranks: Vec<Option<Rank>>,
+    /// How many of the first hold parameters.
+    holders: usize,
     admissions: Option<Admissions>,
     gathered: mpsc::Sender<Gathered>,
     /// Where the answer to the load goes that is under way.
@@ -157,9 +165,11 @@ impl Actor for Supervisor {
         myself: ActorRef<SupervisorMessage>,
         arguments: SupervisorArguments,
     ) -> Result<SupervisorState, ActorProcessingErr> {
-        let SupervisorArguments { world_size, stuck_after, recovery, admissions, gathered, .. } =
+        let SupervisorArguments { world_size, holders, stuck_after, recovery, .. } = arguments;
+        let SupervisorArguments { admissions, gathered, before: (losses, lost_read_bytes), .. } =
             arguments;
-        let mut coordination = Coordination::new(world_size, stuck_after, recovery);
+        let mut coordination =
+            Coordination::new(world_size, holders, stuck_after, recovery, losses);
         let mut ranks: Vec<Option<Rank>> = (0..world_size).map(|_| None).collect();
         for (number, member) in arguments.ranks.into_iter().enumerate() {
             ranks[number] = Some(bring_up(&myself, number as u32, member).await?);
@@ -167,14 +177,14 @@ impl Actor for Supervisor {
             let _ = coordination.joined(number as u32);
         }
         myself.send_interval(LOOK_EVERY, || SupervisorMessage::Look);
-        let (done, ending, lost_read_bytes) = (None, false, 0);
         Ok(SupervisorState {
             coordination,
             ranks,
+            holders: holders as usize,
             admissions,
             gathered,
-            done,
-            ending,
+            done: None,
+            ending: false,
             dismissals: Vec::new(),
             lost_read_bytes,
         })
@@ -206,6 +216,10 @@ impl Actor for Supervisor {
             }
             SupervisorMessage::Contributed { rank, piece } => {
                 state.contributed(rank, piece);
+                Vec::new()
+            }
+            SupervisorMessage::Shrink(ranks) => {
+                state.tell_remotes(|| RemoteMessage::Shrink(ranks.clone()));
                 Vec::new()
             }
             SupervisorMessage::End => {
@@ -271,6 +285,7 @@ async fn bring_up(
                 work,
                 home,
                 reuse,
+                former: None,
                 join: None,
             };
             let (actor, _) = Actor::spawn_linked(None, RankActor, start, myself.get_cell()).await?;
@@ -352,8 +367,15 @@ impl SupervisorState {
                 Order::TellAll(command) => self.tell_all(&command),
                 Order::Dismiss(rank, why) => self.dismiss(rank, why),
                 Order::Answer(mut outcome) => {
-                    if let Ok(loaded) = &mut outcome {
-                        loaded.lost.bytes_read = self.lost_read_bytes;
+                    let lost_bytes_read = self.lost_read_bytes;
+                    match &mut outcome {
+                        Ok(LoadEnd::Complete(loaded)) => {
+                            loaded.lost.bytes_read = lost_bytes_read;
+                            // those that only handed on go, and nobody waits for them
+                            self.ranks.truncate(self.holders);
+                        }
+                        Ok(LoadEnd::Shrunk(shrunk)) => shrunk.lost_bytes_read = lost_bytes_read,
+                        Err(_) => {}
                     }
                     if let Some(done) = self.done.take() {
                         // whoever asked may have gone away
@@ -370,7 +392,7 @@ impl SupervisorState {
     }
 
     fn vacate(&mut self, rank: u32) -> Option<Rank> {
-        let rank = self.ranks[rank as usize].take()?;
+        let rank = self.ranks.get_mut(rank as usize)?.take()?;
         let Progress { read_bytes, cached_bytes, .. } = &*rank.progress;
         let (read, cached) =
             (read_bytes.swap(0, Ordering::Relaxed), cached_bytes.swap(0, Ordering::Relaxed));

@@ -119,6 +119,34 @@ impl Placement {
         Ok(this)
     }
 
+    /// What a rank holds that is in the group and has no part of the model: nothing.
+    pub fn nothing(&self) -> Self {
+        Self {
+            parallel: self.parallel,
+            layout: self.layout,
+            params: Vec::new(),
+            finishes: Vec::new(),
+            aliases: Vec::new(),
+            skipped: Vec::new(),
+            discarded: Vec::new(),
+            warnings: Vec::new(),
+            pieces: Vec::new(),
+            first_piece: vec![0; self.first_piece.len()],
+        }
+    }
+
+    /// For each parameter whether its bytes stay as they were read: no finish reads or writes it, no second name shares it.
+    pub fn unchanged(&self) -> Vec<bool> {
+        let mut unchanged: Vec<bool> = self.params.iter().map(|param| !param.derived).collect();
+        let finishes = self.finishes.iter();
+        let touched =
+            finishes.flat_map(|finish| finish.inputs().into_iter().chain(finish.outputs()));
+        for param in touched.chain(self.aliases.iter().map(|alias| alias.source)) {
+            unchanged[param as usize] = false;
+        }
+        unchanged
+    }
+
     /// The pieces that a tensor's bytes land in; empty for a tensor that is skipped.
     pub fn pieces_of(&self, tensor: TensorId) -> &[PlacedPiece] {
         let t = tensor as usize;

@@ -18,8 +18,8 @@ use crate::{
     fault::{self, Point},
     params::{Home, ParamMemory, ReadyParams},
     protocol::{
-        Contact, Generation, Join, LoadPlan, Peer, Peers, Phase, PlanName, Progress, RankCommand,
-        RankEvent, RankEventKind, RankMessage, RankReport, Work, WorkerEvent,
+        Contact, Former, Generation, Join, LoadPlan, Peer, Peers, Phase, PlanName, Progress,
+        RankCommand, RankEvent, RankEventKind, RankMessage, RankReport, Work, WorkerEvent,
     },
     scatter::Ranks,
     state::{Effect, LoadState},
@@ -45,6 +45,8 @@ pub struct RankArguments {
     pub home: Home,
     /// Memory of an earlier load of the same parameters, to be written again in place; `None`: new memory.
     pub reuse: Option<Arc<ParamMemory>>,
+    /// What it had in a group of more ranks.
+    pub former: Option<Arc<Former>>,
     /// How it is joined with the others, when it is a process of its own.
     pub join: Option<Arc<dyn Join>>,
 }
@@ -64,8 +66,25 @@ pub struct RankState {
     complete: Option<Running>,
     /// Stopped; its workers may still be at work.
     halted: Option<Arc<Job>>,
-    /// The generation to begin with when they are not any more.
-    next: Option<Generation>,
+    /// What to do when they are not any more.
+    next: Option<Next>,
+}
+
+/// What a rank does when nothing of a generation is at work any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// It begins with this one.
+    Begin(Generation),
+    /// It hands over what it has.
+    HandOver(Generation),
+}
+
+impl Next {
+    fn generation(self) -> Generation {
+        match self {
+            Next::Begin(generation) | Next::HandOver(generation) => generation,
+        }
+    }
 }
 
 /// What a rank has of a load.
@@ -120,7 +139,10 @@ impl Actor for RankActor {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             RankMessage::Command(RankCommand::Allocate { generation }) => {
-                state.allocate(myself, generation);
+                state.after_halt(myself, Next::Begin(generation));
+            }
+            RankMessage::Command(RankCommand::HandOver { generation }) => {
+                state.after_halt(myself, Next::HandOver(generation));
             }
             RankMessage::Command(RankCommand::Load { generation, peers, have }) => {
                 state.load(myself, generation, peers, have);
@@ -142,13 +164,13 @@ impl Actor for RankActor {
 }
 
 impl RankState {
-    fn allocate(&mut self, myself: ActorRef<RankMessage>, generation: Generation) {
+    fn after_halt(&mut self, myself: ActorRef<RankMessage>, next: Next) {
         self.joining = None;
-        let waited_for = self.next.replace(generation).is_some();
+        let waited_for = self.next.replace(next).is_some();
         self.halt();
         match &self.halted {
-            None => self.announce(myself),
-            // its end comes, and is for this generation now
+            None => self.go_on(myself),
+            // its end comes, and is for this now
             Some(_) if waited_for => {}
             Some(job) => {
                 let job = Arc::clone(job);
@@ -160,7 +182,7 @@ impl RankState {
                     let _ = myself.cast(RankMessage::Worker(job.generation, WorkerEvent::Halted));
                 });
                 if let Err(e) = waiting {
-                    self.fail(generation, RankError::Thread(e));
+                    self.fail(next.generation(), RankError::Thread(e));
                 }
             }
         }
@@ -177,18 +199,27 @@ impl RankState {
 
     fn halted(&mut self, myself: ActorRef<RankMessage>, generation: Generation) {
         if self.halted.take_if(|job| job.generation == generation).is_some() {
-            self.announce(myself);
+            self.go_on(myself);
         }
     }
 
-    /// Begins with the generation that comes next: tells what this rank has, and how it can be reached.
-    fn announce(&mut self, myself: ActorRef<RankMessage>) {
-        let Some(generation) = self.next.take() else { return };
-        let kind = match self.contact(myself, generation) {
-            Ok((contact, have)) => RankEventKind::Allocated(contact, have),
-            Err(e) => RankEventKind::Failed(e),
+    /// Does what comes next: tells what this rank has and how it can be reached, or hands over what it has.
+    fn go_on(&mut self, myself: ActorRef<RankMessage>) {
+        let Some(next) = self.next.take() else { return };
+        let kind = match next {
+            Next::Begin(generation) => match self.contact(myself, generation) {
+                Ok((contact, have)) => RankEventKind::Allocated(contact, have),
+                Err(e) => RankEventKind::Failed(e),
+            },
+            Next::HandOver(_) => RankEventKind::HandedOver(self.hand_over()),
         };
-        self.report(generation, kind);
+        self.report(next.generation(), kind);
+    }
+
+    /// Gives up what it has.
+    fn hand_over(&mut self) -> Option<Former> {
+        let (held, rank) = (self.held.take(), self.arguments.rank);
+        held.map(|held| Former { rank, have: held.have(), memory: held.memory })
     }
 
     fn contact(
@@ -201,7 +232,11 @@ impl RankState {
             Some(held) => held,
             None => Held::new(*rank, work, home, reuse.as_ref())?,
         };
-        let (memory, have) = (Arc::clone(&held.memory), held.have());
+        let have = match &self.arguments.former {
+            None => held.have(),
+            Some(former) => former.have.clone(),
+        };
+        let memory = Arc::clone(&held.memory);
         self.held = Some(held);
         self.uploads = match memory.device() {
             None => None,
@@ -302,7 +337,8 @@ impl RankState {
         let Some(held) = &mut self.held else { return };
         let exchanges = exchange.is_some();
         let (rank, have) = (self.arguments.rank, Arc::clone(&held.have));
-        let job = match Job::new(rank, generation, work, own, ranks, exchange, have) {
+        let former = self.arguments.former.clone();
+        let job = match Job::new(rank, generation, work, own, ranks, exchange, have, former) {
             Ok(job) => job,
             Err(e) => return self.fail(generation, e),
         };
@@ -333,7 +369,7 @@ impl RankState {
 
     fn abort(&mut self, generation: Generation) {
         self.joining.take_if(|g| *g == generation);
-        self.next.take_if(|g| *g == generation);
+        self.next.take_if(|next| next.generation() == generation);
         self.running.take_if(|r| r.job.generation == generation);
         self.release(generation);
         self.held = None;
@@ -344,6 +380,7 @@ impl RankState {
             self.held = None;
             // whoever has the finished parameters has them alone
             self.arguments.reuse = None;
+            self.arguments.former = None;
         }
     }
 
@@ -450,7 +487,7 @@ impl RankState {
             RankEventKind::Allocated(..) => Some(Point::Allocated),
             RankEventKind::Prepared(_) => Some(Point::Prepared),
             RankEventKind::Ready(..) => Some(Point::Ready),
-            RankEventKind::Failed(_) => None,
+            RankEventKind::HandedOver(_) | RankEventKind::Failed(_) => None,
         };
         let event = RankEvent { rank, generation, kind };
         // without a coordinator there is nobody to tell
@@ -469,6 +506,13 @@ impl Held {
         reuse: Option<&Arc<ParamMemory>>,
     ) -> Result<Self, RankError> {
         let placement = &work.plan.placement;
+        if rank >= placement.parallel.tp() {
+            // it only hands on what it had
+            let nothing = Arc::new(placement.nothing());
+            let state = LoadState::new(&nothing, &[]);
+            let memory = Arc::new(ParamMemory::new(nothing, rank, &Home::Host)?);
+            return Ok(Self { memory, state, have: Arc::default() });
+        }
         let memory = match reuse {
             Some(memory) => Arc::clone(memory),
             None => Arc::new(ParamMemory::new(Arc::clone(placement), rank, home)?),

@@ -58,6 +58,8 @@ pub enum ReadFrom {
     Storage,
     /// Its own parameters, which hold all of the range as it is in the file.
     Parameters,
+    /// The parameters that it had in a former group ([`Former`]), which hold all of the range as it is in the file.
+    Former,
 }
 
 /// What all ranks of a load agree on.
@@ -88,6 +90,48 @@ impl LoadPlan {
     /// Whether `rank` takes what it needs of `read`.
     pub fn takes(&self, rank: u32, read: &Read) -> bool {
         !self.settled[read.settled as usize].contains(rank)
+    }
+}
+
+/// What a rank held in a group of more ranks that lost some: its share of the model is another one now, and bytes of the new one
+/// lie here, on it or on another of those that are left.
+#[derive(Debug, Clone)]
+pub struct Former {
+    /// Its number in that group.
+    pub rank: u32,
+    /// Its parameters, of the placement of that group.
+    pub memory: Arc<ParamMemory>,
+    /// What had landed in them.
+    pub have: Have,
+}
+
+impl Former {
+    /// Copies `range` of `file` to `into`, out of parameters.
+    ///
+    /// # Safety
+    /// All of the range has landed in them, none of it was converted or finished, and nobody writes them any more.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub(crate) unsafe fn copy_out(
+        &self,
+        checkpoint: &Checkpoint,
+        file: u32,
+        range: ByteRange,
+        into: &mut [u8],
+    ) -> Result<(), RankError> {
+        let mut copied = Ok(());
+        for (tensor, within, offset) in checkpoint.tensors_in(file, range) {
+            let own = |rank| rank == self.rank;
+            self.memory.placement().spans(tensor, within, own, |mut span| {
+                span.source_offset += offset;
+                if copied.is_ok() {
+                    // SAFETY: the caller's promise.
+                    copied = unsafe { self.memory.copy_back(&span, into) };
+                }
+            });
+        }
+        copied
     }
 }
 
@@ -224,6 +268,11 @@ pub enum RankCommand {
         /// The generation.
         generation: Generation,
     },
+    /// The group goes on with fewer ranks, as another one: stop, and give up what has landed.
+    HandOver {
+        /// The generation.
+        generation: Generation,
+    },
 }
 
 /// What a rank's workers, and those of other ranks, tell its actor.
@@ -285,12 +334,15 @@ pub struct RankEvent {
 /// What happened on a rank.
 #[derive(Debug)]
 pub enum RankEventKind {
-    /// Parameters are allocated; of the checkpoint this much has landed in them.
+    /// Parameters are allocated; of the checkpoint this much has landed in them, or in those of a former group, if there is
+    /// one.
     Allocated(Contact, Have),
     /// The rank can begin to carry out this plan, and can be landed on.
     Prepared(PlanName),
     /// Every parameter is complete; they come along when they are in the coordinator's process.
     Ready(Option<ReadyParams>, RankReport),
+    /// What the rank had, for a group of fewer ranks; `None`: nothing. Only for whoever is in its process.
+    HandedOver(Option<Former>),
     /// The rank gave up.
     Failed(RankError),
 }

@@ -25,7 +25,9 @@ use crate::{
     fault,
     params::ParamMemory,
     post_process,
-    protocol::{Generation, Peer, Progress, RankMessage, Read, ReadFrom, Work, WorkerEvent},
+    protocol::{
+        Former, Generation, Peer, Progress, RankMessage, Read, ReadFrom, Work, WorkerEvent,
+    },
     scatter::{
         Ranks, Scatter, Slab, count_exchange, count_received, count_sent, place_all, steps,
         tensors_in,
@@ -53,6 +55,8 @@ pub(crate) struct Job {
     own: Peer,
     /// What has landed here.
     have: Arc<Mutex<Have>>,
+    /// What this rank had in a former group.
+    former: Option<Arc<Former>>,
     /// Threads that have not ended.
     threads: Mutex<u32>,
     still: Condvar,
@@ -103,6 +107,7 @@ impl Job {
     ///
     /// # Errors
     /// Memory cannot be pinned.
+    #[expect(clippy::too_many_arguments, reason = "the fields of a job, made in one place")]
     pub(crate) fn new(
         rank: u32,
         generation: Generation,
@@ -111,6 +116,7 @@ impl Job {
         ranks: Ranks,
         exchange: Option<Exchange>,
         have: Arc<Mutex<Have>>,
+        former: Option<Arc<Former>>,
     ) -> Result<Self, RankError> {
         let slab_bytes = slab_bytes(work.plan.read_bytes_max) as usize;
         let reads_left = AtomicUsize::new(work.plan.reads[rank as usize].len());
@@ -131,6 +137,7 @@ impl Job {
             ranks,
             own,
             have,
+            former,
             threads: Mutex::default(),
             still: Condvar::new(),
         })
@@ -351,8 +358,10 @@ impl Job {
         fault::at_read(self.rank, self.generation, number)?;
         let Work { plan, sources, .. } = &*self.work;
         let read = &plan.reads[self.rank as usize][number];
-        if read.from == ReadFrom::Parameters {
-            return self.pass_on(read, slot, scatter);
+        match read.from {
+            ReadFrom::Storage => {}
+            ReadFrom::Parameters => return self.pass_on(read, slot, scatter),
+            ReadFrom::Former => return self.take_over(read, slot, scatter),
         }
         let source = &sources[read.file as usize];
         let progress = self.progress();
@@ -424,6 +433,43 @@ impl Job {
         Ok(())
     }
 
+    /// Places bytes that this rank had in a former group, here and where others want them.
+    fn take_over(
+        &self,
+        read: &Read,
+        slot: Option<Slot>,
+        scatter: &mut Scatter,
+    ) -> Result<(), RankError> {
+        let plan = &self.work.plan;
+        let mut lease = self.staging.lease()?;
+        let bytes = &mut lease.bytes_mut()[..read.range.len() as usize];
+        self.copy_former(read, bytes)?;
+        scatter.find_spans(plan, self.rank, read);
+        place_all(scatter.spans(), bytes, &self.ranks)?;
+        count_exchange(scatter.spans(), self.rank, &self.ranks);
+        self.land(scatter.spans())?;
+        self.note(read.file, read.range);
+        if let (Some(exchange), Some(round), Some(mut slot)) = (&self.exchange, read.round, slot) {
+            scatter.fill_slot(bytes, slot.bytes_mut(), &self.ranks);
+            exchange.contribute(round, slot);
+        }
+        // given back before anyone can believe the rank to be ready (RNK-3)
+        drop(lease);
+        self.read_ended();
+        Ok(())
+    }
+
+    /// Copies what this rank had of `read` in a former group.
+    fn copy_former(&self, read: &Read, into: &mut [u8]) -> Result<(), RankError> {
+        let Some(former) = &self.former else {
+            let what = "bytes of a former group are to be handed on, and there are none".to_owned();
+            return Err(RankError::Exchange(CollectiveError::Operation { what }));
+        };
+        // SAFETY: the plan was proven: all of the read had landed there, as it is in the file. The workers of that group have
+        // ended, and no finish works on parameters that are handed on.
+        unsafe { former.copy_out(&self.work.plan.checkpoint, read.file, read.range, into) }
+    }
+
     fn read_ended(&self) {
         if self.reads_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.tell(&self.own, WorkerEvent::ReadsDone);
@@ -444,23 +490,28 @@ impl Job {
         if read.from == ReadFrom::Parameters {
             return self.pass_on(read, slot, scatter);
         }
-        let source = &sources[read.file as usize];
         let mut slab = pinned.lease_waiting().ok_or(RankError::Ended)?;
-        let staged = source.read_staged(read.range, slab.bytes_mut())?;
-        let progress = self.progress();
-        progress.reads.fetch_add(staged.reads, Ordering::Relaxed);
-        progress.read_bytes.fetch_add(read.range.len(), Ordering::Relaxed);
-        progress.padding_bytes.fetch_add(staged.padding_bytes, Ordering::Relaxed);
-        progress.retried_bytes.fetch_add(staged.retried_bytes, Ordering::Relaxed);
-        progress.cached_bytes.fetch_add(staged.cached_bytes, Ordering::Relaxed);
+        let begin = if read.from == ReadFrom::Former {
+            self.copy_former(read, &mut slab.bytes_mut()[..read.range.len() as usize])?;
+            0
+        } else {
+            let staged = sources[read.file as usize].read_staged(read.range, slab.bytes_mut())?;
+            let progress = self.progress();
+            progress.reads.fetch_add(staged.reads, Ordering::Relaxed);
+            progress.read_bytes.fetch_add(read.range.len(), Ordering::Relaxed);
+            progress.padding_bytes.fetch_add(staged.padding_bytes, Ordering::Relaxed);
+            progress.retried_bytes.fetch_add(staged.retried_bytes, Ordering::Relaxed);
+            progress.cached_bytes.fetch_add(staged.cached_bytes, Ordering::Relaxed);
+            staged.begin
+        };
         scatter.find_spans(plan, self.rank, read);
         if let (Some(exchange), Some(round), Some(mut slot)) = (&self.exchange, read.round, slot) {
-            let bytes = &slab.bytes()[staged.begin..][..read.range.len() as usize];
+            let bytes = &slab.bytes()[begin..][..read.range.len() as usize];
             scatter.fill_slot(bytes, slot.bytes_mut(), &self.ranks);
             exchange.contribute(round, slot);
         }
         // an upload that nobody picks up any more must not keep the load
-        let (begin, job) = (staged.begin as u64, Arc::downgrade(self));
+        let (begin, job) = (begin as u64, Arc::downgrade(self));
         let ended = move || job.upgrade().iter().for_each(|job| job.read_ended());
         let staged = Arc::new(Staged::new(slab).on_end(ended));
         // before anyone else can believe this rank to be ready

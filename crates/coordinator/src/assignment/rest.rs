@@ -28,7 +28,7 @@ use longshore_models::{
 };
 use longshore_rank::protocol::{Read, ReadFrom};
 
-use super::{Assignment, Policy, Share, assign, without_exchange};
+use super::{Assignment, Policy, Share, assign, least, segments, without_exchange};
 use sets::{SetId, Sets};
 
 /// Splits what `placement` needs and is in none of `have`, one for each rank, over its ranks.
@@ -86,7 +86,7 @@ fn with_exchange(
     let mut survey = Survey {
         have,
         row_gap_bytes: policy.row_gap_bytes,
-        unchanged: unchanged(placement),
+        unchanged: placement.unchanged(),
         sets: Sets::default(),
         runs: Vec::new(),
         cuts: Vec::new(),
@@ -99,17 +99,6 @@ fn with_exchange(
     let Survey { mut sets, runs, .. } = survey;
     let runs = pool_short_runs(runs, &mut sets, policy.read_bytes);
     give_out(placement, checkpoint, policy, &sets, &runs)
-}
-
-/// For each parameter whether its bytes stay as they were read: no finish reads or writes it, no second name shares it.
-fn unchanged(placement: &Placement) -> Vec<bool> {
-    let mut unchanged: Vec<bool> = placement.params.iter().map(|param| !param.derived).collect();
-    let finishes = placement.finishes.iter();
-    let touched = finishes.flat_map(|finish| finish.inputs().into_iter().chain(finish.outputs()));
-    for param in touched.chain(placement.aliases.iter().map(|alias| alias.source)) {
-        unchanged[param as usize] = false;
-    }
-    unchanged
 }
 
 /// Looks through tensors for bytes that are missing.
@@ -283,10 +272,6 @@ fn within_tensor(tensor: &Tensor, range: ByteRange) -> ByteRange {
     ByteRange::new(range.start - tensor.file_range.start, range.end - tensor.file_range.start)
 }
 
-fn segments(cuts: &[u64]) -> impl Iterator<Item = ByteRange> {
-    cuts.windows(2).map(|ends| ByteRange::new(ends[0], ends[1]))
-}
-
 /// The longest gap between the runs of `parts`, in order, of a piece that is cut by columns, on from row to row.
 fn longest_gap(piece: &PlacedPiece, parts: impl Iterator<Item = u32>) -> u64 {
     let mut columns = parts.map(|part| piece.part_rect(part).1);
@@ -359,11 +344,6 @@ fn give_out(
         }
     }
     share.assignment(settled.into_vec())
-}
-
-/// Which of `ranks` has least of `bytes`.
-fn least(ranks: &RankSet, bytes: &[u64]) -> usize {
-    ranks.iter().map(|rank| rank as usize).min_by_key(|&rank| bytes[rank]).unwrap_or(0)
 }
 
 /// Whether any rank that is `wanted` needs a byte of `read`.

@@ -168,7 +168,8 @@ pub(super) struct RunArgs {
     /// they are on one host and TCP elsewhere; TCP; NCCL.
     #[arg(long, value_enum, default_value_t = TransportArg::Auto)]
     transport: TransportArg,
-    /// When a rank process is lost: wait for the one that is started in its place, shrink the group, or fail at once.
+    /// When a rank process is lost: wait for the one that is started in its place; shrink the group to the ranks that are left (not
+    /// without rank 0), with the largest --tp that the model can be split over; or fail at once.
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = OnLossArg::Wait)]
     on_loss: OnLossArg,
     /// How many lost rank processes are replaced, all ranks together.
@@ -263,10 +264,20 @@ enum TransportArg {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum OnLossArg {
+pub(super) enum OnLossArg {
     Wait,
     Shrink,
     Fail,
+}
+
+impl From<OnLossArg> for OnLoss {
+    fn from(given: OnLossArg) -> Self {
+        match given {
+            OnLossArg::Wait => OnLoss::Wait,
+            OnLossArg::Shrink => OnLoss::Shrink,
+            OnLossArg::Fail => OnLoss::Fail,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -372,22 +383,11 @@ impl RunArgs {
             },
             stuck_after: self.progress_timeout,
             join_limit: self.join_timeout,
-            on_loss: self.on_loss()?,
+            on_loss: self.on_loss.into(),
             max_restarts: self.max_restarts,
             ..GroupOptions::default()
         }
         .with_silent_after(self.heartbeat_timeout))
-    }
-
-    fn on_loss(&self) -> Result<OnLoss, LoadError> {
-        match self.on_loss {
-            OnLossArg::Wait => Ok(OnLoss::Wait),
-            OnLossArg::Fail => Ok(OnLoss::Fail),
-            OnLossArg::Shrink => {
-                let reason = "a group cannot shrink yet; wait for a replacement, or fail".into();
-                Err(LoadError::Option { option: "--on-loss", reason })
-            }
-        }
     }
 
     /// # Errors
@@ -511,9 +511,7 @@ mod tests {
         assert_eq!((group.on_loss, group.max_restarts), (OnLoss::Wait, 3));
         let group = group_options(&["--on-loss", "fail", "--max-restarts", "0"]).unwrap();
         assert_eq!((group.on_loss, group.max_restarts), (OnLoss::Fail, 0));
-        let refused = group_options(&["--on-loss=shrink"]).unwrap_err();
-        assert_eq!(refused.exit_code(), 2);
-        assert!(refused.line().starts_with("--on-loss: a group cannot shrink yet"), "{refused}");
+        assert_eq!(group_options(&["--on-loss=shrink"]).unwrap().on_loss, OnLoss::Shrink);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::{ffi::OsString, fs, process::ExitCode, thread};
 
 use clap::{Args, ValueEnum};
 
+use super::arguments::OnLossArg;
 use crate::{
     error::LoadError,
     launch::{Ended, Launch},
@@ -49,6 +50,10 @@ pub(super) struct LaunchArgs {
     /// How often ranks that failed are started again, all ranks together; all that fail within a second count once.
     #[arg(long, alias = "max_restarts", value_name = "N", default_value_t = 0)]
     max_restarts: u32,
+    /// When a rank fails: wait, which starts it again as often as --max-restarts says; shrink, where the others go on without it
+    /// (not without rank 0); or fail, which ends them all.
+    #[arg(long, alias = "on_loss", value_enum, value_name = "WHAT", default_value_t = OnLossArg::Wait)]
+    on_loss: OnLossArg,
     /// All ranks are on this host, whatever --rdzv-endpoint says.
     #[arg(long)]
     standalone: bool,
@@ -119,7 +124,11 @@ impl LaunchArgs {
             node_rank,
             master_addr: endpoint.map(|e| e.host.clone()).or(self.master_addr.clone()),
             master_port: port,
-            max_restarts: self.max_restarts,
+            max_restarts: match self.on_loss {
+                OnLossArg::Wait => self.max_restarts,
+                OnLossArg::Shrink | OnLossArg::Fail => 0,
+            },
+            shrinks: self.on_loss == OnLossArg::Shrink,
             ..Launch::new(self.command.clone(), self.nproc()?)
         })
     }
@@ -160,7 +169,7 @@ fn parse_nnodes(text: &str) -> Result<u32, String> {
     match (number(least), number(most)) {
         (Some(least), Some(most)) if least == most => Ok(least),
         (Some(_), Some(_)) => {
-            Err("a group does not grow or shrink: both numbers must be the same".into())
+            Err("the number of hosts does not change: both numbers must be the same".into())
         }
         _ => Err("expected the number of hosts".into()),
     }

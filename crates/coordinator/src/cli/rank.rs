@@ -38,11 +38,12 @@ pub(super) fn launch(
         let nccl_hosts = shared && group.transport == Transport::Nccl;
         let final_lines = FinalLines::One;
         let max_restarts = match group.on_loss {
-            OnLoss::Fail => 0,
-            OnLoss::Wait | OnLoss::Shrink => group.max_restarts,
+            OnLoss::Fail | OnLoss::Shrink => 0,
+            OnLoss::Wait => group.max_restarts,
         };
+        let shrinks = group.on_loss == OnLoss::Shrink;
         let launch = Launch::new(command, load.tp);
-        let launch = Launch { max_restarts, final_lines, nccl_hosts, ..launch };
+        let launch = Launch { max_restarts, shrinks, final_lines, nccl_hosts, ..launch };
         launch.run()
     }) {
         Ok(ended) => launch::exit(&ended),
@@ -86,6 +87,10 @@ pub(super) fn run(arguments: &RankArgs, json: bool, log_level: LevelFilter) -> E
     }
     match run_rank(arguments, &place, json) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(e @ LoadError::NotNeeded { .. }) => {
+            tracing::warn!("{}", e.line());
+            ExitCode::SUCCESS
+        }
         // the coordinator prints the cause
         Err(e) if place.rank > 0 && is_told_by_rank_0(&e) => ExitCode::from(e.exit_code()),
         Err(e @ LoadError::Replaced { .. }) if is_started_again() => fail(&e.line(), REPLACE_ME),

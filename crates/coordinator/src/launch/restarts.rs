@@ -49,6 +49,8 @@ pub(super) struct Restarts {
     causes: Vec<Cause>,
     /// As [`Restarts::made`] says.
     made: u32,
+    /// Whether the others go on without a rank that has failed.
+    shrinks: bool,
     over: bool,
 }
 
@@ -66,6 +68,8 @@ enum State {
     Running,
     /// It ended well.
     Done,
+    /// It failed, and the others go on without it.
+    LeftBehind,
     /// It is to start.
     Due(Instant),
     /// It failed, and may not start unless all fail.
@@ -102,8 +106,14 @@ impl Restarts {
             open: None,
             causes: Vec::new(),
             made: 0,
+            shrinks: false,
             over: false,
         }
+    }
+
+    /// Whether the others go on without a rank that has failed, unless it is rank 0.
+    pub(super) fn shrinking(self, shrinks: bool) -> Self {
+        Self { shrinks, ..self }
     }
 
     /// Takes note of those that were found ended in one look, in their order, and returns which are started again because of
@@ -117,6 +127,8 @@ impl Restarts {
             if self.is_late(gone) {
                 tracing::warn!("rank {} {} when its work was done", gone.rank, gone.end);
                 self.with_rank(gone.rank, |rank| rank.state = State::Done);
+            } else if self.shrinks && gone.rank != 0 && !self.over {
+                self.left_behind(*gone);
             } else if !self.over {
                 self.failed(*gone, now);
             }
@@ -153,7 +165,7 @@ impl Restarts {
         let at = |rank: &Rank| match rank.state {
             State::Due(at) => Some(at),
             State::Held => self.open.as_ref().map(|open| open.until),
-            State::Running | State::Done => None,
+            State::Running | State::Done | State::LeftBehind => None,
         };
         self.ranks.values().filter_map(at).min()
     }
@@ -181,6 +193,13 @@ impl Restarts {
 
     fn one_is_done(&self) -> bool {
         self.ranks.values().any(|rank| rank.state == State::Done)
+    }
+
+    fn left_behind(&mut self, gone: Gone) {
+        tracing::warn!("rank {} {}; the others go on without it", gone.rank, gone.end);
+        self.with_rank(gone.rank, |rank| rank.state = State::LeftBehind);
+        self.causes.push(Cause { first: gone, others: Vec::new() });
+        self.over = self.ranks.values().all(|rank| rank.state == State::LeftBehind);
     }
 
     fn failed(&mut self, gone: Gone, now: Instant) {

@@ -41,7 +41,8 @@ impl Launch {
             shared: self.shared(secret)?,
             rank_0_writes: self.rank_0_writes(),
             supervisor: Supervisor { children: Children::default(), ended, signals },
-            restarts: Restarts::new(self.ranks(), self.max_restarts, self.final_lines),
+            restarts: Restarts::new(self.ranks(), self.max_restarts, self.final_lines)
+                .shrinking(self.shrinks),
             output,
         };
         let told = match group.until_over().await {

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 
 /// The version of everything that is said on a link; two processes that differ in it do not talk.
-pub const PROTOCOL_VERSION: u8 = 3;
+pub const PROTOCOL_VERSION: u8 = 4;
 
 /// Why bytes are no value, or a value no bytes.
 #[derive(Debug, thiserror::Error)]

@@ -5,9 +5,15 @@ use longshore_models::{
 };
 use longshore_rank::protocol::{LoadPlan, Read, ReadFrom};
 
+use crate::assignment::FormerGroup;
+
 /// Every byte that a rank needs and does not have is in exactly one read that it takes, and no byte that it has; the rounds of
-/// a rank's reads go up; what is read from parameters is there.
-pub(super) fn check_reads(load: &LoadPlan, have: &[Have]) -> Result<(), PlanError> {
+/// a rank's reads go up; what is read from parameters is there, or was in those of the `former` group.
+pub(super) fn check_reads(
+    load: &LoadPlan,
+    have: &[Have],
+    former: Option<&FormerGroup<'_>>,
+) -> Result<(), PlanError> {
     for (rank, reads) in load.reads.iter().enumerate() {
         check_order(rank, reads, load.read_bytes_max)?;
     }
@@ -19,7 +25,7 @@ pub(super) fn check_reads(load: &LoadPlan, have: &[Have]) -> Result<(), PlanErro
     let mut landing = Landing { load, have, ranks: vec![Landed::default(); have.len()] };
     for (reader, read) in all {
         landing.read(reader, read)?;
-        check_source(load, have, reader, read)?;
+        check_source(load, have, former, reader, read)?;
     }
     for (rank, landed) in (0..).zip(&landing.ranks) {
         let missing = missing_bytes(load, rank, &have[rank as usize]);
@@ -100,9 +106,24 @@ impl Landing<'_> {
 }
 
 /// A rank that reads from its parameters has all of the read there, for others to take.
-fn check_source(load: &LoadPlan, have: &[Have], reader: u32, read: &Read) -> Result<(), PlanError> {
-    if read.from == ReadFrom::Storage {
-        return Ok(());
+fn check_source(
+    load: &LoadPlan,
+    have: &[Have],
+    former: Option<&FormerGroup<'_>>,
+    reader: u32,
+    read: &Read,
+) -> Result<(), PlanError> {
+    match read.from {
+        ReadFrom::Storage => return Ok(()),
+        ReadFrom::Former => {
+            let having = former.map(|f| f.having(&load.checkpoint, read.file, read.range));
+            if having.is_some_and(|having| having.contains(reader)) {
+                return Ok(());
+            }
+            let found = format!("it did not have {} of file {}", read.range, read.file);
+            return Err(inconsistent(reader, found));
+        }
+        ReadFrom::Parameters => {}
     }
     let mut held = 0;
     for (tensor, within, _) in load.checkpoint.tensors_in(read.file, read.range) {
@@ -238,9 +259,9 @@ mod tests {
         ];
         for (what, damage) in damages {
             let mut load = plan.rest(&have).unwrap();
-            check_reads(&load, &have).unwrap();
+            check_reads(&load, &have, None).unwrap();
             damage(&mut load);
-            let checked = check_reads(&load, &have);
+            let checked = check_reads(&load, &have, None);
             assert!(matches!(checked, Err(PlanError::Inconsistent { .. })), "{what}: {checked:?}");
         }
     }

@@ -46,7 +46,12 @@ pub(crate) fn plan_hash(plan: &LoadPlan) -> PlanName {
         for read in reads {
             let round = read.round.map_or(0, |round| u64::from(round) + 1);
             hash.numbers(&[read.file.into(), read.range.start, read.range.end, round]);
-            hash.numbers(&[(read.from == ReadFrom::Parameters).into(), read.settled.into()]);
+            let from = match read.from {
+                ReadFrom::Storage => 0,
+                ReadFrom::Parameters => 1,
+                ReadFrom::Former => 2,
+            };
+            hash.numbers(&[from, read.settled.into()]);
         }
     }
     hash.shown(&plan.settled);

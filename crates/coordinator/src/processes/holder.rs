@@ -34,7 +34,7 @@ use tracing::{info, warn};
 
 use super::{
     GroupOptions, Joined, host_join,
-    member::{self, Again, Gathered, MemberMessage},
+    member::{self, Again, End, Gathered, MemberMessage},
     wait,
 };
 use crate::{
@@ -47,7 +47,7 @@ use crate::{
 };
 
 /// How long a reload waits for the reads of an earlier attempt that failed; a read from local storage takes far less.
-const QUIET_AFTER: Duration = Duration::from_secs(30);
+pub(super) const QUIET_AFTER: Duration = Duration::from_secs(30);
 
 /// What is known of the other ranks where the coordinator is lost when all were about to begin.
 const IN_DOUBT: &str = "another rank may have begun to write; start all ranks again";
@@ -111,7 +111,7 @@ impl Holder {
             place: place.clone(),
             options: prepared.options,
             group: *group,
-            plan: prepared.plan.clone(),
+            plan: prepared.plan.without_idle(),
             source: source.to_owned(),
             weights: Weights::Ready(params),
             joined,
@@ -193,7 +193,7 @@ impl Holder {
         source: &str,
         planned: Result<Plan, LoadError>,
     ) -> Result<(), LoadError> {
-        let validated = planned.and_then(|plan| self.validate(&plan));
+        let validated = planned.and_then(|plan| self.validate(&self.fitted(plan)?));
         let coming = self.joined.generation + 1;
         fault::at_point(self.place.rank, coming, Point::Validated);
         let prepared = match self.vote(source, validated).await {
@@ -218,6 +218,14 @@ impl Holder {
                 Ok(())
             }
             Err(cause) => Err(self.restore(cause).await),
+        }
+    }
+
+    /// For as many ranks as there are, which may be fewer than were planned for.
+    fn fitted(&self, plan: Plan) -> Result<Plan, LoadError> {
+        match self.plan.placement().parallel.tp() {
+            tp if plan.placement().parallel.tp() > tp => plan.for_fewer(tp),
+            _ => Ok(plan),
         }
     }
 
@@ -265,7 +273,9 @@ impl Holder {
         let released = wait(released).await;
         // of a load that fails the coordinator knows the first cause, this rank only what it was told
         let loaded = loaded.transpose()?;
-        let (params, generation) = released?;
+        let End::Complete(params, generation) = released? else {
+            return Err(LoadError::Runtime("a reload has changed the group".into()));
+        };
         // drops what was kept of it for another attempt
         self.weights = Weights::Ready(params);
         given_back(slice::from_ref(self.weights.params()?)).await;
@@ -294,7 +304,7 @@ impl Holder {
         let begun = Arc::get_mut(memory).ok_or_else(in_use)?.begin_again(placement.clone(), rank);
         begun.map_err(|source| LoadError::Rank { rank, source })?;
         let memory = Arc::clone(memory);
-        let join = host_join(&self.place, prepared, &self.group, self.joined.address)?;
+        let join = host_join(&self.place, prepared, &self.group, self.joined.address, None)?;
         let checked = Arc::clone(prepared);
         let ((released, outcome), (taken_up, answer)) = (oneshot::channel(), oneshot::channel());
         let again = Again {

@@ -12,7 +12,7 @@ use tokio::{
 use tracing::warn;
 
 use crate::{
-    coordination::{Outcome, Recovery},
+    coordination::{Loaded, Outcome, Recovery},
     error::LoadError,
     link::{
         handshake::Purpose,
@@ -30,6 +30,10 @@ pub(crate) struct HostingArguments {
     pub(crate) plan: PlanName,
     /// Each rank's counters, to be kept up to date.
     pub(crate) progress: Vec<Arc<Progress>>,
+    /// How many of the first ranks hold parameters.
+    pub(crate) holders: u32,
+    /// As [`SupervisorArguments::before`].
+    pub(crate) before: (Vec<LoadError>, u64),
     pub(crate) timing: Timing,
     /// How long ranks may take to join, and what follows a loss.
     pub(crate) recovery: Recovery,
@@ -55,12 +59,14 @@ const END_LIMIT: Duration = Duration::from_secs(2);
 
 impl Hosting {
     pub(crate) async fn start(arguments: HostingArguments) -> Result<Self, LoadError> {
-        let HostingArguments { listener, plan, progress, timing, recovery, stuck_after } =
+        let HostingArguments { listener, plan, progress, timing, recovery, stuck_after, .. } =
             arguments;
         // one for a result, one for the news that a rank was lost
         let (tell_gathered, gathered) = mpsc::channel(2);
         let start = SupervisorArguments {
             world_size: progress.len() as u32,
+            holders: arguments.holders,
+            before: arguments.before,
             ranks: Vec::new(),
             stuck_after,
             recovery,
@@ -97,8 +103,18 @@ impl Hosting {
     ///
     /// # Errors
     /// The first failure of any rank.
-    pub(crate) async fn load_again(&self, plan: PlanName) -> Outcome {
-        self.ask(|done| SupervisorMessage::LoadAgain { plan, done }).await
+    pub(crate) async fn load_again(&self, plan: PlanName) -> Result<Loaded, LoadError> {
+        // a reload is answered at once when a rank is lost
+        self.ask(|done| SupervisorMessage::LoadAgain { plan, done }).await?.complete()
+    }
+
+    /// Tells all ranks that the group goes on as another one, which is met at the same door: this one is closed first.
+    pub(crate) async fn shrink(&mut self, ranks: Vec<u32>) {
+        self.door.abort();
+        // it has ended or was aborted: closed in either case
+        let _ = (&mut self.door).await;
+        // an actor that is gone has nobody to tell
+        let _ = self.supervisor.cast(SupervisorMessage::Shrink(ranks));
     }
 
     async fn ask(

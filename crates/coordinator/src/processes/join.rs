@@ -24,7 +24,7 @@ use longshore_rank::{
 use tokio::{sync::mpsc, time::timeout_at};
 
 use crate::{
-    error::line,
+    error::{LoadError, line},
     fence::host_identity,
     link::{
         connect::{Connected, connect},
@@ -68,7 +68,18 @@ pub(crate) struct HostJoin {
     pub(crate) nccl: Option<(nccl::Form, Arc<Device>)>,
     /// The whole load.
     pub(crate) plan: Plan,
+    /// The larger group that this one is what is left of.
+    pub(crate) former: Option<FormerRanks>,
     pub(crate) announced: Mutex<Option<Announced>>,
+}
+
+/// A larger group, of which some ranks are left.
+#[derive(Debug, Clone)]
+pub(crate) struct FormerRanks {
+    /// What it was to load.
+    pub(crate) plan: Plan,
+    /// The number there of each that is left, in their order.
+    pub(crate) ranks: Vec<u32>,
 }
 
 /// What was announced last.
@@ -103,10 +114,16 @@ impl Join for HostJoin {
     }
 
     fn plan(&self, have: &[Have]) -> Result<(Arc<LoadPlan>, PlanName), RankError> {
+        let failed = |e: LoadError| RankError::Rest(e.line());
+        if let Some(FormerRanks { plan, ranks }) = &self.former {
+            let load = self.plan.after(plan, ranks, have).map_err(failed)?;
+            let name = plan_hash(&load);
+            return Ok((Arc::new(load), name));
+        }
         if have.iter().all(Have::is_empty) {
             return Ok((Arc::clone(&self.plan.load), self.plan.hash()));
         }
-        let rest = self.plan.rest(have).map_err(|e| RankError::Rest(e.line()))?;
+        let rest = self.plan.rest(have).map_err(failed)?;
         let name = plan_hash(&rest);
         Ok((Arc::new(rest), name))
     }

@@ -3,12 +3,13 @@
 
 use std::{collections::VecDeque, io, sync::Arc};
 
+use longshore_models::have::Have;
 use longshore_rank::{
     actor::{RankActor, RankArguments},
     error::RankError,
     params::{Home, ParamMemory, ReadyParams},
     protocol::{
-        Contact, Generation, Join, LoadPlan, PlanName, Progress, RankCommand, RankEvent,
+        Contact, Former, Generation, Join, LoadPlan, PlanName, Progress, RankCommand, RankEvent,
         RankEventKind, RankMessage, Work,
     },
 };
@@ -32,8 +33,17 @@ use crate::{
     },
 };
 
-/// What a rank holds when every rank is complete, and in which generation that is.
-pub(crate) type Released = Result<(ReadyParams, Generation), LoadError>;
+/// How a load has ended on a rank.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// Every rank is complete: what this one holds, and in which generation that is.
+    Complete(ReadyParams, Generation),
+    /// It goes on in a group of these ranks, of which this one is, with what it had here.
+    Shrunk { ranks: Vec<u32>, former: Option<Former> },
+}
+
+/// What a rank is told at the end of a load.
+pub(crate) type Released = Result<End, LoadError>;
 
 /// What all ranks have contributed, or nothing where that was not asked for.
 pub(crate) type Gathered = Result<Vec<Vec<u8>>, LoadError>;
@@ -54,6 +64,8 @@ pub(crate) struct MemberArguments {
     pub(crate) progress: Arc<Progress>,
     pub(crate) work: Arc<Work>,
     pub(crate) home: Home,
+    /// What it had in a larger group.
+    pub(crate) former: Option<Arc<Former>>,
     pub(crate) join: Arc<dyn Join>,
     pub(crate) plan: PlanName,
     pub(crate) check_at_end: CheckAtEnd,
@@ -133,6 +145,12 @@ pub(crate) struct MemberState {
     /// How the coordinator was lost whose successor is looked for.
     orphaned: Option<String>,
     plan: PlanName,
+    /// What it has is of a larger group, and was so told there.
+    is_of_former: bool,
+    /// What it had here, for a smaller group.
+    handed_over: Option<Option<Former>>,
+    /// Of which ranks that is.
+    shrunk: Option<Vec<u32>>,
     check_at_end: CheckAtEnd,
     generation: Generation,
     /// The last generation before another load was taken up: what comes later is about that. No other coordinator would know
@@ -156,9 +174,9 @@ impl Actor for Member {
         myself: ActorRef<MemberMessage>,
         arguments: MemberArguments,
     ) -> Result<MemberState, ActorProcessingErr> {
-        let MemberArguments { rank, coordinator, timing, progress, work, home, join, plan, .. } =
-            arguments;
-        let number = rank;
+        let MemberArguments { rank, coordinator, timing, progress, work, home, .. } = arguments;
+        let MemberArguments { former, join, plan, .. } = arguments;
+        let (number, is_of_former) = (rank, former.is_some());
         let start = RankArguments {
             rank,
             events: myself.get_derived(),
@@ -166,6 +184,7 @@ impl Actor for Member {
             work: Arc::clone(&work),
             home,
             reuse: None,
+            former,
             join: Some(join),
         };
         let (rank, _) = Actor::spawn_linked(None, RankActor, start, myself.get_cell()).await?;
@@ -180,6 +199,9 @@ impl Actor for Member {
             way: arguments.way,
             orphaned: None,
             plan,
+            is_of_former,
+            handed_over: None,
+            shrunk: None,
             check_at_end: arguments.check_at_end,
             generation: 0,
             before_again: None,
@@ -221,6 +243,8 @@ impl Actor for Member {
                     },
                 };
                 match (ended, &state.way) {
+                    // the group that follows is met by whoever waits for this
+                    _ if state.shrunk.is_some() => {}
                     // the load goes on, under whoever takes its place
                     (Err(reason), Some(way))
                         if state.released.is_some()
@@ -344,7 +368,7 @@ impl MemberState {
                     (self.complete.take(), self.released.take())
                 {
                     // whoever waited may have gone away
-                    let _ = released.send(Ok((complete, *generation)));
+                    let _ = released.send(Ok(End::Complete(complete, *generation)));
                 }
             }
             ToRank::Abort { generation, why } if *generation == self.generation => {
@@ -359,6 +383,10 @@ impl MemberState {
                     }
                 }
             }
+            ToRank::Shrink { ranks } => {
+                self.shrunk = Some(ranks.clone());
+                self.go_on_in_another();
+            }
             _ => {}
         }
         if let ToRank::Gathered(pieces) = told {
@@ -371,6 +399,23 @@ impl MemberState {
             // supervision tells when the rank is gone
             let _ = self.rank.cast(RankMessage::Command(command));
         }
+    }
+
+    /// Once it is known in which group, and nothing is at work in this one any more.
+    fn go_on_in_another(&mut self) {
+        if let (Some(ranks), Some(_)) = (&self.shrunk, &self.handed_over)
+            && let Some(released) = self.released.take()
+        {
+            let (ranks, former) = (ranks.clone(), self.handed_over.take().flatten());
+            // whoever waited may have gone away
+            let _ = released.send(Ok(End::Shrunk { ranks, former }));
+        }
+    }
+
+    /// In few ranges, what it has of what it needs here.
+    fn closed(&self, have: &Have) -> Have {
+        let LoadPlan { placement, checkpoint, .. } = &*self.work.plan;
+        placement.closed(checkpoint, self.number, have)
     }
 
     async fn take_up(&mut self, again: Again, myself: ActorRef<MemberMessage>) {
@@ -388,6 +433,7 @@ impl MemberState {
             work: Arc::clone(&work),
             home,
             reuse: Some(memory),
+            former: None,
             join: Some(join),
         };
         match Actor::spawn_linked(None, RankActor, start, myself.get_cell()).await {
@@ -395,6 +441,7 @@ impl MemberState {
             Err(e) => return drop(taken_up.send(Err(e.to_string()))),
         }
         (self.work, self.plan, self.check_at_end) = (work, plan, check_at_end);
+        self.is_of_former = false;
         (self.complete, self.released) = (None, Some(released));
         self.before_again = Some(self.generation);
         let _ = taken_up.send(Ok(()));
@@ -407,12 +454,16 @@ impl MemberState {
         }
         let what = match kind {
             RankEventKind::Allocated(Contact::Apart(endpoint), have) => {
-                let LoadPlan { placement, checkpoint, .. } = &*self.work.plan;
-                let have = placement.closed(checkpoint, self.number, &have);
+                let have = if self.is_of_former { have } else { self.closed(&have) };
                 Happened::Allocated { endpoint, plan: self.plan, have }
             }
             RankEventKind::Allocated(Contact::Here(_), _) => return,
             RankEventKind::Prepared(plan) => Happened::Prepared { plan },
+            RankEventKind::HandedOver(former) => {
+                let closed = |former: Former| Former { have: self.closed(&former.have), ..former };
+                self.handed_over = Some(former.map(closed));
+                return self.go_on_in_another();
+            }
             RankEventKind::Ready(params, report) => match (self.check_at_end)() {
                 Ok(()) => {
                     self.complete = params;

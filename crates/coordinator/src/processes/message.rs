@@ -39,6 +39,16 @@ pub(crate) enum ToRank {
         /// The generation.
         generation: Generation,
     },
+    /// [`RankCommand::HandOver`].
+    HandOver {
+        /// The generation.
+        generation: Generation,
+    },
+    /// The group goes on as another one, of these of its ranks, in this order.
+    Shrink {
+        /// Their numbers here.
+        ranks: Vec<u32>,
+    },
     /// The group goes on without this process: it ends.
     Dismissed {
         /// Why.
@@ -60,7 +70,8 @@ impl ToRank {
             ToRank::Start { generation } => RankCommand::Start { generation },
             ToRank::Abort { generation, why } => RankCommand::Abort { generation, why },
             ToRank::Release { generation } => RankCommand::Release { generation },
-            ToRank::Dismissed { .. } | ToRank::Gathered(_) => return None,
+            ToRank::HandOver { generation } => RankCommand::HandOver { generation },
+            ToRank::Shrink { .. } | ToRank::Dismissed { .. } | ToRank::Gathered(_) => return None,
         })
     }
 }

@@ -55,6 +55,8 @@ pub(crate) enum RemoteMessage {
     Plan(PlanName),
     /// The group is over, for this reason.
     Over(String),
+    /// The group goes on as another one, of these of its ranks.
+    Shrink(Vec<u32>),
     /// Every rank has contributed its piece; all of them, if this one wants them.
     Gathered(Vec<Vec<u8>>),
     /// Nothing is left to be said.
@@ -158,6 +160,7 @@ impl Actor for RemoteRank {
                 let generation = state.generation;
                 state.tell(Some(ToRank::Abort { generation, why }))
             }
+            RemoteMessage::Shrink(ranks) => state.tell(Some(ToRank::Shrink { ranks })),
             RemoteMessage::Gathered(pieces) => state.tell(Some(ToRank::Gathered(pieces))),
             RemoteMessage::End => {
                 state.outgoing = None;
@@ -265,6 +268,7 @@ pub(crate) fn to_rank(command: RankCommand) -> Option<ToRank> {
         RankCommand::Start { generation } => ToRank::Start { generation },
         RankCommand::Abort { generation, why } => ToRank::Abort { generation, why },
         RankCommand::Release { generation } => ToRank::Release { generation },
+        RankCommand::HandOver { generation } => ToRank::HandOver { generation },
     })
 }
 

@@ -21,7 +21,7 @@ use tracing::info;
 use turmoil::net::{TcpListener, TcpStream};
 
 use crate::{
-    coordination::{Coordination, Order, Recovery, Watched},
+    coordination::{Coordination, LoadEnd, Order, Recovery, Watched},
     error::{LoadError, line},
     link::{
         handshake::{self, Purpose, Terms},
@@ -98,9 +98,10 @@ pub(super) async fn host(world: Rc<World>, process: ProcessId, over: oneshot::Se
         replacements_max: world.scenario.replacements_max,
         join_limit: JOIN_LIMIT,
         own_rank: Some(0),
+        shrinks: false,
     };
     let mut host = Host {
-        coordination: Coordination::new(ranks, STUCK_AFTER, recovery),
+        coordination: Coordination::new(ranks, ranks, STUCK_AFTER, recovery, Vec::new()),
         process,
         said,
         remotes: BTreeMap::new(),
@@ -308,10 +309,8 @@ impl Host {
                     (self.failed, self.replaced) = (Some(why), true);
                 }
                 Order::Answer(outcome) => {
-                    let answer = match outcome {
-                        Ok(loaded) => Ok(loaded.generation),
-                        Err(e) => Err(e.line()),
-                    };
+                    let loaded = outcome.and_then(LoadEnd::complete);
+                    let answer = loaded.map(|loaded| loaded.generation).map_err(|e| e.line());
                     self.failed = answer.clone().err();
                     self.world.watch.borrow_mut().answers.push((self.process, answer));
                 }
@@ -389,6 +388,7 @@ fn word(kind: &RankEventKind) -> String {
         RankEventKind::Allocated(..) => "allocated".to_owned(),
         RankEventKind::Prepared(_) => "prepared".to_owned(),
         RankEventKind::Ready(..) => "ready".to_owned(),
+        RankEventKind::HandedOver(_) => "handed over".to_owned(),
         RankEventKind::Failed(e) => format!("failed: {}", line(e)),
     }
 }
@@ -401,12 +401,18 @@ fn told(order: &Order) -> String {
         RankCommand::Start { generation } => format!("start {generation}"),
         RankCommand::Abort { generation, why } => format!("abort {generation}: {why}"),
         RankCommand::Release { generation } => format!("release {generation}"),
+        RankCommand::HandOver { generation } => format!("hand over {generation}"),
     };
     match order {
         Order::Tell(rank, command) => format!("rank {rank}: {}", word(command)),
         Order::TellAll(command) => word(command),
         Order::Dismiss(rank, why) => format!("rank {rank} dismissed: {why}"),
-        Order::Answer(Ok(loaded)) => format!("answer: complete in {}", loaded.generation),
+        Order::Answer(Ok(LoadEnd::Complete(loaded))) => {
+            format!("answer: complete in {}", loaded.generation)
+        }
+        Order::Answer(Ok(LoadEnd::Shrunk(shrunk))) => {
+            format!("answer: {:?} are left", shrunk.ranks)
+        }
         Order::Answer(Err(e)) => format!("answer: {}", e.line()),
     }
 }

@@ -133,6 +133,8 @@ impl Rank {
             Message::Command(RankCommand::Start { generation }) => self.start(generation),
             Message::Command(RankCommand::Abort { generation, .. }) => self.abort(generation),
             Message::Command(RankCommand::Release { generation }) => self.release(generation),
+            // no group shrinks here
+            Message::Command(RankCommand::HandOver { .. }) => {}
             Message::Worker(generation, WorkerEvent::Joined(streams, plan, name)) => {
                 self.joined(generation, streams, plan, name);
             }

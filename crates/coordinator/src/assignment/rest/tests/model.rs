@@ -123,6 +123,7 @@ impl<'a> Model<'a> {
                         self.check_stored(reader, number, read, policy.row_gap_bytes)
                     }
                     ReadFrom::Storage => Ok(()),
+                    ReadFrom::Former => Err("there was no other group".to_owned()),
                 };
                 from.map_err(|wrong| format!("rank {reader} reads {read:?}: {wrong}"))?;
             }
