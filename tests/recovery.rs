@@ -13,6 +13,8 @@ use serde_json::Value;
 
 #[path = "common/processes.rs"]
 mod processes;
+#[path = "recovery/shrink.rs"]
+mod shrink;
 
 use processes::{Running, Story, signal};
 

@@ -22,7 +22,7 @@ use crate::{
     error::LoadError,
     load::RunOptions,
     plan::{Exchange, Plan, PlanOptions},
-    processes::{GroupOptions, TIME_LIMITS, Transport},
+    processes::{GroupOptions, OnLoss, TIME_LIMITS, Transport},
     report::{RanksAs, Report},
     source,
     tensors::{Tensors, TensorsOptions},
@@ -184,6 +184,18 @@ impl Load {
     /// How long rank processes may take to join.
     pub fn join_timeout(mut self, limit: Duration) -> Self {
         self.group.join_limit = limited(limit);
+        self
+    }
+
+    /// What becomes of a load that loses a rank process.
+    pub fn on_loss(mut self, what: OnLoss) -> Self {
+        self.group.on_loss = what;
+        self
+    }
+
+    /// How many lost rank processes may be replaced, all ranks together.
+    pub fn max_restarts(mut self, restarts: u32) -> Self {
+        self.group.max_restarts = restarts;
         self
     }
 

@@ -128,6 +128,8 @@ pub(crate) enum Order {
 pub(crate) struct Coordination {
     /// Whether each rank is there.
     present: Vec<bool>,
+    /// Where lost ranks are not replaced, whether each is one.
+    gone: Vec<bool>,
     /// How many of the first ranks hold parameters; the others only hand on what they have.
     holders: usize,
     stuck_after: Duration,
@@ -193,6 +195,7 @@ impl Coordination {
     ) -> Self {
         Self {
             present: vec![false; world_size as usize],
+            gone: vec![false; world_size as usize],
             holders: holders as usize,
             stuck_after,
             recovery,
@@ -240,14 +243,16 @@ impl Coordination {
     /// A rank has joined.
     pub(crate) fn joined(&mut self, rank: u32) -> Vec<Order> {
         let generation = self.generation;
+        if self.gone.get(rank as usize) == Some(&true) {
+            let why = "the group goes on without this rank".to_owned();
+            return vec![Order::Dismiss(rank, why)];
+        }
         if let Some(present) = self.present.get_mut(rank as usize) {
             *present = true;
         }
         match (&self.attempt, self.begun) {
             (Some(attempt), _) if attempt.shrinking.is_some() => {
-                self.present[rank as usize] = false;
-                let why = "the group goes on without this rank".to_owned();
-                vec![Order::Dismiss(rank, why)]
+                vec![Order::Tell(rank, RankCommand::HandOver { generation })]
             }
             (Some(_), _) => vec![Order::Tell(rank, RankCommand::Allocate { generation })],
             (None, false) => Vec::new(),
@@ -378,8 +383,14 @@ impl Coordination {
     pub(crate) fn look(&mut self, watched: Option<&[Watched]>, now: Instant) -> Vec<Order> {
         let Some(attempt) = &mut self.attempt else { return Vec::new() };
         if let Some(since) = attempt.shrinking {
-            let certain = now.duration_since(since) >= SHRINK_AFTER;
-            return if certain { self.shrink() } else { Vec::new() };
+            // whoever has not joined yet is on its way
+            let on_its_way =
+                self.present.iter().zip(&self.gone).any(|(there, gone)| !there && !gone);
+            let waited = now.duration_since(attempt.since) >= self.recovery.join_limit;
+            if now.duration_since(since) < SHRINK_AFTER || (on_its_way && !waited) {
+                return Vec::new();
+            }
+            return self.shrink();
         }
         let over =
             |(since, ..): &mut (Instant, u32, LoadError)| now.duration_since(*since) >= SUSPICION;
@@ -415,6 +426,7 @@ impl Coordination {
         if self.recovery.shrinks && !self.losses.is_empty() {
             // they were left over from a larger group, and are not any more
             self.losses.push(missing);
+            self.gone.iter_mut().zip(&self.present).for_each(|(gone, there)| *gone |= !there);
             return self.hand_over(now);
         }
         let end = self.with_losses(missing);
@@ -428,7 +440,7 @@ impl Coordination {
         }
         if self.recovery.shrinks && self.recovery.own_rank != Some(rank) {
             tracing::warn!("{}; the others go on without it", cause.line());
-            self.present[rank as usize] = false;
+            (self.present[rank as usize], self.gone[rank as usize]) = (false, true);
             let mut orders = vec![Order::Dismiss(rank, cause.line())];
             self.losses.push(cause);
             orders.extend(self.hand_over(now));
@@ -566,5 +578,99 @@ mod tests {
             }
             other => panic!("{other:?}"),
         }
+    }
+
+    const TEN_SECONDS: Duration = Duration::from_secs(10);
+
+    /// A group that goes on without lost ranks, its coordinator with rank 0, and a clock.
+    struct Shrinking {
+        coordination: Coordination,
+        now: Instant,
+    }
+
+    impl Shrinking {
+        fn new(ranks: u32) -> Self {
+            let recovery = Recovery {
+                own_rank: Some(0),
+                shrinks: true,
+                join_limit: TEN_SECONDS,
+                ..Recovery::NONE
+            };
+            let mut coordination =
+                Coordination::new(ranks, ranks, TEN_SECONDS, recovery, Vec::new());
+            coordination.begin(1, Instant::now());
+            Self { coordination, now: Instant::now() }
+        }
+
+        fn lose(&mut self, rank: u32) -> Vec<Order> {
+            self.coordination.lost(rank, "killed".to_owned(), self.now)
+        }
+
+        /// What is decided after so many milliseconds.
+        fn after(&mut self, ms: u64) -> Option<Outcome> {
+            self.now += Duration::from_millis(ms);
+            let orders = self.coordination.look(None, self.now);
+            orders.into_iter().find_map(|order| match order {
+                Order::Answer(outcome) => Some(outcome),
+                _ => None,
+            })
+        }
+    }
+
+    fn tells_to_hand_over(orders: &[Order]) -> bool {
+        let is = |order: &Order| matches!(order, Order::TellAll(RankCommand::HandOver { .. }));
+        orders.iter().any(is)
+    }
+
+    #[test]
+    fn a_group_goes_on_as_those_that_are_left_once_that_is_certain() {
+        let mut group = Shrinking::new(4);
+        (0..4).for_each(|rank| drop(group.coordination.joined(rank)));
+        let orders = group.lose(2);
+        assert!(matches!(orders[0], Order::Dismiss(2, _)) && tells_to_hand_over(&orders));
+        assert!(group.after(200).is_none());
+        // in the meantime nothing that ranks say counts, and another loss is waited with as well
+        assert!(group.coordination.event(ready(1, 1), group.now).is_empty());
+        let orders = group.lose(1);
+        assert!(matches!(orders[..], [Order::Dismiss(1, _)]));
+        // nobody comes back
+        assert!(matches!(group.coordination.joined(2)[..], [Order::Dismiss(2, _)]));
+        let Some(Ok(LoadEnd::Shrunk(shrunk))) = group.after(200) else { panic!() };
+        assert_eq!((shrunk.ranks, shrunk.generation), (vec![0, 3], 1));
+        let causes: Vec<String> = shrunk.losses.iter().map(LoadError::line).collect();
+        assert_eq!(causes, ["rank 2 was lost: killed", "rank 1 was lost: killed"]);
+        assert!(group.after(5000).is_none());
+    }
+
+    #[test]
+    fn ranks_that_are_on_their_way_are_not_left_behind() {
+        let mut group = Shrinking::new(3);
+        group.coordination.joined(1);
+        assert!(tells_to_hand_over(&group.lose(1)));
+        assert!(group.after(1000).is_none());
+        group.coordination.joined(0);
+        assert!(group.after(1000).is_none());
+        let told = group.coordination.joined(2);
+        assert!(matches!(told[..], [Order::Tell(2, RankCommand::HandOver { generation: 1 })]));
+        let Some(Ok(LoadEnd::Shrunk(shrunk))) = group.after(0) else { panic!() };
+        assert_eq!(shrunk.ranks, [0, 2]);
+        // but not for ever
+        let mut group = Shrinking::new(3);
+        (0..2).for_each(|rank| drop(group.coordination.joined(rank)));
+        group.lose(1);
+        assert!(group.after(9000).is_none());
+        let Some(Ok(LoadEnd::Shrunk(shrunk))) = group.after(1500) else { panic!() };
+        assert_eq!(shrunk.ranks, [0]);
+    }
+
+    #[test]
+    fn without_the_coordinators_own_rank_a_load_is_over() {
+        let mut group = Shrinking::new(3);
+        (0..3).for_each(|rank| drop(group.coordination.joined(rank)));
+        group.lose(1);
+        let orders = group.lose(0);
+        let Some(Order::Answer(Err(e))) = orders.last() else { panic!("{orders:?}") };
+        assert_eq!(e.line(), "rank 1 was lost: killed; then rank 0 was lost: killed");
+        assert!(group.after(5000).is_none());
     }
 }

@@ -85,7 +85,7 @@ pub use self::{
     error::LoadError,
     place::Place,
     plan::Exchange,
-    processes::Transport,
+    processes::{OnLoss, Transport},
     report::Report,
     secret::Secret,
     tensors::{Tensor, Tensors, TensorsOptions},

@@ -55,7 +55,9 @@ impl Load {
             async move { processes::load(&place, door, &source, prepared, &group, counters).await }
         };
         let complete = runtime.spawn(joining);
-        Ok(Joining { load: self, place, plan, progress, complete, runtime })
+        // a reload plans for as many, and then for those that are left
+        let load = Self { tensor_parallel: Some(ranks), ..self };
+        Ok(Joining { load, place, plan, progress, complete, runtime })
     }
 }
 
@@ -90,7 +92,8 @@ impl Joining {
     ///
     /// # Errors
     /// On rank 0 the first failure of any rank; elsewhere that of this process, or [`LoadError::GroupEnded`] with what the
-    /// coordinator says. Nothing is handed out.
+    /// coordinator says. Nothing is handed out. Of a group that went on with fewer ranks ([`Load::on_loss`]) those that have no
+    /// part of the model end with [`LoadError::NotNeeded`], for which an exit code of 0 is right.
     ///
     /// # Panics
     /// When called within a runtime's own thread.
@@ -123,7 +126,8 @@ impl Rank {
         self.holder.params().map(Params)
     }
 
-    /// Where it stands.
+    /// Where it stands; in a smaller group than it joined, where that has lost ranks and was to go on without them
+    /// ([`Load::on_loss`]).
     pub fn place(&self) -> &Place {
         self.holder.place()
     }
@@ -170,7 +174,8 @@ impl Rank {
     pub fn reload(&mut self, source: impl Into<String>) -> Result<(), LoadError> {
         let load = Load { source: source.into(), ..self.load.clone() };
         // of a source that this rank cannot plan the others have to learn
-        let planned = load.planned(self.holder.place().world_size);
+        let ranks = load.tensor_parallel.unwrap_or(self.holder.place().world_size);
+        let planned = load.planned(ranks);
         self.runtime.block_on(self.holder.reload(&load.source, planned))?;
         self.load = load;
         Ok(())

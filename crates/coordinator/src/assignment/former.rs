@@ -193,3 +193,136 @@ fn takers(placement: &Placement, checkpoint: &Checkpoint, file: u32, range: Byte
     }
     takers
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use longshore_harness::generator::{Checkpoint as Written, Family, Scheme};
+    use longshore_models::error::PlanError;
+    use longshore_rank::protocol::LoadPlan;
+
+    use super::*;
+    use crate::{
+        discover::discover,
+        error::LoadError,
+        plan::{Plan, PlanOptions, storage_bytes},
+    };
+
+    fn planned(family: Family, scheme: Scheme, tp: u32, ep: u32) -> Plan {
+        let directory = tempfile::tempdir().unwrap();
+        Written::new(family, scheme).write(directory.path()).unwrap();
+        let options = PlanOptions { tp, ep, read_bytes: Some(8 << 10), ..PlanOptions::default() };
+        Plan::new(discover(directory.path()).unwrap(), &options).unwrap()
+    }
+
+    fn everything(plan: &Plan) -> Have {
+        let mut have = Have::default();
+        for tensor in &plan.checkpoint().tensors {
+            have.insert(tensor.file, tensor.file_range);
+        }
+        have
+    }
+
+    /// The bytes of the files that are read from storage, and those that are handed on.
+    fn bytes(load: &LoadPlan) -> [BTreeSet<(u32, u64)>; 2] {
+        [ReadFrom::Storage, ReadFrom::Former].map(|from| {
+            let reads = load.reads.iter().flatten().filter(|read| read.from == from);
+            reads.flat_map(|r| (r.range.start..r.range.end).map(|at| (r.file, at))).collect()
+        })
+    }
+
+    /// Against every byte looked at: what a rank that is left needed of it in its old share, in a parameter that nothing changes
+    /// and as whole rows, is handed on; everything else that is needed is read, once.
+    #[test]
+    fn what_anyone_has_is_handed_on_and_everything_else_is_read() {
+        for (family, scheme, tp, ep, left, tp_left) in [
+            (Family::Llama, Scheme::Bf16, 4, 1, vec![0, 2, 3], 2),
+            (Family::DeepseekV3, Scheme::Bf16, 4, 4, vec![0, 3], 2),
+            (Family::DeepseekV3, Scheme::Fp8, 2, 1, vec![0], 1),
+            (Family::DeepseekV3, Scheme::Nvfp4, 2, 2, vec![0], 1),
+            (Family::KimiK25, Scheme::Int4, 4, 1, vec![0, 1, 3], 2),
+        ] {
+            let old = planned(family, scheme, tp, ep);
+            let new = old.for_fewer(left.len() as u32).unwrap();
+            assert_eq!(new.placement().parallel.tp(), tp_left, "{family:?} {scheme:?}");
+            assert_eq!(new.load.reads.len(), left.len());
+            let mut have = vec![everything(&old); left.len()];
+            // one has not got everything
+            let first = &old.checkpoint().tensors[0];
+            have[0] = Have::default();
+            have[0].insert(first.file, first.file_range);
+            let load = new.after(&old, &left, &have).unwrap();
+            let [stored, handed_on] = bytes(&load);
+            assert_eq!(stored.intersection(&handed_on).count(), 0);
+            assert_eq!((stored.len() + handed_on.len()) as u64, new.needed_bytes);
+            assert!(left.len() == 1 || !handed_on.is_empty(), "{family:?} {scheme:?}");
+            let unchanged = old.placement().unchanged();
+            for (id, tensor) in old.checkpoint().tensors.iter().enumerate() {
+                let pieces = old.placement().pieces_of(id as u32);
+                if pieces.is_empty() {
+                    continue;
+                }
+                let simple = pieces.iter().all(|p| {
+                    let rows = matches!(p.split, Split::Rows { .. });
+                    rows && p.from == p.to && unchanged[p.param as usize]
+                });
+                let (start, end) = (tensor.file_range.start, tensor.file_range.end);
+                for at in start..end {
+                    let within = ByteRange::new(at - start, at - start + 1);
+                    let had = left.iter().zip(&have).any(|(rank, have)| {
+                        let needs = |p: &PlacedPiece| {
+                            let part = p.members.part(*rank);
+                            part.is_some_and(|part| p.extent_in(part, within).is_some())
+                        };
+                        pieces.iter().any(needs)
+                            && have.file(tensor.file).covers(ByteRange::new(at, at + 1))
+                    });
+                    let byte = (tensor.file, at);
+                    assert_eq!(handed_on.contains(&byte), simple && had, "{} {at}", tensor.name);
+                    assert_eq!(stored.contains(&byte), !(simple && had), "{} {at}", tensor.name);
+                }
+            }
+        }
+    }
+
+    /// Whatever is left, a size is found that the model can be split over, and ranks beyond it read nothing.
+    #[test]
+    fn the_largest_size_that_is_left_is_taken() {
+        let plan = planned(Family::Llama, Scheme::Bf16, 4, 1);
+        for (left, tp) in [(4, 4), (3, 2), (2, 2), (1, 1)] {
+            let fewer = plan.for_fewer(left).unwrap();
+            assert_eq!(
+                (fewer.placement().parallel.tp(), fewer.load.reads.len() as u32),
+                (tp, left)
+            );
+            assert!(fewer.load.reads[tp as usize..].iter().all(Vec::is_empty));
+            assert_eq!(storage_bytes(&fewer.load).iter().sum::<u64>(), plan.needed_bytes);
+            let same = fewer.without_idle();
+            assert_eq!((same.load.reads.len(), same.forecast.len()), (tp as usize, tp as usize));
+        }
+        let experts = planned(Family::DeepseekV3, Scheme::Bf16, 4, 4);
+        let fewer = experts.for_fewer(3).unwrap();
+        assert_eq!((fewer.placement().parallel.tp(), fewer.placement().parallel.ep()), (2, 2));
+    }
+
+    #[test]
+    fn what_nobody_had_is_not_handed_on() {
+        let old = planned(Family::Llama, Scheme::Bf16, 4, 1);
+        let new = old.for_fewer(3).unwrap();
+        let nothing = vec![Have::default(); 3];
+        let load = new.after(&old, &[0, 1, 2], &nothing).unwrap();
+        assert_eq!(storage_bytes(&load).iter().sum::<u64>(), new.needed_bytes);
+        // a rank more or less than there are, or half an element
+        assert!(matches!(new.after(&old, &[0, 1], &nothing), Err(LoadError::Plan { .. })));
+        let mut half = nothing;
+        let norm = old.checkpoint().get("model.norm.weight").unwrap();
+        let start = norm.file_range.start;
+        half[1].insert(norm.file, ByteRange::new(start, start + 3));
+        let Err(LoadError::Plan { source: PlanError::Inconsistent { .. }, .. }) =
+            new.after(&old, &[0, 1, 2], &half)
+        else {
+            panic!()
+        };
+    }
+}

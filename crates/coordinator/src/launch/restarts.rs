@@ -473,4 +473,32 @@ mod tests {
         let mut story = Story::new(2, 9);
         assert_eq!(story.at(0, &[1], End::Exited(2)).len(), 1);
     }
+
+    #[test]
+    fn others_go_on_without_a_rank_unless_it_is_rank_0_or_the_last() {
+        let shrinking = |ranks| {
+            let mut story = Story::with_lines(ranks, 0, FinalLines::One);
+            story.restarts = story.restarts.shrinking(true);
+            story
+        };
+        let mut story = shrinking(4);
+        assert_eq!(story.at(0, &[2], KILLED), []);
+        assert_eq!(story.at(100, &[1], End::Exited(1)), []);
+        assert_eq!(story.next_ms(), None);
+        assert!(!story.restarts.is_over());
+        assert_eq!(story.at(200, &[0, 3], End::Exited(0)), []);
+        assert!(!story.restarts.is_over());
+        let mut story = shrinking(3);
+        story.at(0, &[2], KILLED);
+        story.at(100, &[0], KILLED);
+        assert!(story.restarts.is_over());
+        assert_eq!(story.causes(), [[2], [0]]);
+        // a host of which no rank is left
+        let mut story = shrinking(3);
+        story.restarts.ranks.remove(&0);
+        story.at(0, &[1], KILLED);
+        assert!(!story.restarts.is_over());
+        story.at(5, &[2], FAILED);
+        assert!(story.restarts.is_over());
+    }
 }

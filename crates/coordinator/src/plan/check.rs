@@ -265,4 +265,28 @@ mod tests {
             assert!(matches!(checked, Err(PlanError::Inconsistent { .. })), "{what}: {checked:?}");
         }
     }
+
+    #[test]
+    fn what_is_taken_over_was_there() {
+        let (old, mut have) = lost_at_the_end();
+        let ranks = [0, 2, 3];
+        have.remove(LOST);
+        let new = old.for_fewer(3).unwrap();
+        let had = FormerGroup::new(old.placement(), &ranks, &have);
+        let nothing = vec![Have::default(); 2];
+        let mut load = new.after(&old, &ranks, &have).unwrap();
+        check_reads(&load, &nothing, Some(&had)).unwrap();
+        let wrong = |load: &LoadPlan, had: Option<&FormerGroup<'_>>| {
+            matches!(check_reads(load, &nothing, had), Err(PlanError::Inconsistent { .. }))
+        };
+        assert!(wrong(&load, None));
+        let stored = load.reads[0].iter().position(|read| read.from == ReadFrom::Storage).unwrap();
+        load.reads[0][stored].from = ReadFrom::Former;
+        assert!(wrong(&load, Some(&had)));
+        load.reads[0][stored].from = ReadFrom::Storage;
+        check_reads(&load, &nothing, Some(&had)).unwrap();
+        let less = vec![have[0].clone(), have[1].clone(), Have::default()];
+        let had = FormerGroup::new(old.placement(), &ranks, &less);
+        assert!(wrong(&load, Some(&had)));
+    }
 }

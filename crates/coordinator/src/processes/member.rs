@@ -362,6 +362,8 @@ impl MemberState {
                 // complete means now what it means in this generation
                 self.complete = None;
             }
+            // a rank may come to a group that is about to shrink
+            ToRank::HandOver { generation } => self.generation = *generation,
             ToRank::Dismissed { why } => self.end(Over::Dismissed { why: why.clone() }),
             ToRank::Release { generation } if *generation == self.generation => {
                 if let (Some(complete), Some(released)) =
