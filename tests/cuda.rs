@@ -361,6 +361,43 @@ fn a_rank_that_is_killed_ends_the_others_also_in_nccl() {
     }
 }
 
+/// A rank is killed in the middle: one that is started in its place, or the ranks that are left, complete the load with the bytes
+/// of the host's, however they exchange.
+#[test]
+fn a_load_onto_devices_survives_the_loss_of_a_rank() {
+    let Some(cuda) = Cuda::emulated() else { return };
+    let scratch = Scratch::new().unwrap();
+    let dir = written(&scratch, &Checkpoint::new(Family::DeepseekV3, Scheme::Bf16));
+    let mut seed = 20;
+    let on_host = |tp: &str| {
+        let mut command = Command::new(program());
+        command.args(["load", "--json", "--log-level", "error", "--tp", tp]).arg(&dir);
+        json(&mut command)["digest"].clone()
+    };
+    let wants = [("wait", on_host("4")), ("shrink", on_host("2"))];
+    for transport in ["nccl", "host", "tcp"] {
+        for point in ["allocated", "prepared", "started", "read", "ready"] {
+            for (on_loss, want) in &wants {
+                seed += 1;
+                let what = format!("{transport}, killed when {point}, {on_loss}");
+                let mut command = cuda.longshore(&late(seed));
+                emulated_nccl(&mut command, &NcclOptions::default());
+                command.args(["load", "--json", "--log-level", "error", "--device", "cuda"]);
+                command.args(["--tp", "4", "--ranks", "processes", "--read-size", "64KiB"]);
+                command.args(["--transport", transport, "--on-loss", on_loss]).arg(&dir);
+                let fault = format!("rank=2,generation=1,at={point},do=kill");
+                command.env("LONGSHORE_FAULT", fault);
+                let report = json(&mut command);
+                assert_eq!(&report["digest"], want, "{what}");
+                assert_eq!(report["restarts"], 1, "{what}");
+                for rank in report["ranks"].as_array().unwrap() {
+                    assert_eq!(rank["final_staging_bytes"], 0, "{what}");
+                }
+            }
+        }
+    }
+}
+
 /// Every family and scheme, also with experts in groups: digest and counters of the host's load, staging within its limit and
 /// back at zero, device memory within parameters, limit and workspace.
 #[test]

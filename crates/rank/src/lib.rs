@@ -22,7 +22,7 @@
 //! * RNK-5: parameters are written again (a reload) only by whoever owns their memory alone: no worker of an earlier
 //!   attempt and no reader is left.
 //! * RNK-6: a worker's post-processing works on at most 128 rows of a matrix beside the parameters.
-//! * RNK-7: what a rank says that it has has landed in its parameters; it is kept until the load ends, and never read again.
+//! * RNK-7: what a rank says that it has, has landed in its parameters; its group's load neither loses it nor reads it again.
 
 pub mod actor;
 pub mod collective;
