@@ -5,7 +5,7 @@
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
 
-use std::{env, str::FromStr, thread, time::Instant};
+use std::{env, process::Command, str::FromStr, thread, time::Instant};
 
 use longshore_harness::generator::{Checkpoint, Family, Scheme};
 use longshore_rank::fault::Point;
@@ -30,8 +30,12 @@ struct Undisturbed {
 
 impl Undisturbed {
     fn new(tp: u32, family: Family, scheme: Scheme) -> Self {
+        Self::of(tp, Checkpoint::new(family, scheme))
+    }
+
+    fn of(tp: u32, checkpoint: Checkpoint) -> Self {
         let story = Story::new();
-        Checkpoint::new(family, scheme).files(3).write(&story.path("checkpoint")).unwrap();
+        checkpoint.files(3).write(&story.path("checkpoint")).unwrap();
         let tp_text = tp.to_string();
         let load = ["load", "checkpoint", "--tp", &tp_text];
         let report = story.start(story.command(&[&load[..], &QUIET].concat())).end().json();
@@ -40,11 +44,15 @@ impl Undisturbed {
 
     /// `longshore load` with a process per rank.
     fn load(&self, fault: &str, extra: &[&str]) -> Running {
+        self.story.start(self.command("checkpoint", fault, extra))
+    }
+
+    fn command(&self, source: &str, fault: &str, extra: &[&str]) -> Command {
         let tp = self.tp.to_string();
-        let load = ["load", "checkpoint", "--ranks", "processes", "--tp", &tp];
+        let load = ["load", source, "--ranks", "processes", "--tp", &tp];
         let mut command = self.story.command(&[&load[..], &QUIET, extra].concat());
         command.env("LONGSHORE_FAULT", fault);
-        self.story.start(command)
+        command
     }
 
     /// That a load ended as if nothing had happened; returns its report.
@@ -91,29 +99,73 @@ fn a_rank_that_is_killed_at_any_boundary_is_replaced() {
 /// Whenever it is: one rank or several, chosen at random, in loads that are slow enough to be met in the middle.
 #[test]
 fn ranks_that_are_killed_at_random_moments_are_replaced() {
-    let kills: u32 = number("LONGSHORE_KILLS", 6);
-    let seed: u64 = number("LONGSHORE_SEED", 1);
-    for (tp, family, extra) in
-        [(2, Family::DeepseekV3, &[][..]), (4, Family::Llama, &["--transport", "tcp"])]
-    {
+    for (tp, family, extra) in [
+        (2, Family::DeepseekV3, &[][..]),
+        (4, Family::Llama, &["--transport", "tcp"]),
+        (8, Family::Qwen3, &[]),
+    ] {
         let undisturbed = Undisturbed::new(tp, family, Scheme::Bf16);
+        undisturbed.kill_at_random(&|| undisturbed.command("checkpoint", SLOW, extra));
+    }
+}
+
+impl Undisturbed {
+    fn kill_at_random(&self, command: &dyn Fn() -> Command) {
+        let kills: u32 = number("LONGSHORE_KILLS", 4);
+        let seed: u64 = number("LONGSHORE_SEED", 1);
         let began = Instant::now();
-        undisturbed.check(undisturbed.load(SLOW, extra), "undisturbed");
+        self.check(self.story.start(command()), "undisturbed");
         let usual = began.elapsed();
         for kill in 0..kills {
             let mut random = Random(seed << 32 | u64::from(kill));
             let losses = 1 + random.below(2);
-            let what = format!("tp {tp} {extra:?}, seed {seed}, kill {kill}: {losses} losses");
-            let load = undisturbed.load(SLOW, extra);
+            let load = self.story.start(command());
             for _ in 0..losses {
                 thread::sleep(usual.mul_f64(random.below(1000) as f64 / 1000.0 / losses as f64));
-                let rank = random.below(tp.into()) as u32;
+                let rank = random.below(self.tp.into()) as u32;
                 // it may be on its way, or over
-                if let Some(process) = undisturbed.story.rank_now(rank) {
+                if let Some(process) = self.story.rank_now(rank) {
                     signal(process.pid, "KILL");
                 }
             }
-            undisturbed.check(load, &what);
+            let what = format!("tp {}, seed {seed}, kill {kill}: {losses} losses", self.tp);
+            self.check(load, &what);
+        }
+    }
+}
+
+/// What a rank is lost with is read once more, and nothing else: of row-parallel weights its columns alone, where the gaps between
+/// them are longer than what a disk reads at a time. (Where they are not, whole rows are read.)
+#[test]
+fn a_lost_rank_costs_its_share_of_the_reads() {
+    const IN_FLIGHT: u64 = 1 << 20;
+    for tp in [2, 4] {
+        let wide = Checkpoint::new(Family::Llama, Scheme::Bf16)
+            .set("hidden_size", 512)
+            .set("num_attention_heads", 64)
+            .set("num_key_value_heads", 8)
+            .set("head_dim", 128)
+            .set("intermediate_size", 16384);
+        let undisturbed = Undisturbed::of(tp, wide);
+        let count = |of: &Value| of["storage_bytes_read"].as_u64().unwrap();
+        let needed = undisturbed.report["needed_bytes"].as_u64().unwrap();
+        assert_eq!(count(&undisturbed.report), needed);
+        for point in [Point::Started, Point::Read, Point::Ready] {
+            let what = format!("tp {tp}, killed when {}", point.name());
+            let fault = format!("rank=1,at={},do=kill", point.name());
+            let report = undisturbed.check(undisturbed.load(&fault, &[]), &what);
+            // what the lost one can have read at most: the share of a load that nothing disturbs
+            let lost = count(&undisturbed.report["ranks"][1]);
+            let read = count(&report);
+            let most = needed + needed / u64::from(tp) + IN_FLIGHT;
+            assert!(read + lost <= most, "{what}: {read} + {lost} of {needed}");
+            // the others had read their own by then
+            let others = (0..tp as usize).filter(|rank| *rank != 1 && point != Point::Started);
+            for rank in others {
+                let (own, usual) =
+                    (count(&report["ranks"][rank]), count(&undisturbed.report["ranks"][rank]));
+                assert!(own <= usual + IN_FLIGHT, "{what}: rank {rank} {own} of {usual}");
+            }
         }
     }
 }
@@ -191,15 +243,21 @@ fn a_rank_that_is_killed_while_it_loads_from_s3_is_replaced() {
         let name = format!("some/model/{}", entry.file_name().to_str().unwrap());
         server.put("bucket", &name, std::fs::read(entry.path()).unwrap());
     }
+    let from_s3 = |of: &Undisturbed, fault: &str| {
+        let mut command = of.command("s3://bucket/some/model", fault, &[]);
+        command.envs(server.environment(Dialect::S3));
+        command.env("LONGSHORE_CACHE_DIR", of.story.path("cache"));
+        command
+    };
     for point in [Point::Prepared, Point::Started, Point::Read, Point::Ready] {
         for rank in [0, 1] {
             let what = format!("from S3, rank {rank} killed when {}", point.name());
-            let load = ["load", "s3://bucket/some/model", "--ranks", "processes", "--tp", "2"];
-            let mut command = undisturbed.story.command(&[&load[..], &QUIET].concat());
-            command.envs(server.environment(Dialect::S3));
-            command.env("LONGSHORE_CACHE_DIR", undisturbed.story.path("cache"));
-            command.env("LONGSHORE_FAULT", format!("rank={rank},at={},do=kill", point.name()));
-            undisturbed.check(undisturbed.story.start(command), &what);
+            let fault = format!("rank={rank},at={},do=kill", point.name());
+            let load = undisturbed.story.start(from_s3(&undisturbed, &fault));
+            undisturbed.check(load, &what);
         }
     }
+    undisturbed.kill_at_random(&|| from_s3(&undisturbed, SLOW));
+    let four = Undisturbed::new(4, Family::DeepseekV3, Scheme::Bf16);
+    four.kill_at_random(&|| from_s3(&four, SLOW));
 }

@@ -133,10 +133,10 @@ impl Join for HostJoin {
         generation: Generation,
         roster: &[Endpoint],
     ) -> Result<Arc<dyn Collective>, RankError> {
-        let announced = self.announced.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(Announced { segment, listener, .. }) =
-            announced.filter(|a| a.generation == generation)
-        else {
+        let mut announced = self.announced.lock().unwrap_or_else(PoisonError::into_inner);
+        // what a later generation has announced is not for this one, which is late
+        let announced = announced.take_if(|a| a.generation == generation);
+        let Some(Announced { segment, listener, .. }) = announced else {
             let what = format!("generation {generation} was not announced");
             return Err(CollectiveError::Operation { what }.into());
         };
