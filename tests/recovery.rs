@@ -134,6 +134,21 @@ impl Undisturbed {
     }
 }
 
+/// At once, so that one of them is left; also where that is not rank 0.
+#[test]
+fn all_ranks_but_one_may_be_lost() {
+    let undisturbed = Undisturbed::new(4, Family::DeepseekV3, Scheme::Bf16);
+    for left in [0, 3] {
+        for point in [Point::Prepared, Point::Started, Point::Read] {
+            let lost = (0..4).filter(|rank| *rank != left);
+            let faults = lost.map(|rank| format!("rank={rank},at={},do=kill", point.name()));
+            let faults: Vec<String> = faults.collect();
+            let load = undisturbed.load(&faults.join(";"), &[]);
+            undisturbed.check(load, &format!("rank {left} is left, when {}", point.name()));
+        }
+    }
+}
+
 /// What a rank is lost with is read once more, and nothing else: of row-parallel weights its columns alone, where the gaps between
 /// them are longer than what a disk reads at a time. (Where they are not, whole rows are read.)
 #[test]
@@ -150,18 +165,21 @@ fn a_lost_rank_costs_its_share_of_the_reads() {
         let count = |of: &Value| of["storage_bytes_read"].as_u64().unwrap();
         let needed = undisturbed.report["needed_bytes"].as_u64().unwrap();
         assert_eq!(count(&undisturbed.report), needed);
-        for point in [Point::Started, Point::Read, Point::Ready] {
-            let what = format!("tp {tp}, killed when {}", point.name());
-            let fault = format!("rank=1,at={},do=kill", point.name());
+        // with rank 0 goes the coordinator
+        for (point, lost_rank) in
+            [Point::Started, Point::Read, Point::Ready].into_iter().flat_map(|p| [(p, 1), (p, 0)])
+        {
+            let what = format!("tp {tp}, rank {lost_rank} killed when {}", point.name());
+            let fault = format!("rank={lost_rank},at={},do=kill", point.name());
             let report = undisturbed.check(undisturbed.load(&fault, &[]), &what);
             // what the lost one can have read at most: the share of a load that nothing disturbs
-            let lost = count(&undisturbed.report["ranks"][1]);
+            let lost = count(&undisturbed.report["ranks"][lost_rank]);
             let read = count(&report);
             let most = needed + needed / u64::from(tp) + IN_FLIGHT;
             assert!(read + lost <= most, "{what}: {read} + {lost} of {needed}");
             // the others had read their own by then
-            let others = (0..tp as usize).filter(|rank| *rank != 1 && point != Point::Started);
-            for rank in others {
+            let others = (0..tp as usize).filter(|rank| *rank != lost_rank);
+            for rank in others.filter(|_| point != Point::Started) {
                 let (own, usual) =
                     (count(&report["ranks"][rank]), count(&undisturbed.report["ranks"][rank]));
                 assert!(own <= usual + IN_FLIGHT, "{what}: rank {rank} {own} of {usual}");

@@ -485,7 +485,7 @@ impl Attempt {
 
 /// How long the ranks that are left of a group may take to plan for fewer and to join, beyond what it takes to notice that one
 /// of them is lost as well.
-const REGROUP_LIMIT: Duration = Duration::from_secs(10);
+const REGROUP_LIMIT: Duration = Duration::from_secs(20);
 
 async fn wait(released: oneshot::Receiver<member::Released>) -> member::Released {
     released.await.map_err(|_| LoadError::Runtime("the rank's actor has ended".into()))?
