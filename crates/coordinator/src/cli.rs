@@ -253,6 +253,7 @@ fn run_load(arguments: &LoadArgs, json: bool) -> Result<(), LoadError> {
         reports: &group.reports,
         warnings: &group.warnings,
         verified: group.verified.as_ref(),
+        kept_bytes: group.kept_bytes,
         generation: group.generation(),
         lost: Lost::default(),
         ranks_as: RanksAs::Threads,

@@ -3,13 +3,14 @@
 //! Design: everything about the new checkpoint is validated before the first byte of it is written (headers, shapes,
 //! dtypes, completeness, the same parameters on every rank, every file open and as long as its header says). All ranks
 //! commit or none does: a failure before the first write leaves the old weights as they were; a failure while writing is
-//! repaired by loading the old checkpoint again. Where that fails too, the group is not ready, and says so instead of
+//! repaired by loading the old checkpoint again. What both checkpoints have in files that are the same is neither read nor
+//! written, forth or back. Where that fails too, the group is not ready, and says so instead of
 //! handing out a mix.
 
 use std::{
     path::Path,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use longshore_rank::{
@@ -21,8 +22,8 @@ use tracing::{info, warn};
 
 use crate::{
     error::LoadError,
-    load::{Finished, Prepared, RunOptions, attempt, given_back, prepare_into, progress_of},
-    plan::Plan,
+    load::{Finished, Prepared, Reuse, RunOptions, attempt, given_back, prepare_into, progress_of},
+    plan::{Plan, changed},
     verify::Verified,
 };
 
@@ -35,6 +36,8 @@ pub struct Group {
     /// The plan of the weights that it holds, or held last.
     plan: Plan,
     options: RunOptions,
+    /// When its files were opened.
+    opened: SystemTime,
     generation: Generation,
     weights: Weights,
     /// What each rank did in the load of these weights.
@@ -43,6 +46,8 @@ pub struct Group {
     pub warnings: Vec<String>,
     /// Which of the files were verified, where that was asked for.
     pub verified: Option<Verified>,
+    /// Checkpoint bytes that were in place before, and so were not read.
+    pub kept_bytes: u64,
     /// Seconds that it took, from opening the files until every rank was ready.
     pub seconds: f64,
 }
@@ -60,11 +65,13 @@ impl Group {
         Self {
             plan: prepared.plan,
             options: prepared.options,
+            opened: prepared.opened,
             generation: finished.generation,
             weights: Weights::Ready(finished.ranks),
             reports: finished.reports,
             warnings: prepared.warnings,
             verified: prepared.verified,
+            kept_bytes: 0,
             seconds: finished.seconds,
         }
     }
@@ -101,7 +108,8 @@ impl Group {
         self.generation
     }
 
-    /// Loads another checkpoint into the same parameters, at the same addresses.
+    /// Loads another checkpoint into the same parameters, at the same addresses. What both have in files that are the same is
+    /// not read, and nobody writes it.
     ///
     /// # Errors
     /// Refused before the first write (files that cannot be opened or have changed, other parameters than the group
@@ -118,32 +126,41 @@ impl Group {
         let same = self.plan.placement().same_parameters(plan.placement());
         same.map_err(|source| LoadError::Plan { path: plan.origin.shown().into(), source })?;
         let prepared = prepare_into(plan, &self.options, 0)?;
-        match self.write(&prepared, progress).await {
+        let changed = match &self.weights {
+            Weights::Ready(_) => changed(&self.plan, plan, self.opened),
+            // what of it is whole is not known
+            Weights::NotReady { .. } => vec![true; plan.placement().params.len()],
+        };
+        match self.write(&prepared, &changed, progress).await {
             Ok(()) => {
                 self.plan = prepared.plan;
                 Ok(())
             }
-            Err(cause) => Err(self.restore(cause).await),
+            Err(cause) => Err(self.restore(&changed, cause).await),
         }
     }
 
-    /// Writes a prepared checkpoint over whatever the memory holds.
+    /// Writes what is `changed` of a prepared checkpoint over whatever the memory holds.
     async fn write(
         &mut self,
         prepared: &Prepared,
+        changed: &[bool],
         progress: Vec<Arc<Progress>>,
     ) -> Result<(), LoadError> {
+        let kept = prepared.kept(changed);
+        let left = prepared.plan.left(&vec![kept.have.clone(); prepared.plan.load.reads.len()])?;
         self.generation += 1;
-        let reuse = self.memory_alone().await?;
+        let memory = self.memory_alone().await?;
         let placement = &prepared.plan.load.placement;
-        let alone: Option<Vec<&mut ParamMemory>> = reuse.iter_mut().map(Arc::get_mut).collect();
+        let alone: Option<Vec<&mut ParamMemory>> = memory.iter_mut().map(Arc::get_mut).collect();
         let Some(alone) = alone else {
             return Err(LoadError::NotReady { why: "its memory is in use".into() });
         };
         std::thread::scope(|scope| {
             let mut begun = Vec::with_capacity(alone.len());
             for (rank, memory) in alone.into_iter().enumerate() {
-                let begin = move || memory.begin_again(Arc::clone(placement), rank as u32);
+                let (placement, kept) = (Arc::clone(placement), &*kept);
+                let begin = move || memory.begin_again(placement, rank as u32, kept);
                 begun.push((rank as u32, scope.spawn(begin)));
             }
             let panicked = |_| Err(RankError::Panicked("while it began again".to_owned()));
@@ -152,8 +169,11 @@ impl Group {
                 begun.map_err(|source| LoadError::Rank { rank, source })
             })
         })?;
-        let reuse = reuse.clone();
+        let kept_bytes = kept.bytes;
+        let reuse = Reuse { memory: memory.clone(), kept, left };
         let finished = attempt(prepared, self.generation, Some(reuse), progress).await?;
+        self.opened = prepared.opened;
+        self.kept_bytes = kept_bytes;
         self.reports = finished.reports;
         self.warnings.clone_from(&prepared.warnings);
         self.verified.clone_from(&prepared.verified);
@@ -189,14 +209,14 @@ impl Group {
         }
     }
 
-    /// Loads the old checkpoint again, if it is still the same; says how that went.
-    async fn restore(&mut self, cause: LoadError) -> LoadError {
+    /// Loads what was `changed` of the old checkpoint again, if it is still the same; says how that went.
+    async fn restore(&mut self, changed: &[bool], cause: LoadError) -> LoadError {
         let old = self.plan.clone();
         let kept = old.origin.shown().to_owned();
         warn!("reload failed, loading {} again: {}", kept.display(), cause.line());
         // refuses files that are not those which were planned for, and so not those which were loaded
         let outcome = match prepare_into(&old, &self.options, 0) {
-            Ok(prepared) => self.write(&prepared, progress_of(&old)).await,
+            Ok(prepared) => self.write(&prepared, changed, progress_of(&old)).await,
             Err(e) => Err(e),
         };
         let not_restored = outcome.err().map(|e| e.line());

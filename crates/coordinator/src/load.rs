@@ -8,7 +8,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use longshore_kernels::{cuda::driver::Device, host::cast::cast};
@@ -16,12 +16,13 @@ use longshore_models::{
     Dtype,
     byte_range::ByteRange,
     checkpoint::{Checkpoint, TensorId},
+    have::Kept,
 };
 use longshore_rank::{
     collective::nccl,
     device::Form,
     params::{Home, ParamMemory, ReadyParams},
-    protocol::{Generation, Progress, RankReport, Work},
+    protocol::{Generation, LoadPlan, Progress, RankReport, Work},
     staging::DIRECT_ALIGNMENT,
     storage::{CheckpointSource, FileIdentity, IoChoice},
     stream::slab_bytes,
@@ -82,6 +83,8 @@ pub struct Prepared {
     /// Which files were verified, where that was asked for.
     pub(crate) verified: Option<Verified>,
     sources: Arc<Vec<CheckpointSource>>,
+    /// When these were opened, or the first of them that were read for this load.
+    pub(crate) opened: SystemTime,
     concurrency: usize,
     /// Where the parameters of each rank of this process live.
     pub(crate) homes: Vec<Home>,
@@ -103,6 +106,21 @@ impl Prepared {
             pinned_slabs: self.pinned_slabs,
             device_form: self.device_form,
         })
+    }
+
+    /// Of which some was read since `opened`.
+    pub(crate) fn since(self, opened: SystemTime) -> Self {
+        Self { opened, ..self }
+    }
+
+    /// What stays in memory of which all else is `changed`.
+    pub(crate) fn kept(&self, changed: &[bool]) -> Arc<Kept> {
+        let kept = self.plan.kept(changed);
+        if !kept.is_empty() {
+            let (bytes, of) = (bytes_text(kept.bytes), bytes_text(self.plan.needed_bytes));
+            info!("{bytes} of {of} are in place already: their files are the same");
+        }
+        Arc::new(kept)
     }
 
     /// What this process's rank would bring to an exchange over NCCL, and where.
@@ -245,7 +263,7 @@ fn prepare_ranks(
     here: Here,
     exchange: impl FnOnce(&mut usize, &mut u64) -> Result<Option<ExchangeStaging>, LoadError>,
 ) -> Result<Prepared, LoadError> {
-    let started = Instant::now();
+    let (started, opened) = (Instant::now(), SystemTime::now());
     let share = (here.first as usize, plan.load.reads.len() / here.homes.len().max(1));
     let sources = open_sources(&plan.origin, plan.checkpoint(), &plan.identities, options.io)?;
     let mut concurrency = concurrency(plan, options, &sources, here.ranks);
@@ -282,6 +300,7 @@ fn prepare_ranks(
         plan: plan.clone(),
         options: *options,
         sources: Arc::new(sources),
+        opened,
         concurrency,
         homes,
         pinned_slabs: slabs as u32,
@@ -363,19 +382,35 @@ pub(crate) struct Finished {
     pub(crate) seconds: f64,
 }
 
+/// Memory that is loaded into again.
+#[derive(Debug)]
+pub(crate) struct Reuse {
+    /// Of each rank.
+    pub(crate) memory: Vec<Arc<ParamMemory>>,
+    /// What of it is not written.
+    pub(crate) kept: Arc<Kept>,
+    /// How all else is.
+    pub(crate) left: Arc<LoadPlan>,
+}
+
 /// One attempt at a load: into new memory, or into `reuse` in place.
 pub(crate) async fn attempt(
     prepared: &Prepared,
     generation: Generation,
-    reuse: Option<Vec<Arc<ParamMemory>>>,
+    reuse: Option<Reuse>,
     progress: Vec<Arc<Progress>>,
 ) -> Result<Finished, LoadError> {
     let started = Instant::now();
-    let work = prepared.work();
+    let mut work = prepared.work();
+    if let Some(Reuse { left, .. }) = &reuse {
+        work = Arc::new(Work { plan: Arc::clone(left), ..(*work).clone() });
+    }
+    let kept = reuse.as_ref().map_or_else(Arc::default, |reuse| Arc::clone(&reuse.kept));
     let member = |(rank, progress): (usize, Arc<Progress>)| Member::Here {
         work: Arc::clone(&work),
         home: prepared.homes[rank].clone(),
-        reuse: reuse.as_ref().map(|all| Arc::clone(&all[rank])),
+        reuse: reuse.as_ref().map(|reuse| Arc::clone(&reuse.memory[rank])),
+        kept: Arc::clone(&kept),
         progress,
     };
     let ranks: Vec<Member> = progress.into_iter().enumerate().map(member).collect();
@@ -567,7 +602,7 @@ pub(crate) fn open_sources(
     let mut sources = Vec::with_capacity(files.len());
     for (file, planned) in files.iter().zip(identities) {
         let source = origin.open(&file.name, io, "opening")?;
-        if source.identity != *planned {
+        if !planned.is_still(&source.identity) {
             return Err(LoadError::FileChanged {
                 path: origin.shown().join(&file.name),
                 planned: planned.bytes,

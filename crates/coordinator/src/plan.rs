@@ -2,8 +2,9 @@
 
 mod check;
 mod hash;
+mod kept;
 
-pub(crate) use self::hash::plan_hash;
+pub(crate) use self::{hash::plan_hash, kept::changed};
 
 use std::sync::Arc;
 
@@ -273,6 +274,17 @@ impl Plan {
             exchange: *exchange,
             read_bytes_max: *read_bytes_max,
         }
+    }
+
+    /// [`Plan::rest`], which is this plan itself where no rank has anything.
+    ///
+    /// # Errors
+    /// As that.
+    pub(crate) fn left(&self, have: &[Have]) -> Result<Arc<LoadPlan>, LoadError> {
+        if have.iter().all(Have::is_empty) {
+            return Ok(Arc::clone(&self.load));
+        }
+        self.rest(have).map(Arc::new)
     }
 
     /// What ranks that plan on their own have to agree on.

@@ -177,6 +177,8 @@ pub(crate) struct Joined {
     pub(crate) generation: Generation,
     /// On rank 0, what was lost on the way.
     pub(crate) lost: Lost,
+    /// Checkpoint bytes that were in place on this rank before the load, and so were not read for it.
+    pub(crate) kept_bytes: u64,
     /// From the opening of the files until every rank was ready.
     pub(crate) seconds: f64,
     /// The address by which other hosts reach this one.
@@ -268,10 +270,16 @@ impl Attempt {
         let Taking { member, address, released } = self.join(None).await?;
         match wait(released).await? {
             End::Complete(params, generation) => {
-                let seconds = started.elapsed().as_secs_f64();
-                let (reports, lost, hosting) = (None, Lost::default(), None);
-                let joined =
-                    Joined { reports, generation, lost, seconds, address, member, hosting };
+                let joined = Joined {
+                    reports: None,
+                    generation,
+                    lost: Lost::default(),
+                    kept_bytes: 0,
+                    seconds: started.elapsed().as_secs_f64(),
+                    address,
+                    member,
+                    hosting: None,
+                };
                 Ok(AttemptEnd::Complete(params, joined))
             }
             End::Shrunk { ranks, former } => {
@@ -305,10 +313,16 @@ impl Attempt {
                 // those that only handed on are no part of what follows
                 let handed_on = reports.split_off(self.holders() as usize);
                 lost.bytes_read += handed_on.iter().map(|r| r.storage_bytes_read).sum::<u64>();
-                let seconds = self.prepared.opening_seconds + started.elapsed().as_secs_f64();
-                let (reports, hosting) = (Some(reports), Some(hosting));
-                let joined =
-                    Joined { reports, generation, lost, seconds, address, member, hosting };
+                let joined = Joined {
+                    reports: Some(reports),
+                    generation,
+                    lost,
+                    kept_bytes: 0,
+                    seconds: self.prepared.opening_seconds + started.elapsed().as_secs_f64(),
+                    address,
+                    member,
+                    hosting: Some(hosting),
+                };
                 Ok(AttemptEnd::Complete(params, joined))
             }
             Ok((taking, coordination::LoadEnd::Shrunk(shrunk))) => {
@@ -384,8 +398,10 @@ impl Attempt {
         let (planned_at, transport) = (place.clone(), options.transport);
         let planning = tokio::task::spawn_blocking(move || {
             let plan = before.ranks.plan.for_fewer(planned_at.world_size)?;
+            let opened = prepared.opened;
             let prepared = prepare_process(&plan, &prepared.options, &planned_at, transport)?;
-            Ok::<_, LoadError>((before, prepared))
+            // some of what the ranks had was read then
+            Ok::<_, LoadError>((before, prepared.since(opened)))
         });
         let (before, prepared) =
             planning.await.map_err(|e| LoadError::Runtime(e.to_string()))??;

@@ -104,7 +104,7 @@ pub(crate) fn open(
             "{location}/{name}: {identity} may be that of another content too, nothing of such files is kept"
         );
     }
-    let weights = Files { store, weights: objects, headers, kept };
+    let weights = Files { store, key, weights: objects, headers, kept };
     Ok(Origin::remote(location.to_string(), metadata, Arc::new(weights)))
 }
 
@@ -191,6 +191,8 @@ fn in_parallel(
 #[derive(Debug)]
 struct Files {
     store: Store,
+    /// What tells the model from others.
+    key: String,
     weights: Vec<ObjectInfo>,
     /// A directory with the header of each.
     headers: PathBuf,
@@ -214,7 +216,8 @@ impl RemoteFiles for Files {
     fn open(&self, name: &str) -> Result<Option<Arc<dyn RemoteFile>>, LoadError> {
         let found = self.weights.iter().find(|object| object.name == name);
         Ok(found.map(|info| {
-            let file: Arc<dyn RemoteFile> = Arc::new(Weights(self.store.object(info)));
+            let object = self.store.object(info);
+            let file: Arc<dyn RemoteFile> = Arc::new(Weights { key: self.key.clone(), object });
             match &self.kept {
                 Some(kept) if info.identity.is_of_one_content() => kept.file(name, file),
                 _ => file,
@@ -239,16 +242,30 @@ impl RemoteFiles for Files {
 
 /// One weight file elsewhere.
 #[derive(Debug)]
-struct Weights(Object);
+struct Weights {
+    /// What tells its model from others.
+    key: String,
+    object: Object,
+}
 
 impl RemoteFile for Weights {
     fn identity(&self) -> FileIdentity {
-        let info = self.0.info();
-        FileIdentity::remote(info.bytes, info.identity.to_string())
+        let info = self.object.info();
+        let identity = FileIdentity::remote(info.bytes, info.identity.to_string());
+        match &info.published {
+            Some(sum) if sum.algorithm == ChecksumAlgorithm::Sha256 => {
+                identity.named(sum.to_string())
+            }
+            // an entity tag tells states of one object apart, not one object from another
+            _ if info.identity.is_of_one_content() => {
+                identity.named(format!("{}/{} {}", self.key, info.name, info.identity))
+            }
+            _ => identity,
+        }
     }
 
     fn read(&self, range: ByteRange, targets: &mut [&mut [u8]]) -> Result<RemoteRead, RankError> {
-        match self.0.read_scattered(range.start..range.end, targets) {
+        match self.object.read_scattered(range.start..range.end, targets) {
             Ok(report) => Ok(RemoteRead {
                 requests: report.requests,
                 retried_bytes: report.asked_again_bytes,

@@ -127,6 +127,9 @@ pub struct Report {
     pub storage_bytes_read: u64,
     /// Weight bytes that were not, as the weight cache had them; together, these are what was read.
     pub cached_bytes_read: u64,
+    /// Of a reload, those of `needed_bytes` that were in place before, as their files are the same; where ranks are processes,
+    /// on rank 0.
+    pub kept_bytes: u64,
     /// Bytes of headers.
     pub header_bytes_read: u64,
     /// Bytes read for alignment only.
@@ -182,6 +185,8 @@ pub struct Done<'a> {
     pub warnings: &'a [String],
     /// Which files were verified, where that was asked for.
     pub verified: Option<&'a Verified>,
+    /// Checkpoint bytes that were in place before.
+    pub kept_bytes: u64,
     /// Its generation.
     pub generation: Generation,
     /// What was lost on the way.
@@ -229,6 +234,7 @@ impl Report {
             needed_bytes: plan.needed_bytes,
             storage_bytes_read: plan.forecast.iter().map(|f| f.storage_bytes).sum(),
             cached_bytes_read: 0,
+            kept_bytes: 0,
             header_bytes_read: plan.header_bytes,
             padding_bytes_read: 0,
             retried_bytes: 0,
@@ -266,6 +272,7 @@ impl Report {
         }
         let on_device = done.reports.iter().any(|r| r.peak_device_bytes.is_some());
         this.device = if on_device { "cuda" } else { "cpu" };
+        this.kept_bytes = done.kept_bytes;
         this.generation = done.generation;
         this.restarts = done.lost.ranks;
         this.lost_bytes_read = done.lost.bytes_read;
@@ -328,10 +335,14 @@ impl Report {
             0 => String::new(),
             bytes => format!(", from the weight cache {}", bytes_text(bytes)),
         };
+        let kept = match self.kept_bytes {
+            0 => String::new(),
+            bytes => format!(", in place before {}", bytes_text(bytes)),
+        };
         // writing to a String cannot fail
         let _ = write!(
             text,
-            "\nread from storage {} ({ratio:.3} × needed){cached}, exchanged {} in {} round{} (exchange {exchange}: {})",
+            "\nread from storage {} ({ratio:.3} × needed){cached}{kept}, exchanged {} in {} round{} (exchange {exchange}: {})",
             bytes_text(self.storage_bytes_read),
             bytes_text(self.exchanged_bytes),
             self.rounds,

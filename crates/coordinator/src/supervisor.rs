@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use longshore_models::have::Kept;
 use longshore_rank::{
     actor::{RankActor, RankArguments},
     params::{Home, ParamMemory},
@@ -48,6 +49,8 @@ pub(crate) enum Member {
         home: Home,
         /// Memory of an earlier load.
         reuse: Option<Arc<ParamMemory>>,
+        /// What of it is not written.
+        kept: Arc<Kept>,
         /// Its counters.
         progress: Arc<Progress>,
     },
@@ -277,7 +280,7 @@ async fn bring_up(
     member: Member,
 ) -> Result<Rank, ActorProcessingErr> {
     let (id, commands, remote, process, progress) = match member {
-        Member::Here { work, home, reuse, progress } => {
+        Member::Here { work, home, reuse, kept, progress } => {
             let start = RankArguments {
                 rank: number,
                 events: myself.get_derived(),
@@ -285,6 +288,7 @@ async fn bring_up(
                 work,
                 home,
                 reuse,
+                kept,
                 former: None,
                 join: None,
             };

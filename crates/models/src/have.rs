@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::byte_range::ByteRange;
+use crate::{byte_range::ByteRange, declare::ParamId};
 
 /// Bytes of one file, as ranges that neither overlap nor touch, in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -119,6 +119,29 @@ impl<'de> Deserialize<'de> for Have {
             }
         }
         Ok(have)
+    }
+}
+
+/// What stays of the parameters that are to be loaded into again: nobody writes it, and nothing of it is read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// For each parameter whether it is complete and finished as it is; those that are not listed are not.
+    pub params: Vec<bool>,
+    /// Where their bytes are in the checkpoint that is to be loaded. No byte of it lands in a parameter that does not stay.
+    pub have: Have,
+    /// How many bytes of the checkpoint that is.
+    pub bytes: u64,
+}
+
+impl Kept {
+    /// Whether a parameter stays.
+    pub fn has(&self, param: ParamId) -> bool {
+        self.params.get(param as usize).copied().unwrap_or(false)
+    }
+
+    /// Whether none stays.
+    pub fn is_empty(&self) -> bool {
+        !self.params.contains(&true)
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod closed;
 mod lookup;
+mod related;
 mod span;
 mod validate;
 
@@ -34,7 +35,7 @@ pub struct Skipped {
 }
 
 /// A rectangle of one tensor that lands in one parameter of each member rank; sizes in bytes.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlacedPiece {
     /// The parameter.
     pub param: ParamId,

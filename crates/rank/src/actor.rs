@@ -6,7 +6,7 @@ use std::{
     time::Instant,
 };
 
-use longshore_models::have::Have;
+use longshore_models::have::{Have, Kept};
 
 use ractor::{Actor, ActorProcessingErr, ActorRef, DerivedActorRef};
 
@@ -45,6 +45,8 @@ pub struct RankArguments {
     pub home: Home,
     /// Memory of an earlier load of the same parameters, to be written again in place; `None`: new memory.
     pub reuse: Option<Arc<ParamMemory>>,
+    /// What of it is not written.
+    pub kept: Arc<Kept>,
     /// What it had in a group of more ranks.
     pub former: Option<Arc<Former>>,
     /// How it is joined with the others, when it is a process of its own.
@@ -227,10 +229,10 @@ impl RankState {
         myself: ActorRef<RankMessage>,
         generation: Generation,
     ) -> Result<(Contact, Have), RankError> {
-        let RankArguments { rank, work, home, reuse, join, progress, .. } = &self.arguments;
+        let RankArguments { rank, work, home, reuse, kept, join, progress, .. } = &self.arguments;
         let held = match self.held.take() {
             Some(held) => held,
-            None => Held::new(*rank, work, home, reuse.as_ref())?,
+            None => Held::new(*rank, work, home, reuse.as_ref(), kept)?,
         };
         let have = match &self.arguments.former {
             None => held.have(),
@@ -504,12 +506,13 @@ impl Held {
         work: &Work,
         home: &Home,
         reuse: Option<&Arc<ParamMemory>>,
+        kept: &Kept,
     ) -> Result<Self, RankError> {
         let placement = &work.plan.placement;
         if rank >= placement.parallel.tp() {
             // it only hands on what it had
             let nothing = Arc::new(placement.nothing());
-            let state = LoadState::new(&nothing, &[]);
+            let state = LoadState::new(&nothing, &[], kept);
             let memory = Arc::new(ParamMemory::new(nothing, rank, &Home::Host)?);
             return Ok(Self { memory, state, have: Arc::default() });
         }
@@ -517,8 +520,8 @@ impl Held {
             Some(memory) => Arc::clone(memory),
             None => Arc::new(ParamMemory::new(Arc::clone(placement), rank, home)?),
         };
-        let state = LoadState::new(placement, &placement.landing_bytes(rank));
-        Ok(Self { memory, state, have: Arc::default() })
+        let state = LoadState::new(placement, &placement.landing_bytes(rank), kept);
+        Ok(Self { memory, state, have: Arc::new(Mutex::new(kept.have.clone())) })
     }
 
     fn have(&self) -> Have {

@@ -16,6 +16,7 @@ use longshore_kernels::cuda::driver::Device;
 use longshore_models::{
     Dtype,
     declare::ParamId,
+    have::Kept,
     placement::{Placement, Span},
 };
 
@@ -62,26 +63,37 @@ impl ParamMemory {
         let this = Self { placement, allocation: Arc::new(allocation), offsets, missing };
         // the system zeroes what it gives out, a device does not
         if let Allocation::Device(allocation) = &*this.allocation {
-            this.zero_padded(rank, allocation)?;
+            this.zero_padded(rank, allocation, &Kept::default())?;
         }
         Ok(this)
     }
 
     /// Gets ready to be written again, in place, by a load of `placement`: every byte counts as missing, and padding,
-    /// which post-processing may have moved, is zero where no piece of `placement` will write.
+    /// which post-processing may have moved, is zero where no piece of `placement` will write. Parameters that are `kept` stay
+    /// complete as they are.
     ///
     /// Takes `&mut self`, so that nobody else reads or writes meanwhile (RNK-5). `placement` has the same parameters
     /// ([`Placement::same_parameters`]).
     ///
     /// # Errors
     /// The device fails.
-    pub fn begin_again(&mut self, placement: Arc<Placement>, rank: u32) -> Result<(), RankError> {
-        self.missing = placement.landing_bytes(rank).into_iter().map(AtomicU64::new).collect();
+    pub fn begin_again(
+        &mut self,
+        placement: Arc<Placement>,
+        rank: u32,
+        kept: &Kept,
+    ) -> Result<(), RankError> {
+        let landing = (0..).zip(placement.landing_bytes(rank));
+        let missing = landing.map(|(param, bytes)| if kept.has(param) { 0 } else { bytes });
+        self.missing = missing.map(AtomicU64::new).collect();
         self.placement = placement;
         match &*self.allocation {
-            Allocation::Device(allocation) => self.zero_padded(rank, allocation),
+            Allocation::Device(allocation) => self.zero_padded(rank, allocation, kept),
             Allocation::Host(region) => {
                 self.placement.padding(rank, |param, range| {
+                    if kept.has(param) {
+                        return;
+                    }
                     let start = (self.offsets[param as usize] + range.start) as usize;
                     let bytes = range.len() as usize;
                     region.touch(start, bytes);
@@ -93,11 +105,16 @@ impl ParamMemory {
         }
     }
 
-    /// Zeroes, as a whole, the parameters that have padding: nothing has landed yet, and one large fill is cheaper than one
-    /// for each row.
-    fn zero_padded(&self, rank: u32, allocation: &DeviceAllocation) -> Result<(), RankError> {
+    /// Zeroes, as a whole, the parameters that have padding and are not `kept`: nothing has landed yet, and one large fill is
+    /// cheaper than one for each row.
+    fn zero_padded(
+        &self,
+        rank: u32,
+        allocation: &DeviceAllocation,
+        kept: &Kept,
+    ) -> Result<(), RankError> {
         let mut padded = vec![false; self.offsets.len()];
-        self.placement.padding(rank, |param, _| padded[param as usize] = true);
+        self.placement.padding(rank, |param, _| padded[param as usize] = !kept.has(param));
         let ranges = padded.iter().enumerate().filter(|(_, padded)| **padded);
         allocation
             .zero(ranges.map(|(i, _)| (self.offsets[i], self.placement.params[i].bytes)))

@@ -3,7 +3,7 @@
 //! A finish runs once, when all its inputs are complete; the rank is ready when its reads are placed, every parameter
 //! has landed, every finish is done, and what it exchanges with other processes has been taken on both sides.
 
-use longshore_models::{declare::ParamId, placement::Placement};
+use longshore_models::{declare::ParamId, have::Kept, placement::Placement};
 
 /// What the actor has to do next.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,12 +38,18 @@ enum FinishState {
 }
 
 impl LoadState {
-    /// The state before the first byte; parameters to which nothing will land on this rank (`landing_bytes` is 0) are complete.
-    pub fn new(placement: &Placement, landing_bytes: &[u64]) -> Self {
+    /// The state before the first byte; parameters to which nothing will land on this rank (`landing_bytes` is 0) are complete,
+    /// those that are `kept` are finished as well.
+    pub fn new(placement: &Placement, landing_bytes: &[u64], kept: &Kept) -> Self {
         let mut waiting = vec![Vec::new(); placement.params.len()];
         let mut finishes = Vec::with_capacity(placement.finishes.len());
         for (number, finish) in placement.finishes.iter().enumerate() {
             let inputs = finish.inputs();
+            // whatever a step reads and writes stays together
+            if inputs.iter().any(|input| kept.has(*input)) {
+                finishes.push(FinishState::Done);
+                continue;
+            }
             finishes.push(match inputs.len() {
                 0 => FinishState::Due,
                 inputs => FinishState::Waits(inputs as u32),
@@ -52,16 +58,16 @@ impl LoadState {
                 waiting[input as usize].push(number as u32);
             }
         }
-        let raw = |p: &usize| !placement.params[*p].derived;
+        let lands = |p: &usize| !placement.params[*p].derived && !kept.has(*p as ParamId);
         let mut state = Self {
             waiting,
+            params_left: (0..placement.params.len()).filter(lands).count(),
+            finishes_left: finishes.iter().filter(|state| **state != FinishState::Done).count(),
             finishes,
-            params_left: (0..placement.params.len()).filter(raw).count(),
-            finishes_left: placement.finishes.len(),
             reads_done: false,
             exchange_done: false,
         };
-        for p in (0..placement.params.len()).filter(raw).filter(|&p| landing_bytes[p] == 0) {
+        for p in (0..placement.params.len()).filter(lands).filter(|&p| landing_bytes[p] == 0) {
             // what is due is run when a generation begins
             let _ = state.param_landed(p as ParamId);
         }

@@ -13,7 +13,7 @@ use std::{
     },
     path::Path,
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use longshore_models::byte_range::ByteRange;
@@ -56,12 +56,33 @@ enum State {
     Local {
         /// When it was last written.
         modified: Option<SystemTime>,
+        /// When anything about it was last changed, in nanoseconds since 1970. Nobody can set this one.
+        changed: i128,
         /// Its number within its device, and the device.
         inode: (u64, u64),
     },
-    /// What the storage says that it is.
-    Remote(String),
+    Remote {
+        /// What the storage says that it is.
+        version: String,
+        content: Option<Content>,
+    },
 }
+
+/// Names what is in a file: no other content has the same, be it of this file or of another.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Content(ContentName);
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum ContentName {
+    /// Length, both times, number and device of a local file.
+    Local(u64, Option<SystemTime>, i128, (u64, u64)),
+    /// Length, and a digest or what names a state in its storage.
+    Named(u64, String),
+}
+
+/// The coarsest clock of a file system that is met (Lustre and ext3 count seconds, FAT every other one): what is written this
+/// long after something else has another time.
+const CLOCK_TICK: Duration = Duration::from_secs(2);
 
 impl FileIdentity {
     /// What `file` is now.
@@ -71,19 +92,54 @@ impl FileIdentity {
     pub fn of(file: &File) -> io::Result<Self> {
         let data = file.metadata()?;
         let (modified, inode) = (data.modified().ok(), (data.ino(), data.dev()));
-        Ok(Self { bytes: data.len(), state: State::Local { modified, inode } })
+        let changed = i128::from(data.ctime()) * 1_000_000_000 + i128::from(data.ctime_nsec());
+        Ok(Self { bytes: data.len(), state: State::Local { modified, changed, inode } })
     }
 
     /// A file of `bytes` bytes that its storage knows as `version`: another version is another file.
     pub fn remote(bytes: u64, version: impl Into<String>) -> Self {
-        Self { bytes, state: State::Remote(version.into()) }
+        Self { bytes, state: State::Remote { version: version.into(), content: None } }
+    }
+
+    /// With a name that no other content ever has, of whichever file: a digest, or what tells for good a state of one object.
+    pub fn named(mut self, name: String) -> Self {
+        if let State::Remote { content, .. } = &mut self.state {
+            *content = Some(Content(ContentName::Named(self.bytes, name)));
+        }
+        self
+    }
+
+    /// Whether a file that was this is still as it was written, if it is `now` that; a link to it, or other permissions, make
+    /// no difference.
+    pub fn is_still(&self, now: &Self) -> bool {
+        match (&self.state, &now.state) {
+            (
+                State::Local { modified, inode, .. },
+                State::Local { modified: modified_now, inode: inode_now, .. },
+            ) => self.bytes == now.bytes && (modified, inode) == (modified_now, inode_now),
+            _ => self == now,
+        }
+    }
+
+    /// What names its content, where that is certain. Of a local file it is where nothing that was written since `read` can
+    /// have the same name.
+    pub fn content(&self, read: SystemTime) -> Option<Content> {
+        match &self.state {
+            State::Local { modified, changed, inode } => {
+                let settled = read.checked_sub(CLOCK_TICK)?;
+                let settled = settled.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+                let name = ContentName::Local(self.bytes, *modified, *changed, *inode);
+                (*changed < settled.as_nanos() as i128).then_some(Content(name))
+            }
+            State::Remote { content, .. } => content.clone(),
+        }
     }
 
     /// What its storage calls this state, where it is not on local storage.
     pub fn version(&self) -> Option<&str> {
         match &self.state {
             State::Local { .. } => None,
-            State::Remote(version) => Some(version),
+            State::Remote { version, .. } => Some(version),
         }
     }
 }
@@ -215,7 +271,7 @@ impl CheckpointSource {
 
     /// Whether the file has been written since it was opened; `true` as well where the file system does not answer.
     pub fn has_changed(&self) -> bool {
-        self.identity_now().map_or(true, |now| now != self.identity)
+        self.identity_now().map_or(true, |now| !self.identity.is_still(&now))
     }
 
     /// Fills `slab` with `range`, past the page cache if that is this file's mode.

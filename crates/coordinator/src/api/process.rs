@@ -189,8 +189,17 @@ impl Rank {
         let (ranks_as, peak_rss_bytes) = (RanksAs::Processes, None);
         // of the others' shares nothing is known here but that they were verified
         let verified = None;
-        let lost = load.lost;
-        let done = Done { reports, warnings, verified, generation, lost, ranks_as, peak_rss_bytes };
+        let (lost, kept_bytes) = (load.lost, load.kept_bytes);
+        let done = Done {
+            reports,
+            warnings,
+            verified,
+            kept_bytes,
+            generation,
+            lost,
+            ranks_as,
+            peak_rss_bytes,
+        };
         let mut report = Report::of_load(self.holder.plan(), self.holder.source(), &done);
         report.seconds = Some(load.seconds);
         Some(report)

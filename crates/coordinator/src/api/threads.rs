@@ -154,6 +154,7 @@ impl Loaded {
             reports: &self.group.reports,
             warnings: &self.group.warnings,
             verified: self.group.verified.as_ref(),
+            kept_bytes: self.group.kept_bytes,
             generation: self.group.generation(),
             lost: Lost::default(),
             peak_rss_bytes: None,

@@ -275,6 +275,7 @@ impl Rank<'_> {
             reports,
             warnings,
             verified,
+            kept_bytes: joined.kept_bytes,
             generation: joined.generation,
             lost: joined.lost,
             ranks_as,

@@ -20,9 +20,10 @@
 use std::{
     slice,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
+use longshore_models::have::Kept;
 use longshore_rank::{
     fault::{self, Point},
     params::{Home, ParamMemory, ReadyParams},
@@ -42,7 +43,7 @@ use crate::{
     link::wire,
     load::{Prepared, RunOptions, check_unchanged, given_back, prepare_process_into},
     place::Place,
-    plan::Plan,
+    plan::{Plan, changed},
     verify::Verified,
 };
 
@@ -60,6 +61,8 @@ pub(crate) struct Holder {
     group: GroupOptions,
     /// What the weights that it holds, or held last, were loaded by.
     plan: Plan,
+    /// When their files were opened.
+    opened: SystemTime,
     source: String,
     weights: Weights,
     joined: Joined,
@@ -112,6 +115,7 @@ impl Holder {
             options: prepared.options,
             group: *group,
             plan: prepared.plan.without_idle(),
+            opened: prepared.opened,
             source: source.to_owned(),
             weights: Weights::Ready(params),
             joined,
@@ -211,13 +215,18 @@ impl Holder {
                 return Err(self.not_restored(IN_DOUBT.into(), e));
             }
         }
-        match self.write(&Arc::clone(&prepared)).await {
+        let changed = match &self.weights {
+            Weights::Ready(_) => changed(&self.plan, &prepared.plan, self.opened),
+            // what of it is whole is not known
+            _ => vec![true; prepared.plan.placement().params.len()],
+        };
+        match self.write(&prepared, &changed).await {
             Ok(()) => {
                 self.plan = prepared.plan.clone();
                 source.clone_into(&mut self.source);
                 Ok(())
             }
-            Err(cause) => Err(self.restore(cause).await),
+            Err(cause) => Err(self.restore(&changed, cause).await),
         }
     }
 
@@ -255,10 +264,11 @@ impl Holder {
         validated
     }
 
-    /// Writes a prepared checkpoint over whatever the memory holds, with all other ranks.
-    async fn write(&mut self, prepared: &Arc<Prepared>) -> Result<(), LoadError> {
+    /// Writes what is `changed` of a prepared checkpoint over whatever the memory holds, with all other ranks.
+    async fn write(&mut self, prepared: &Arc<Prepared>, changed: &[bool]) -> Result<(), LoadError> {
         let started = Instant::now();
-        let begun = self.begin_again(prepared).await;
+        let kept = prepared.kept(changed);
+        let begun = self.begin_again(prepared, &kept).await;
         fault::at_point(self.place.rank, self.joined.generation + 1, Point::BegunAgain);
         let why = begun.as_ref().err().map(LoadError::line).unwrap_or_default();
         let all = self.joined.all_gather(why.into_bytes()).await;
@@ -281,6 +291,7 @@ impl Holder {
         given_back(slice::from_ref(self.weights.params()?)).await;
         let joined = &mut self.joined;
         joined.generation = generation;
+        joined.kept_bytes = kept.bytes;
         joined.seconds = prepared.opening_seconds + started.elapsed().as_secs_f64();
         if let Some(loaded) = loaded {
             joined.reports = Some(loaded.ranks.into_iter().map(|(_, report)| report).collect());
@@ -289,6 +300,7 @@ impl Holder {
         }
         self.warnings.clone_from(&prepared.warnings);
         self.verified.clone_from(&prepared.verified);
+        self.opened = prepared.opened;
         Ok(())
     }
 
@@ -296,12 +308,14 @@ impl Holder {
     async fn begin_again(
         &mut self,
         prepared: &Arc<Prepared>,
+        kept: &Arc<Kept>,
     ) -> Result<oneshot::Receiver<member::Released>, LoadError> {
         let rank = self.place.rank;
         let placement = &prepared.plan.load.placement;
         let memory = self.memory_alone().await?;
         let in_use = || LoadError::NotReady { why: "its memory is in use".into() };
-        let begun = Arc::get_mut(memory).ok_or_else(in_use)?.begin_again(placement.clone(), rank);
+        let alone = Arc::get_mut(memory).ok_or_else(in_use)?;
+        let begun = alone.begin_again(placement.clone(), rank, kept);
         begun.map_err(|source| LoadError::Rank { rank, source })?;
         let memory = Arc::clone(memory);
         let join = host_join(&self.place, prepared, &self.group, self.joined.address, None)?;
@@ -311,6 +325,7 @@ impl Holder {
             work: prepared.work(),
             home: prepared.homes.first().cloned().unwrap_or(Home::Host),
             memory,
+            kept: Arc::clone(kept),
             join: Arc::new(join),
             plan: prepared.plan.hash(),
             check_at_end: Box::new(move || check_unchanged(&checked)),
@@ -342,14 +357,14 @@ impl Holder {
         Ok(memory)
     }
 
-    /// Loads the old checkpoint again, as all ranks do, if it is still the same on all; says how that went.
-    async fn restore(&mut self, cause: LoadError) -> LoadError {
+    /// Loads what was `changed` of the old checkpoint again, as all ranks do, if it is still the same on all; says how that went.
+    async fn restore(&mut self, changed: &[bool], cause: LoadError) -> LoadError {
         let (plan, source) = (self.plan.clone(), self.source.clone());
         warn!("reload failed, loading {source} again: {}", cause.line());
         // refuses files that are not those which were planned for, and so not those which were loaded
         let validated = self.validate(&plan);
         let restored = match self.vote(&source, validated).await {
-            Ok(prepared) => self.write(&prepared).await,
+            Ok(prepared) => self.write(&prepared, changed).await,
             Err(e) => Err(e),
         };
         match restored {

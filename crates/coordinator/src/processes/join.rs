@@ -115,17 +115,13 @@ impl Join for HostJoin {
 
     fn plan(&self, have: &[Have]) -> Result<(Arc<LoadPlan>, PlanName), RankError> {
         let failed = |e: LoadError| RankError::Rest(e.line());
-        if let Some(FormerRanks { plan, ranks }) = &self.former {
-            let load = self.plan.after(plan, ranks, have).map_err(failed)?;
-            let name = plan_hash(&load);
-            return Ok((Arc::new(load), name));
-        }
-        if have.iter().all(Have::is_empty) {
-            return Ok((Arc::clone(&self.plan.load), self.plan.hash()));
-        }
-        let rest = self.plan.rest(have).map_err(failed)?;
-        let name = plan_hash(&rest);
-        Ok((Arc::new(rest), name))
+        let load = match &self.former {
+            Some(FormerRanks { plan, ranks }) => self.plan.after(plan, ranks, have).map(Arc::new),
+            None => self.plan.left(have),
+        };
+        let load = load.map_err(failed)?;
+        let name = plan_hash(&load);
+        Ok((load, name))
     }
 
     fn join(

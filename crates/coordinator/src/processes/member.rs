@@ -3,7 +3,7 @@
 
 use std::{collections::VecDeque, io, sync::Arc};
 
-use longshore_models::have::Have;
+use longshore_models::have::{Have, Kept};
 use longshore_rank::{
     actor::{RankActor, RankArguments},
     error::RankError,
@@ -80,6 +80,8 @@ pub(crate) struct Again {
     pub(crate) home: Home,
     /// Ready to be written again; whoever asks for this keeps it as well.
     pub(crate) memory: Arc<ParamMemory>,
+    /// What of it is not written.
+    pub(crate) kept: Arc<Kept>,
     pub(crate) join: Arc<dyn Join>,
     pub(crate) plan: PlanName,
     pub(crate) check_at_end: CheckAtEnd,
@@ -184,6 +186,7 @@ impl Actor for Member {
             work: Arc::clone(&work),
             home,
             reuse: None,
+            kept: Arc::default(),
             former,
             join: Some(join),
         };
@@ -421,7 +424,8 @@ impl MemberState {
     }
 
     async fn take_up(&mut self, again: Again, myself: ActorRef<MemberMessage>) {
-        let Again { work, home, memory, join, plan, check_at_end, released, taken_up } = again;
+        let Again { work, home, memory, kept, join, plan, check_at_end, released, taken_up } =
+            again;
         if let Some(over) = &self.over {
             // whoever waits for these may have gone away, here and below
             let _ = taken_up.send(Err(over.error().line()));
@@ -435,6 +439,7 @@ impl MemberState {
             work: Arc::clone(&work),
             home,
             reuse: Some(memory),
+            kept,
             former: None,
             join: Some(join),
         };

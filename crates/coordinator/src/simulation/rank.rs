@@ -8,7 +8,10 @@ use std::{
     sync::Arc,
 };
 
-use longshore_models::{declare::ParamId, have::Have};
+use longshore_models::{
+    declare::ParamId,
+    have::{Have, Kept},
+};
 use longshore_rank::{
     collective::{
         CollectiveError,
@@ -193,7 +196,8 @@ impl Rank {
                 have: RefCell::default(),
                 told: Cell::default(),
             };
-            let state = LoadState::new(placement, &placement.landing_bytes(self.rank));
+            let state =
+                LoadState::new(placement, &placement.landing_bytes(self.rank), &Kept::default());
             (Rc::new(held), state)
         });
         held.told.set(generation);
