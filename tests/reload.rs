@@ -23,8 +23,11 @@ use longshore_harness::{
 };
 
 mod common;
+#[path = "common/mixed.rs"]
+mod mixed;
 
 use common::{plan, runtime};
+use mixed::{mix, settle};
 
 fn start(plan: &Plan) -> Group {
     let done = runtime().block_on(load(plan, &RunOptions::default(), progress_of(plan)));
@@ -294,4 +297,166 @@ fn another_layout_is_refused_even_where_names_and_shapes_agree() {
     let mut group = start(&with(&a, "cutlass"));
     let error = reload(&mut group, &with(&b, "flashinfer-cutlass")).unwrap_err();
     assert!(error.line().contains("kernel layout"), "{}", error.line());
+}
+
+/// Small checkpoints of five files each, with everything that ties parameters together: fused, shared between them, derived
+/// from several, finished in place, padded.
+fn in_five_files() -> Vec<(Checkpoint, Option<&'static str>)> {
+    let of = |family, scheme| Checkpoint::new(family, scheme).set("num_hidden_layers", 2).files(5);
+    let padded = of(Family::DeepseekV3, Scheme::Nvfp4).set("moe_intermediate_size", 96);
+    vec![
+        (of(Family::Llama, Scheme::Bf16), None),
+        (of(Family::Llama, Scheme::Bf16).set("tie_word_embeddings", true), None),
+        (of(Family::DeepseekV3, Scheme::Bf16), None),
+        (of(Family::DeepseekV3, Scheme::Fp8), None),
+        (of(Family::DeepseekV3, Scheme::Nvfp4), None),
+        (padded, Some("trtllm")),
+        (of(Family::GlmMoeDsa, Scheme::Mxfp4), Some("aiter")),
+        (of(Family::KimiK25, Scheme::Int4), None),
+    ]
+}
+
+/// `a` and, in the same files as that, others: of `one` another file is other, of `two` two more are, `all` has none of `a`.
+fn mixtures(scratch: &Scratch, number: usize, checkpoint: &Checkpoint) -> [PathBuf; 4] {
+    let dir = |name: &str| scratch.join(&format!("{name}-{number}"));
+    let (a, b) = (dir("a"), dir("b"));
+    checkpoint.clone().seed(1).write(&a).unwrap();
+    checkpoint.clone().seed(2).write(&b).unwrap();
+    mix(&a, &b, &dir("one"), |file| file == 2);
+    mix(&a, &b, &dir("two"), |file| file == 1 || file == 4);
+    mix(&a, &b, &dir("all"), |_| true);
+    [a, dir("one"), dir("two"), dir("all")]
+}
+
+/// Weight bytes that the last load of a group asked of storage.
+fn read_bytes(group: &Group) -> u64 {
+    group.reports.iter().map(|report| report.storage_bytes_read).sum()
+}
+
+/// Files that are the same are not read again, nor is anything of them written; what belongs to other bytes is.
+#[test]
+fn a_reload_reads_the_files_that_differ_and_what_belongs_to_their_bytes() {
+    let scratch = Scratch::new().unwrap();
+    let cases: Vec<_> = in_five_files()
+        .into_iter()
+        .enumerate()
+        .map(|(number, (checkpoint, layout))| (mixtures(&scratch, number, &checkpoint), layout))
+        .collect();
+    settle(scratch.path());
+    for (dirs, layout) in &cases {
+        for (tp, exchange) in [(1, Exchange::On), (2, Exchange::On), (2, Exchange::Off)] {
+            let mut options = oracle::Options::tp(tp);
+            options.kernel_layout = layout.map(str::to_owned);
+            let plans = dirs.each_ref().map(|dir| plan(dir, &options, exchange).unwrap());
+            let fresh = plans.each_ref().map(|plan| digest(&start(plan)));
+            let mut group = start(&plans[0]);
+            let (first, mut some) = (addresses(&group), 0);
+            for (step, next) in [0, 1, 1, 2, 0, 2, 1, 3, 3].into_iter().enumerate() {
+                let what = format!("{} tp {tp} {exchange:?}, step {step}", dirs[next].display());
+                let before = group.source() == dirs[next];
+                // as a server does: what is there now is planned anew
+                let plan = plan(&dirs[next], &options, exchange).unwrap();
+                reload(&mut group, &plan).unwrap_or_else(|e| panic!("{what}: {}", e.line()));
+                assert_eq!(digest(&group), fresh[next], "{what}");
+                assert_eq!(addresses(&group), first, "{what}");
+                let (read, kept) = (read_bytes(&group), group.kept_bytes);
+                if before {
+                    assert_eq!((read, kept), (0, plan.needed_bytes), "{what}");
+                } else if next == 3 {
+                    assert_eq!(kept, 0, "{what}");
+                } else {
+                    some += usize::from(kept > 0);
+                    assert!(read > 0, "{what}");
+                }
+                // without exchange ranks read the same, but none reads what is there
+                if exchange == Exchange::On {
+                    assert_eq!(read + kept, plan.needed_bytes, "{what}");
+                }
+            }
+            assert_eq!(some, 5, "{dirs:?}: parts of them stay");
+        }
+    }
+}
+
+/// Nothing but the bytes tells that a file is another: not its name, length or time of writing.
+#[test]
+fn a_file_that_was_written_over_in_place_is_read_again() {
+    let scratch = Scratch::new().unwrap();
+    let checkpoint = Checkpoint::new(Family::DeepseekV3, Scheme::Fp8).files(5);
+    let [a, one, ..] = mixtures(&scratch, 0, &checkpoint);
+    settle(scratch.path());
+    let options = oracle::Options::tp(2);
+    let plan_of = |dir: &Path| plan(dir, &options, Exchange::On).unwrap();
+    let mut group = start(&plan_of(&a));
+    let before = digest(&group);
+    let name = "model-00002-of-00005.safetensors";
+    let modified = std::fs::metadata(a.join(name)).unwrap().modified().unwrap();
+    let other = std::fs::read(one.join(name)).unwrap();
+    std::fs::write(a.join(name), other).unwrap();
+    let times = std::fs::FileTimes::new().set_modified(modified);
+    OpenOptions::new().write(true).open(a.join(name)).unwrap().set_times(times).unwrap();
+    let plan_a = plan_of(&a);
+    reload(&mut group, &plan_a).unwrap_or_else(|e| panic!("{}", e.line()));
+    assert_eq!(digest(&group), digest(&start(&plan_of(&one))));
+    assert_ne!(digest(&group), before);
+    assert!(group.kept_bytes > 0 && read_bytes(&group) > 0);
+    assert_eq!(read_bytes(&group) + group.kept_bytes, plan_a.needed_bytes);
+}
+
+/// What was kept was not written, so it is kept when the rest is taken back; where that fails as well, nothing is trusted.
+#[test]
+fn a_reload_that_fails_takes_back_what_it_has_written_alone() {
+    let scratch = Scratch::new().unwrap();
+    let checkpoint =
+        Checkpoint::new(Family::DeepseekV3, Scheme::Nvfp4).set("quant_style", "v31").files(5);
+    let [a, one, two, _] = mixtures(&scratch, 0, &checkpoint);
+    let options = oracle::Options::tp(2).kernel_layout("trtllm");
+    let plan_of = |dir: &Path| plan(dir, &options, Exchange::On).unwrap();
+    // the scale that makes it fail is in a file of its own; all other files that hold anything else are those of `a`
+    let whole = plan_of(&a);
+    let tensors = &whole.checkpoint().tensors;
+    let scale = tensors.iter().find(|t| t.name.ends_with("k_proj.k_scale")).unwrap();
+    let name = whole.checkpoint().file_name(scale);
+    let bad = scratch.join("bad");
+    mix(&a, &two, &bad, |file| name.contains(&format!("-{file:05}-")));
+    let file = OpenOptions::new().write(true).open(bad.join(name)).unwrap();
+    use std::os::unix::fs::FileExt;
+    file.write_all_at(&(-1.0f32).to_le_bytes(), scale.file_range.start).unwrap();
+    settle(scratch.path());
+    let plan_a = plan_of(&a);
+    let mut group = start(&plan_a);
+    let (before, at) = (digest(&group), addresses(&group));
+    for generation in [3, 5] {
+        let error = reload(&mut group, &plan_of(&bad)).unwrap_err();
+        let LoadError::Reload { not_restored: None, .. } = &error else {
+            panic!("{}", error.line());
+        };
+        assert_eq!((digest(&group), addresses(&group)), (before.clone(), at.clone()));
+        assert_eq!(group.generation(), generation);
+        let (read, kept) = (read_bytes(&group), group.kept_bytes);
+        assert!(kept > 0 && read > 0, "{kept} {read}");
+        assert_eq!(read + kept, plan_a.needed_bytes);
+    }
+    // what is there is known again, all of it
+    let plan_one = plan_of(&one);
+    reload(&mut group, &plan_one).unwrap_or_else(|e| panic!("{}", e.line()));
+    assert_eq!(digest(&group), digest(&start(&plan_one)));
+    assert!(group.kept_bytes > 0);
+    reload(&mut group, &plan_a).unwrap_or_else(|e| panic!("{}", e.line()));
+    assert_eq!(digest(&group), before);
+
+    // as if it had been written: what it was before can no longer be read, by either name
+    let last = a.join("model-00005-of-00005.safetensors");
+    let times = std::fs::FileTimes::new().set_modified(std::time::SystemTime::now());
+    OpenOptions::new().write(true).open(last).unwrap().set_times(times).unwrap();
+    let error = reload(&mut group, &plan_of(&bad)).unwrap_err();
+    assert!(error.line().contains("not ready"), "{}", error.line());
+    group.ranks().unwrap_err();
+    settle(scratch.path());
+    for (dir, kept_all) in [(&one, false), (&one, true)] {
+        let plan = plan_of(dir);
+        reload(&mut group, &plan).unwrap_or_else(|e| panic!("{}", e.line()));
+        assert_eq!(digest(&group), digest(&start(&plan)));
+        assert_eq!(group.kept_bytes > 0, kept_all, "of what is not known nothing is kept");
+    }
 }

@@ -119,3 +119,6 @@ fn mark_other_finishes(placement: &Placement, other: &Placement, changed: &mut [
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
