@@ -26,6 +26,10 @@ use xxhash_rust::xxh3::Xxh3;
 #[path = "common/processes.rs"]
 mod processes;
 
+#[path = "common/mixed.rs"]
+mod mixed;
+
+use mixed::{mix, settle};
 use processes::{Group, Story, signal, wait_until};
 
 /// What a rank process loads, one source after the other.
@@ -71,6 +75,8 @@ fn told(rank: &Rank, error: Option<&str>) -> Value {
         }
         format!("{:032x}", hash.digest128())
     });
+    // on rank 0, of all
+    let report = rank.report();
     let at: Option<u64> =
         rank.params().ok().map(|params| params.iter().map(|p| p.data.address()).sum());
     json!({
@@ -79,6 +85,9 @@ fn told(rank: &Rank, error: Option<&str>) -> Value {
         "generation": rank.generation(),
         "hash": hash.as_ref().ok(),
         "at": at,
+        "read": report.as_ref().map(|report| report.storage_bytes_read),
+        "kept": report.as_ref().map(|report| report.kept_bytes),
+        "needed": report.as_ref().map(|report| report.needed_bytes),
         "not_ready": hash.as_ref().err().map(|e| e.line()),
     })
 }
@@ -528,4 +537,174 @@ fn under_a_launcher_a_loss_in_a_reload_is_made_good() {
         assert_eq!(report["digest"], undisturbed["digest"], "rank {lost} stopped");
         reloads.story.assert_nothing_is_left();
     }
+}
+
+/// With `one`, which is `a` but for one file, linked.
+fn with_mixture(ranks: u32, checkpoint: &Checkpoint, layout: Option<&'static str>) -> Reloads {
+    let reloads = Reloads::new(ranks, checkpoint, layout);
+    let path = |name: &str| reloads.story.path(name);
+    mix(&path("a"), &path("b"), &path("one"), |file| file == 2);
+    reloads.give_all("one");
+    settle(&path("."));
+    reloads
+}
+
+/// What rank 0 tells of the bytes of the last load, of all ranks: read, kept, needed.
+fn bytes(told: &Value) -> [u64; 3] {
+    ["read", "kept", "needed"].map(|key| told[key].as_u64().unwrap_or_else(|| panic!("{told}")))
+}
+
+#[test]
+fn files_that_are_the_same_are_not_read_again() {
+    let fp8 = Checkpoint::new(Family::DeepseekV3, Scheme::Fp8).set("num_hidden_layers", 2);
+    for (ranks, checkpoint, layout) in [
+        (2, nvfp4().files(5), Some("trtllm")),
+        (1, fp8.clone().files(5), None),
+        (2, fp8.files(5), None),
+        (4, Checkpoint::new(Family::Llama, Scheme::Bf16).files(3), None),
+    ] {
+        let what = format!("{checkpoint:?} {layout:?}");
+        let reloads = with_mixture(ranks, &checkpoint, layout);
+        let fresh = ["a", "b", "one"].map(|name| (name, reloads.fresh(name)));
+        let sources = "a a one one a b b";
+        let all = reloads.told(sources, "");
+        for (rank, told) in all.iter().enumerate() {
+            for ((step, name), now) in sources.split(' ').enumerate().zip(told) {
+                let now = now.as_ref().unwrap();
+                let (_, want) = fresh.iter().find(|(n, _)| *n == name).unwrap();
+                assert_eq!(now["error"], Value::Null, "{what}, rank {rank}, step {step}");
+                assert_eq!(now["hash"], want[rank], "{what}, rank {rank}, step {step}");
+                assert_eq!((&now["source"], &now["generation"]), (&json!(name), &json!(step + 1)));
+                assert_eq!(now["at"], told[0].as_ref().unwrap()["at"], "{what}, rank {rank}");
+            }
+        }
+        for (step, now) in all[0].iter().enumerate() {
+            let [read, kept, needed] = bytes(now.as_ref().unwrap());
+            assert_eq!(read + kept, needed, "{what}, step {step}");
+            match step {
+                0 | 5 => assert_eq!(kept, 0, "{what}, step {step}"),
+                1 | 3 | 6 => assert_eq!(read, 0, "{what}, step {step}"),
+                _ => assert!(read > 0 && kept > 0, "{what}, step {step}: {read} {kept}"),
+            }
+        }
+        reloads.story.assert_nothing_is_left();
+    }
+}
+
+/// Each keeps what it knows to be the same. What one has and another has not is handed on out of parameters that no step works
+/// on, and else read.
+#[test]
+fn ranks_with_copies_of_their_own_keep_what_each_of_them_knows() {
+    for (checkpoint, layout) in
+        [(nvfp4().files(5), Some("trtllm")), (Checkpoint::new(Family::Llama, Scheme::Bf16), None)]
+    {
+        let reloads = Reloads::new(2, &checkpoint, layout);
+        reloads.copy("a", "copy");
+        reloads.give(0, "same", "a");
+        reloads.give(1, "same", "copy");
+        settle(&reloads.story.path("."));
+        let fresh = reloads.fresh("a");
+        let all = reloads.told("a same b same same", "");
+        for (rank, told) in all.iter().enumerate() {
+            for step in [1, 3, 4] {
+                let now = told[step].as_ref().unwrap();
+                assert_eq!((&now["error"], &now["hash"]), (&Value::Null, &json!(fresh[rank])));
+            }
+        }
+        let [read, kept, needed] = bytes(all[0][1].as_ref().unwrap());
+        assert_eq!(kept, needed, "rank 0 has all");
+        assert!(read < needed, "{read} of {needed}: what rank 0 has is handed on");
+        assert_eq!(bytes(all[0][4].as_ref().unwrap())[0], 0);
+        reloads.story.assert_nothing_is_left();
+    }
+}
+
+/// What was kept was not written, so it is kept when all else is taken back; and the next reload is right.
+#[test]
+fn a_rank_that_fails_among_what_is_read_again_brings_the_old_weights_back() {
+    let reloads = with_mixture(2, &nvfp4().files(5), Some("trtllm"));
+    let (old, new) = (reloads.fresh("a"), reloads.fresh("one"));
+    for fault in [
+        "rank=1,read=0,do=error,generation=2",
+        "rank=0,read=0,do=panic,generation=2",
+        "rank=1,at=started,do=panic,generation=2",
+        "rank=1,at=read,do=panic,generation=2",
+        "rank=all,read=0,do=error,generation=2",
+    ] {
+        let all = reloads.told("a one one one", fault);
+        for (rank, told) in all.iter().enumerate() {
+            let [after, whole, again] = [1, 2, 3].map(|step| told[step].as_ref().unwrap());
+            let said = text(after, "error");
+            assert!(
+                said.starts_with("reload failed, the weights of a are back in place"),
+                "{said}"
+            );
+            assert_eq!((&after["hash"], &after["generation"]), (&json!(old[rank]), &json!(3)));
+            for now in [whole, again] {
+                assert_eq!((&now["error"], &now["hash"]), (&Value::Null, &json!(new[rank])));
+            }
+        }
+        let [after, whole, again] = [1, 2, 3].map(|step| bytes(all[0][step].as_ref().unwrap()));
+        for [read, kept, needed] in [after, whole] {
+            assert!(read > 0 && kept > 0 && read + kept == needed, "{fault}: {read} {kept}");
+        }
+        assert_eq!(again[0], 0, "{fault}");
+    }
+    reloads.story.assert_nothing_is_left();
+}
+
+/// One that has lost what it held has nothing, whatever its files say.
+#[test]
+fn a_rank_that_is_not_ready_keeps_nothing() {
+    let checkpoint = nvfp4().set("quant_style", "v31").files(5);
+    let reloads = with_mixture(2, &checkpoint, Some("trtllm"));
+    with_bad_values(&reloads, "bad");
+    truncate(&reloads.copy("a", "gone"));
+    settle(&reloads.story.path("."));
+    let fresh = reloads.fresh("one");
+    // the old weights cannot be restored, as those of rank 1 are gone by then
+    let mut tellers = reloads.start("a bad one one", "rank=1,at=agreed,do=stop,generation=2");
+    for teller in &mut tellers {
+        assert_eq!(teller.next().unwrap()["error"], Value::Null);
+    }
+    let pid = tellers[1].process.id() as i32;
+    let stat = || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    wait_until("rank 1 has stopped", || stat().contains(") T "));
+    reloads.give(1, "a", "gone");
+    signal(pid, "CONT");
+    for (rank, teller) in tellers.iter_mut().enumerate() {
+        assert_ne!(teller.next().unwrap()["not_ready"], Value::Null);
+        let [whole, again] = [0, 1].map(|_| teller.next().unwrap());
+        for now in [&whole, &again] {
+            assert_eq!((&now["error"], &now["hash"]), (&Value::Null, &json!(fresh[rank])));
+        }
+        if rank == 0 {
+            let [[read, kept, needed], again] = [bytes(&whole), bytes(&again)];
+            assert_eq!((read, kept), (needed, 0));
+            assert_eq!(again, [0, needed, needed]);
+        }
+    }
+}
+
+/// Wherever a rank is lost in a reload that keeps a part.
+#[test]
+fn a_loss_among_what_is_read_again_leaves_no_mix() {
+    let reloads = with_mixture(2, &nvfp4().files(5), Some("trtllm"));
+    let versions = [("a", reloads.fresh("a")), ("one", reloads.fresh("one"))];
+    for point in Point::BEFORE_RELOAD.into_iter().chain(Point::ALL) {
+        for lost in [0, 1] {
+            let what = format!("rank {lost} killed when {}", point.name());
+            let fault = format!("rank={lost},at={},do=kill,generation=2", point.name());
+            let told = reloads.told("a one one", &fault);
+            let after = told[1 - lost][1].as_ref().unwrap();
+            let Some(hash) = after["hash"].as_str() else {
+                assert_ne!(after["not_ready"], Value::Null, "{what}");
+                continue;
+            };
+            let version = versions.iter().find(|(_, hashes)| hashes[1 - lost] == hash);
+            let (name, _) = version.unwrap_or_else(|| panic!("{what}: a mix: {after}"));
+            assert_eq!(after["source"], *name, "{what}");
+        }
+    }
+    reloads.story.assert_nothing_is_left();
 }
