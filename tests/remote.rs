@@ -2,16 +2,26 @@
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
 
-use std::{collections::BTreeMap, path::Path, process::Command};
+use std::{
+    collections::BTreeMap,
+    env,
+    io::{BufRead, BufReader, Write},
+    path::Path,
+    process::{Command, Stdio},
+};
 
+use longshore::Load;
 use longshore_harness::{
     cases, compare,
     generator::{Checkpoint, Family, Scheme},
     scratch::Scratch,
 };
 use longshore_storage_server::{Action, Dialect, Operation, Options, Rule, Server};
-use serde_json::Value;
+use serde_json::{Value, json as value};
 use sha2::Digest;
+
+#[path = "common/mixed.rs"]
+mod mixed;
 
 /// The program in an environment that leads to the server and to a cache of the test's own, and to nothing else.
 fn longshore(server: &Server, dialect: Dialect, scratch: &Scratch) -> Command {
@@ -326,4 +336,139 @@ fn a_killed_download_leaves_nothing_half() {
     for extra in [&[][..], &["--download"], &[]] {
         assert_eq!(json(&mut load(extra))["digest"], local["digest"], "{extra:?}");
     }
+}
+
+/// What [`reloading_process`] loads.
+const SOURCE: &str = "RELOAD_SOURCE";
+
+/// Not a test by itself: loads what it is told to, and reloads it for each line of its stdin; tells what it holds each time.
+#[test]
+#[ignore = "a process of another test"]
+fn reloading_process() {
+    let Ok(source) = env::var(SOURCE) else { return };
+    let mut loaded = Load::from(&*source).tensor_parallel(2).start().unwrap().wait().unwrap();
+    let mut lines = std::io::stdin().lines();
+    loop {
+        let (report, digest) = (loaded.report(), loaded.digest().unwrap());
+        let told = value!({
+            "digest": digest,
+            "read": report.storage_bytes_read,
+            "kept": report.kept_bytes,
+            "needed": report.needed_bytes,
+        });
+        // beside what the test's own harness prints
+        let _ = writeln!(std::io::stderr(), "@{told}");
+        if lines.next().is_none() {
+            return;
+        }
+        loaded.reload(&*source).unwrap_or_else(|e| panic!("{}", e.line()));
+    }
+}
+
+/// An object with the entity tag that it had is not fetched again; one with another is, and what belongs to its bytes.
+#[test]
+fn a_reload_fetches_the_objects_that_have_another_entity_tag() {
+    let server = Server::start(Options::default());
+    let scratch = Scratch::new().unwrap();
+    let checkpoint = Checkpoint::new(Family::DeepseekV3, Scheme::Fp8).files(5);
+    let [a, b, one] = ["a", "b", "one"].map(|name| scratch.join(name));
+    checkpoint.clone().seed(1).write(&a).unwrap();
+    checkpoint.clone().seed(2).write(&b).unwrap();
+    mixed::mix(&a, &b, &one, |file| file == 2);
+    let digest = |dir: &Path| {
+        let mut command = longshore(&server, Dialect::S3, &scratch);
+        let load = ["load", "--json", "--log-level", "error", "--tp", "2"];
+        json(command.args(load).arg(dir))["digest"].clone()
+    };
+    let (of_a, of_one) = (digest(&a), digest(&one));
+    serve(&server, Dialect::S3, "models", &a);
+
+    let mut command = Command::new(env::current_exe().unwrap());
+    command.env_clear().envs(server.environment(Dialect::S3)).env(SOURCE, "s3://models/some/model");
+    command.env("LONGSHORE_CACHE_DIR", scratch.join("cache")).env("HOME", scratch.join("home"));
+    command.args(["reloading_process", "--exact", "--ignored", "--nocapture"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut process = command.spawn().unwrap();
+    let mut told = BufReader::new(process.stderr.take().unwrap()).lines().map_while(Result::ok);
+    let mut stdin = process.stdin.take().unwrap();
+    let mut next = || {
+        let line = told.find(|line| line.starts_with('@')).expect("it tells what it holds");
+        let told: Value = serde_json::from_str(&line[1..]).unwrap();
+        let number = |key: &str| told[key].as_u64().unwrap();
+        (told["digest"].clone(), number("read"), number("kept"), number("needed"))
+    };
+    let mut again = || writeln!(stdin).unwrap();
+    let weights = || {
+        let requests = server.requests().into_iter();
+        let gets = requests.filter(|r| r.operation == Operation::Get);
+        let mut names: Vec<String> = gets.map(|r| r.object).collect();
+        names.retain(|name| name.ends_with(".safetensors"));
+        names
+    };
+    let (first, read, kept, needed) = next();
+    assert_eq!((&first, read, kept), (&of_a, needed, 0));
+
+    // nothing has changed
+    server.clear_log();
+    again();
+    assert_eq!(next(), (of_a.clone(), 0, needed, needed));
+    assert_eq!(weights(), Vec::<String>::new(), "no weights are asked for");
+
+    // one object has
+    let name = "model-00002-of-00005.safetensors";
+    server.put("models", &format!("some/model/{name}"), std::fs::read(one.join(name)).unwrap());
+    again();
+    let (second, read, kept, _) = next();
+    assert_eq!(second, of_one);
+    assert!(read > 0 && kept > 0 && read + kept == needed, "{read} {kept} {needed}");
+    assert!(weights().iter().any(|object| object.ends_with(name)));
+
+    // one has by its entity tag alone: what is in it is not known before it was fetched
+    server.replace("models", &format!("some/model/{name}"));
+    again();
+    let (third, read, kept, _) = next();
+    assert_eq!(third, of_one);
+    assert!(read > 0 && kept > 0 && read + kept == needed, "{read} {kept} {needed}");
+    drop(stdin);
+    assert!(process.wait().unwrap().success());
+}
+
+/// Of two revisions on the hub, the files with the same SHA-256 are the same; of two places in a bucket, none is.
+#[test]
+fn a_reload_of_another_revision_fetches_the_files_that_are_other() {
+    let server = Server::start(Options::default());
+    let scratch = Scratch::new().unwrap();
+    let checkpoint = Checkpoint::new(Family::DeepseekV3, Scheme::Bf16).files(3);
+    let [a, b, one] = ["a", "b", "one"].map(|name| scratch.join(name));
+    checkpoint.clone().seed(1).write(&a).unwrap();
+    checkpoint.clone().seed(2).write(&b).unwrap();
+    mixed::mix(&a, &b, &one, |file| file == 2);
+    let load = |dialect: Dialect, sources: [&str; 2]| {
+        let mut command = longshore(&server, dialect, &scratch);
+        command.args(["load", "--json", "--log-level", "error", "--tp", "2", sources[0]]);
+        json(command.args(["--reload", sources[1]]))
+    };
+    let number = |told: &Value, key: &str| told[key].as_u64().unwrap();
+    server.serve("org/model", &a);
+    let first = format!("org/model@{}", server.commit("org/model"));
+    server.serve("org/model", &one);
+    let second = format!("org/model@{}", server.commit("org/model"));
+    assert_ne!(first, second);
+    let told = load(Dialect::Hub, [&first, &second]);
+    let [read, kept, needed] =
+        ["storage_bytes_read", "kept_bytes", "needed_bytes"].map(|key| number(&told, key));
+    assert!(read > 0 && kept > 0 && read + kept == needed, "{read} {kept} {needed}");
+    assert_eq!(load(Dialect::Hub, [&second, &second])["digest"], told["digest"]);
+
+    for place in ["some", "other"] {
+        for entry in std::fs::read_dir(&a).unwrap().flatten() {
+            let name = format!("{place}/{}", entry.file_name().to_str().unwrap());
+            server.put("models", &name, std::fs::read(entry.path()).unwrap());
+        }
+    }
+    let told = load(Dialect::S3, ["s3://models/some", "s3://models/other"]);
+    assert_eq!(number(&told, "kept_bytes"), 0);
+    assert_eq!(number(&told, "storage_bytes_read"), needed);
+    let told = load(Dialect::S3, ["s3://models/some", "s3://models/some/"]);
+    assert_eq!((number(&told, "kept_bytes"), number(&told, "storage_bytes_read")), (needed, 0));
 }
