@@ -10,8 +10,12 @@ use longshore_harness::{
 
 mod common;
 
-use common::{compare, load, plan};
-use longshore::plan::Exchange;
+use common::{compare, load, load_with, plan, plan_options};
+use longshore::{
+    discover::discover,
+    load::RunOptions,
+    plan::{Exchange, Plan, PlanOptions},
+};
 
 /// Loads `checkpoint` under every combination of sizes and options; returns how many were loaded and how many refused.
 fn sweep(checkpoint: &Checkpoint, tps: &[usize], options: &[oracle::Options]) -> (usize, usize) {
@@ -247,4 +251,47 @@ fn int4_equals_the_oracle() {
         loaded += sweep(&checkpoint.set("int4_linears", true), &[1, 2, 8], &layouts()).0;
     }
     assert!(loaded >= 16, "only {loaded} combinations were loaded");
+}
+
+/// Derived parameters that begin in one huge page and end in another, with others in both: what lands in a page after they
+/// are finished leaves them as they are. Which comes first differs from load to load, with the number of readers and with the
+/// length of reads.
+#[test]
+fn parameters_of_several_huge_pages_equal_the_oracle() {
+    const HUGE_PAGE: u64 = 2 << 20;
+    let dimensions = [
+        ("hidden_size", 1024),
+        ("num_attention_heads", 32),
+        ("q_lora_rank", 256),
+        ("kv_lora_rank", 512),
+        ("qk_nope_head_dim", 128),
+        ("v_head_dim", 128),
+        ("num_hidden_layers", 4),
+        ("files", 3),
+    ];
+    let checkpoint = Checkpoint::new(Family::DeepseekV3, Scheme::Fp8);
+    let checkpoint = dimensions.iter().fold(checkpoint, |c, (key, value)| c.set(key, *value));
+    let scratch = Scratch::new().unwrap();
+    let dir = scratch.join("checkpoint");
+    checkpoint.write(&dir).unwrap();
+    for tp in [1, 2] {
+        let options = oracle::Options::tp(tp);
+        let answer = oracle::answer(&dir, &options).unwrap();
+        let whole = plan(&dir, &options, Exchange::On).unwrap();
+        let derived = whole.placement().params.iter().filter(|param| param.derived);
+        let large = derived.filter(|param| param.bytes >= HUGE_PAGE).count();
+        assert!(large >= 8, "{large} parameters of a huge page or more are derived");
+        for (read_bytes, concurrency) in
+            [(None, None), (None, Some(1)), (Some(64 << 10), Some(1)), (Some(256 << 10), Some(4))]
+        {
+            let wanted = PlanOptions { read_bytes, ..plan_options(&options, Exchange::On) };
+            let planned = Plan::new(discover(&dir).unwrap(), &wanted).unwrap();
+            let run = RunOptions { concurrency, ..RunOptions::default() };
+            let what = format!("tp {tp}, reads of {read_bytes:?} bytes, {concurrency:?} at a time");
+            for _ in 0..3 {
+                let loaded = load_with(&planned, &run).unwrap();
+                compare(&what, &loaded, &answer);
+            }
+        }
+    }
 }
