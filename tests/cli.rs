@@ -59,6 +59,7 @@ fn load_plan_inspect_and_synth_print_one_json_document() {
             "needed_bytes",
             "storage_bytes_read",
             "cached_bytes_read",
+            "kept_bytes",
             "exchanged_bytes",
             "seconds",
             "phases",

@@ -32,9 +32,12 @@ use longshore_models::checkpoint::Tensor;
 mod common;
 #[path = "common/cuda.rs"]
 mod cuda;
+#[path = "common/mixed.rs"]
+mod mixed;
 
 use common::{plan, runtime};
 use cuda::{Cuda, json, program, refusal};
+use mixed::{mix, settle};
 
 /// A driver whose streams run late: at random times, or only when somebody waits for them.
 fn late(seed: u64) -> Options {
@@ -471,11 +474,13 @@ fn a_reload_on_devices_gives_what_a_fresh_load_gives_at_the_same_addresses() {
         let scratch = Scratch::new().unwrap();
         let mut options = oracle::Options::tp(2);
         options.kernel_layout = layout.map(str::to_owned);
-        let plans = [1, 2].map(|seed| {
-            let dir = scratch.join(&format!("checkpoint-{seed}"));
-            Checkpoint::new(family, scheme).seed(seed).write(&dir).unwrap();
-            plan(&dir, &options, Exchange::On).unwrap()
-        });
+        let [a, b, mixed] = ["a", "b", "mixed"].map(|name| scratch.join(name));
+        for (dir, seed) in [(&a, 1), (&b, 2)] {
+            Checkpoint::new(family, scheme).seed(seed).write(dir).unwrap();
+        }
+        mix(&a, &b, &mixed, |file| file == 2);
+        settle(scratch.path());
+        let plans = [a, b, mixed].map(|dir| plan(&dir, &options, Exchange::On).unwrap());
         let start = |plan, run: &RunOptions| {
             runtime()
                 .block_on(load(plan, run, progress_of(plan)))
@@ -490,12 +495,14 @@ fn a_reload_on_devices_gives_what_a_fresh_load_gives_at_the_same_addresses() {
             ranks.iter().flat_map(|rank| rank.iter().map(|p| p.data.address())).collect()
         };
         let first = addresses(&group);
-        for next in [1, 0, 1] {
+        // of the third another file is other than of the first, so the rest of it stays
+        for (next, stays) in [(1, false), (0, false), (2, true), (2, true), (0, true), (1, false)] {
             let done = runtime().block_on(group.reload(&plans[next], progress_of(&plans[next])));
             done.unwrap_or_else(|e| panic!("{family:?} {scheme:?}: {}", e.line()));
             let digest = group_digest(group.ranks().unwrap()).unwrap();
             assert_eq!(digest, fresh[next], "{family:?} {scheme:?}");
             assert_eq!(addresses(&group), first, "{family:?} {scheme:?}");
+            assert_eq!(group.kept_bytes > 0, stays, "{family:?} {scheme:?}");
         }
     }
 }

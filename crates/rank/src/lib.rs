@@ -20,7 +20,7 @@
 //! * RNK-3: staging memory stays within its limit and is back at zero when a load ends, whichever way it ends.
 //! * RNK-4: a message of another generation changes nothing.
 //! * RNK-5: parameters are written again (a reload) only by whoever owns their memory alone: no worker of an earlier
-//!   attempt and no reader is left.
+//!   attempt and no reader is left. What a reload keeps nobody writes: its bytes count as landed, its steps as done.
 //! * RNK-6: a worker's post-processing works on at most 128 rows of a matrix beside the parameters.
 //! * RNK-7: what a rank says that it has, has landed in its parameters; its group's load neither loses it nor reads it again.
 

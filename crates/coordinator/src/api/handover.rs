@@ -15,7 +15,7 @@
 //! * **Complete.** Parameters are handed out when every byte of every rank has landed and what is derived from them is
 //!   computed. All work of the load on devices has ended by then: any stream may read at once, without waiting for
 //!   anything.
-//! * **Read-only.** Nobody writes to them but a reload. Two names may share storage ([`Params::aliases`]).
+//! * **Read-only.** Nobody writes to them but a reload, and a reload leaves alone what is the same in both checkpoints. Two names may share storage ([`Params::aliases`]).
 //! * **Where they are.** Addresses, shapes and types stay as they are for the life of the parameters, through reloads
 //!   too, so what has them built in (a CUDA graph) stays valid. All parameters of a rank lie in one allocation, each on
 //!   a multiple of 256 bytes.

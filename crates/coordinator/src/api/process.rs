@@ -147,6 +147,7 @@ impl Rank {
     ///
     /// First every rank makes sure that it can load it (headers, shapes, the same parameters, every file open and whole), then
     /// all write, and each returns when every one is complete. Whatever fails, no two ranks are ready with different weights.
+    /// Files that are the same are not read again, and what is made of nothing else is not written ([`Report::kept_bytes`]).
     ///
     /// Whoever looks at parameters borrows the rank, so nobody looks while they are written:
     ///

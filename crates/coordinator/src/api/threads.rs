@@ -174,7 +174,8 @@ impl Loaded {
         digest::group_digest(self.group.ranks()?)
     }
 
-    /// Loads another checkpoint into the same parameters, at the same addresses.
+    /// Loads another checkpoint into the same parameters, at the same addresses. Files that are the same are not read again,
+    /// and what is made of nothing else is not written ([`Report::kept_bytes`]).
     ///
     /// # Errors
     /// Refused before the first write: the weights are untouched. [`LoadError::Reload`]: it failed while writing, and says

@@ -139,7 +139,7 @@ pub(super) struct RunArgs {
     /// Write each rank's finished parameters to this directory.
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
-    /// Then load this checkpoint into the same parameters, in place (repeatable).
+    /// Then load this checkpoint into the same parameters, in place; files that are the same are not read again (repeatable).
     #[arg(long, value_name = "SOURCE")]
     pub(super) reload: Vec<String>,
     /// Reads in flight per rank [default: RUNAI_STREAMER_CONCURRENCY, else what storage and cores suggest].

@@ -14,6 +14,9 @@
 //! | agreeing | keeps them too; only where the coordinator is lost itself nobody can tell whether others have begun, and this rank is not ready |
 //! | the release | loads the old weights again if all ranks are there, in the same way; else it is not ready |
 //!
+//! What is made of files that are the same in both checkpoints is neither read nor written, on the way there or back. That
+//! takes weights that are known: a rank that is not ready keeps nothing.
+//!
 //! A rank is ready with the new weights only when the coordinator has seen all ranks complete; so of the ranks that are
 //! ready none holds another checkpoint than the others.
 
