@@ -250,7 +250,9 @@ fn another_step_changes_whatever_takes_part_in_it() {
     let case = Case::new(Family::DeepseekV3, Scheme::Nvfp4, 2, Some("trtllm"));
     let plan = case.plan("a");
     for number in 0..plan.placement().finishes.len() {
-        let left_out = altered(&plan, |placement| drop(placement.finishes.remove(number)));
+        let left_out = altered(&plan, |placement| {
+            placement.finishes.remove(number);
+        });
         let finish = &plan.placement().finishes[number];
         let want: BTreeSet<ParamId> = finish.inputs().into_iter().chain(finish.outputs()).collect();
         assert_eq!(params(&changed(&plan, &left_out, later()), true), want);
