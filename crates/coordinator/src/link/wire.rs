@@ -99,7 +99,7 @@ mod tests {
         let mut other = good.to_vec();
         other[0] = PROTOCOL_VERSION + 1;
         let found = decode::<Value>(&other).unwrap_err();
-        assert_eq!(found.to_string(), "the message is of protocol version 4, this is version 3");
+        assert_eq!(found.to_string(), "the message is of protocol version 5, this is version 4");
 
         for cut in 1..good.len() {
             let found = decode::<Value>(&good[..cut]);
