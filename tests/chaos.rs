@@ -103,6 +103,46 @@ fn ranks_are_stopped_and_continued_in_each_phase() {
     story.assert_nothing_is_left();
 }
 
+/// Of storage the reads that are left; a rank that has done its own has nothing to be cut off from.
+#[test]
+fn ranks_are_cut_off_from_storage() {
+    let story = story();
+    let load = [&["checkpoint"], &LOAD[..], &["--progress-timeout", "1"]].concat();
+    let ranks = ["--rank", "0", "--rank", "1", "--phase", "reading"];
+    for faults in [&["--fault", "storage"][..], &["--fault", "storage:hang"]] {
+        let report = right(&chaos(&story, &[&load[..], faults, &ranks].concat()));
+        assert_recovered(&report);
+        for run in runs(&report).iter().filter(|run| run["verdict"] == "right") {
+            assert!(run["faults"][0]["recovered_after"].is_f64(), "{run:#}");
+        }
+    }
+    let late = ["--fault", "storage", "--rank", "1", "--phase", "joining", "--phase", "finishing"];
+    assert_recovered(&right(&chaos(&story, &[&load[..], &late].concat())));
+    story.assert_nothing_is_left();
+}
+
+/// Each side takes the other for lost; the one that hears others, or is told by itself, has the say. Rank 0's is the coordinator's.
+#[test]
+fn ranks_are_cut_off_from_each_other() {
+    let story = story();
+    for options in [
+        &["--rank", "0", "--rank", "1", "--phase", "reading"][..],
+        &["--rank", "0", "--rank", "1", "--phase", "reading", "--transport", "tcp"],
+        &["--rank", "1", "--phase", "joining", "--phase", "finishing"],
+    ] {
+        let load = [&["checkpoint"], &LOAD[..], &["--fault", "network"]].concat();
+        let report = right(&chaos(&story, &[&load[..], options].concat()));
+        assert_recovered(&report);
+        for run in runs(&report).iter().filter(|run| run["verdict"] == "right") {
+            let fault = &run["faults"][0];
+            let detected = fault["detected_after"].as_f64().unwrap();
+            assert!(detected > 0.5, "{run:#}: only its silence tells");
+            assert!(fault["phase"] == "ready" || fault["recovered_after"].is_f64(), "{run:#}");
+        }
+    }
+    story.assert_nothing_is_left();
+}
+
 /// Who is lost when the others have begun to leave finds nobody to load with again: then the load fails, and that is told.
 #[test]
 fn ranks_are_killed_when_they_are_ready() {
@@ -254,7 +294,7 @@ fn what_cannot_be_done_is_refused_in_one_line() {
     let story = story();
     let silent = script(&story, "exit 0\n");
     for (arguments, wanted) in [
-        (&["checkpoint", "--tp", "2", "--fault", "network"][..], "privileges"),
+        (&["checkpoint", "--tp", "2", "--fault", "storage:melt"][..], "storage[:hang], network"),
         (&["checkpoint", "--tp", "2", "--fault", "melt"], "stop-continue[:SECONDS]"),
         (&["checkpoint", "--tp", "2", "--phase", "lunch"], "joining"),
         (&["checkpoint", "--tp", "2", "--rank", "2"], "--rank: 2, but there are 2 ranks"),

@@ -1,23 +1,24 @@
-//! Ranks are killed, stopped and delayed while they load, and what comes of it is compared with a run that nothing disturbs:
+//! Ranks are killed, stopped, delayed and cut off while they load, and what comes of it is compared with a run that nothing disturbs:
 //! for users to try on their own checkpoints, under their own launch command.
 //!
 //! ```text
 //!  command ──► undisturbed runs (two: the first warms up): digest, seconds, how long each rank was in each phase
 //!     │
-//!     └──────► run 1 … n: events tell pids and phases ──► signals at the chosen moments ──► digest, exit code, what is left
+//!     └──────► run 1 … n: events tell pids and phases ──► faults at the chosen moments ──► digest, exit code, what is left
 //! ```
 //!
-//! It works from outside, by signals and by what the ranks tell ([`events`](crate::events)), so the ranks are those that users
-//! run: release builds, in whatever program, under whatever launcher hands `LONGSHORE_EVENTS` on to processes of this host.
+//! It works from outside, by signals and by what the ranks tell ([`events`](crate::events)) and listen for
+//! ([`cuts`](crate::cuts)), so the ranks are those that users run: release builds, in whatever program, under whatever launcher
+//! hands `LONGSHORE_EVENTS` and `LONGSHORE_CUTS` on to processes of this host.
 //!
 //! | step | module | in → out |
 //! |---|---|---|
 //! | what is done | `schedule` | options and a seed → faults, ranks and moments of every run |
-//! | one run | `run`, `command`, `log`, `strike` | the command → events, signals, output |
+//! | one run | `run`, `command`, `log`, `strike` | the command → events, signals, cuts, output |
 //! | what came of it | `judge`, `report` | that and the undisturbed run → right or wrong, figures, table |
 //!
-//! Storage and network are not cut: that needs privileges, or a place in between that changes what is measured. For the others
-//! of its group a rank that is stopped is one that cannot be reached; and one that reads nothing any more.
+//! Who is cut off from the network still shares memory with the ranks of its host, as long as it is there: that nothing is heard
+//! of it is what the others notice. Rank 0's connection to the coordinator of its own process is cut as well.
 
 mod command;
 mod judge;

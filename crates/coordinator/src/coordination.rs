@@ -107,6 +107,15 @@ impl LoadEnd {
     }
 }
 
+/// How a rank is gone, and why that is known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Departure {
+    /// It has ended, or ended its connection; what its process does now is its own affair.
+    Left(String),
+    /// It is not heard any more, and may go on at any moment.
+    Silent(String),
+}
+
 /// The answer to a load.
 pub(crate) type Outcome = Result<LoadEnd, LoadError>;
 
@@ -146,6 +155,8 @@ pub(crate) struct Coordination {
     losses: Vec<LoadError>,
     /// A rank that was lost when nothing could replace it: nothing is done without it.
     over: Option<(u32, String)>,
+    /// Ranks that have fallen silent since all were complete, and why that is known: nobody needs them, so far.
+    silent: Vec<(u32, String)>,
 }
 
 /// One generation of a load.
@@ -206,6 +217,7 @@ impl Coordination {
             reloads: false,
             losses,
             over: None,
+            silent: Vec::new(),
         }
     }
 
@@ -360,11 +372,12 @@ impl Coordination {
     }
 
     /// A rank is gone.
-    pub(crate) fn lost(&mut self, rank: u32, reason: String, now: Instant) -> Vec<Order> {
+    pub(crate) fn lost(&mut self, rank: u32, departure: Departure, now: Instant) -> Vec<Order> {
         if !self.is_present(rank) {
             // it was dismissed
             return Vec::new();
         }
+        let (Departure::Left(reason) | Departure::Silent(reason)) = departure.clone();
         if self.attempt.is_some() {
             return self.lose(rank, LoadError::RankLost { rank, reason }, now);
         }
@@ -373,10 +386,24 @@ impl Coordination {
             // nothing was asked for yet, and whoever comes in its place serves as well
             return vec![Order::Dismiss(rank, reason)];
         }
+        if let Departure::Silent(reason) = departure {
+            self.silent.push((rank, reason));
+        }
         let (rank, reason) = self.over.get_or_insert((rank, reason)).clone();
         let why = LoadError::RankLost { rank, reason }.line();
         // those that are complete may wait for each other
         vec![Order::TellAll(RankCommand::Abort { generation: self.generation, why })]
+    }
+
+    /// Whether a rank has fallen silent since all were complete, and nobody needed it so far.
+    pub(crate) fn is_silent(&self, rank: u32) -> bool {
+        self.silent.iter().any(|(silent, _)| *silent == rank)
+    }
+
+    /// A rank waits for all others, who are complete. Those that are silent would keep it waiting, or their launcher; those that
+    /// have left may be doing their last work, and are nobody's hindrance.
+    pub(crate) fn awaited(&mut self) -> Vec<Order> {
+        self.silent.drain(..).map(|(rank, why)| Order::Dismiss(rank, why)).collect()
     }
 
     /// Time has passed; `watched` tells of each rank, if all are there.
@@ -571,7 +598,7 @@ mod tests {
         coordination.event(ready(0, 4), now);
         let orders = coordination.event(ready(1, 4), now);
         assert!(matches!(orders[..], [Order::TellAll(RankCommand::Release { generation: 4 }), _]));
-        coordination.lost(1, "nothing was heard".to_owned(), now);
+        coordination.lost(1, Departure::Left("nothing was heard".to_owned()), now);
         match &coordination.joined(1)[..] {
             [Order::Tell(1, RankCommand::Release { generation: 4 }), Order::Dismiss(1, why)] => {
                 assert_eq!(why, "rank 1 was lost: nothing was heard");

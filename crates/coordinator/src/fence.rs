@@ -61,6 +61,15 @@ impl ProcessIdentity {
         self.kill_within(GONE_WITHIN)
     }
 
+    /// Gives the process so long to end by itself, then [kills](Self::kill) it. Blocks.
+    pub(crate) fn end_within(&self, patience: Duration) -> Fenced {
+        // one that cannot be watched cannot be killed either, and it is said why
+        if let (false, Ok(Some(held))) = (patience.is_zero(), self.hold()) {
+            let _ = held.is_gone(patience);
+        }
+        self.kill()
+    }
+
     /// Ties the process to a descriptor, so that signals may be sent to it; `None`: it is gone.
     ///
     /// # Errors
@@ -261,6 +270,14 @@ mod tests {
         assert!(matches!(identity.kill(), Fenced::Killed | Fenced::Gone));
         assert!(matches!(identity.kill(), Fenced::Gone));
         assert_eq!(start_of(identity.pid).unwrap(), Some(identity.start));
+    }
+
+    #[test]
+    fn a_process_is_given_time_to_end_by_itself() {
+        let (mut sleeping, identity) = Sleeping::start();
+        assert!(matches!(identity.end_within(Duration::from_millis(20)), Fenced::Killed));
+        assert!(!sleeping.is_alive());
+        assert!(matches!(identity.end_within(Duration::from_secs(3600)), Fenced::Gone));
     }
 
     /// It would go on where it was, once somebody continues it.

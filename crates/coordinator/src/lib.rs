@@ -37,6 +37,7 @@
 //! | – | the wire between coordinator and ranks in other processes | [`link`], [`secret`] | messages ⇄ messages, heartbeats, how it ended |
 //! | – | a process that counts as lost is kept from doing anything more | [`fence`] | which process it was → it is gone |
 //! | – | what happens on each rank, for whoever watches | [`events`] | `LONGSHORE_EVENTS` → a line of JSON per event |
+//! | – | ranks cut off from storage or from each other on demand | [`cuts`] | `LONGSHORE_CUTS` → reads that fail, links that fall silent |
 //! | – | ranks disturbed on purpose, to see what comes of it | [`chaos`] | a launch command → a report of what was lost, and how soon it was not |
 
 mod api;
@@ -45,6 +46,7 @@ pub mod cache;
 pub mod chaos;
 pub mod cli;
 mod coordination;
+pub mod cuts;
 mod device;
 pub mod digest;
 pub mod discover;

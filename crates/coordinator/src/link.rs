@@ -17,6 +17,7 @@
 //! | [`handshake`] | a fresh stream → who is at its other end, proven |
 //! | [`session`] | a proven stream → messages both ways until it ends, and why it did |
 //! | [`thread`] | a session that goes on while everything else in the process is stuck |
+//! | `cable` | a stream ⇄ the same, unless this process is cut off on purpose |
 //! | [`tcp`], [`same_user`] | socket options; who owns the other end of a local connection |
 //! | [`listen`], [`connect`](mod@connect) | addresses → proven connections, whatever else knocks or answers there |
 //!
@@ -24,6 +25,7 @@
 //! side is dead (closed), hung (silent) or another one than expected (refused). It does not decide what follows from
 //! that; the supervisor does.
 
+pub(crate) mod cable;
 pub mod connect;
 pub mod frame;
 pub mod handshake;

@@ -47,6 +47,7 @@ use self::{
 };
 use crate::{
     coordination::{self, Loaded, Recovery},
+    cuts,
     error::LoadError,
     events,
     link::{
@@ -152,6 +153,8 @@ impl Door {
     /// # Errors
     /// None can be had.
     pub(crate) fn open(place: &Place) -> Result<Self, LoadError> {
+        // before anyone is told of this process
+        cuts::listen(place);
         events::open(place);
         if place.rank > 0 {
             return Ok(Self(None));

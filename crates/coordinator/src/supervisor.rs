@@ -22,15 +22,15 @@ use tokio::{
 };
 
 use crate::{
-    coordination::{Coordination, LoadEnd, Order, Outcome, Recovery, Watched},
+    coordination::{Coordination, Departure, LoadEnd, Order, Outcome, Recovery, Watched},
     error::LoadError,
     events,
     fence::ProcessIdentity,
-    link::handshake::Admissions,
+    link::{handshake::Admissions, session::Timing},
     processes::{
         member::{Gathered, fence},
         message::Piece,
-        remote::{RemoteArguments, RemoteMessage, RemoteRank},
+        remote::{Heard, Lost, RemoteArguments, RemoteMessage, RemoteRank},
     },
 };
 
@@ -126,6 +126,8 @@ struct Rank {
     commands: DerivedActorRef<RankCommand>,
     remote: Option<ActorRef<RemoteMessage>>,
     process: Option<ProcessIdentity>,
+    /// When it was last heard, and how often it should be; of one that is an actor nothing is heard.
+    heard: Option<(Arc<Heard>, Timing)>,
     progress: Arc<Progress>,
     /// What it has contributed and was not gathered yet; it waits until that was before it contributes more.
     piece: Option<Piece>,
@@ -138,6 +140,8 @@ pub(crate) struct SupervisorState {
     ranks: Vec<Option<Rank>>,
     /// How many of the first hold parameters.
     holders: usize,
+    /// The rank of this process, where ranks are processes.
+    own_rank: Option<u32>,
     admissions: Option<Admissions>,
     gathered: mpsc::Sender<Gathered>,
     /// Where the answer to the load goes that is under way.
@@ -171,6 +175,7 @@ impl Actor for Supervisor {
         let SupervisorArguments { world_size, holders, stuck_after, recovery, .. } = arguments;
         let SupervisorArguments { admissions, gathered, before: (losses, lost_read_bytes), .. } =
             arguments;
+        let own_rank = recovery.own_rank;
         let mut coordination =
             Coordination::new(world_size, holders, stuck_after, recovery, losses);
         let mut ranks: Vec<Option<Rank>> = (0..world_size).map(|_| None).collect();
@@ -184,6 +189,7 @@ impl Actor for Supervisor {
             coordination,
             ranks,
             holders: holders as usize,
+            own_rank,
             admissions,
             gathered,
             done: None,
@@ -240,16 +246,20 @@ impl Actor for Supervisor {
         event: SupervisionEvent,
         state: &mut SupervisorState,
     ) -> Result<(), ActorProcessingErr> {
-        let (cell, reason) = match event {
-            SupervisionEvent::ActorFailed(cell, error) => (cell, error.to_string()),
+        let (cell, departure) = match event {
+            SupervisionEvent::ActorFailed(cell, error) => match error.downcast_ref::<Lost>() {
+                Some(lost) => (cell, lost.into()),
+                None => (cell, Departure::Left(error.to_string())),
+            },
             SupervisionEvent::ActorTerminated(cell, _, reason) => {
-                (cell, reason.unwrap_or_else(|| "it stopped".to_owned()))
+                let reason = reason.unwrap_or_else(|| "it stopped".to_owned());
+                (cell, Departure::Left(reason))
             }
             _ => return Ok(()),
         };
         let is_it = |rank: &Option<Rank>| rank.as_ref().is_some_and(|r| r.id == cell.get_id());
         if let Some(rank) = state.ranks.iter().position(is_it) {
-            state.lose(rank as u32, reason);
+            state.lose(rank as u32, departure);
             if state.ending && state.ranks.iter().flatten().all(|r| !is_running(r)) {
                 myself.stop(None);
             }
@@ -279,7 +289,7 @@ async fn bring_up(
     number: u32,
     member: Member,
 ) -> Result<Rank, ActorProcessingErr> {
-    let (id, commands, remote, process, progress) = match member {
+    let (id, commands, remote, process, heard, progress) = match member {
         Member::Here { work, home, reuse, kept, progress } => {
             let start = RankArguments {
                 rank: number,
@@ -293,17 +303,19 @@ async fn bring_up(
                 join: None,
             };
             let (actor, _) = Actor::spawn_linked(None, RankActor, start, myself.get_cell()).await?;
-            (actor.get_id(), actor.get_derived(), None, None, progress)
+            (actor.get_id(), actor.get_derived(), None, None, None, progress)
         }
         Member::Apart(start) => {
             let (process, progress) = (start.process.clone(), Arc::clone(&start.progress));
-            let start = (start, myself.clone());
+            let (heard, timing) = (Arc::new(Heard::now()), start.timing);
+            let start = (start, Arc::clone(&heard), myself.clone());
             let (actor, _) =
                 Actor::spawn_linked(None, RemoteRank, start, myself.get_cell()).await?;
-            (actor.get_id(), actor.get_derived(), Some(actor), process, progress)
+            let (id, commands) = (actor.get_id(), actor.get_derived());
+            (id, commands, Some(actor), process, Some((heard, timing)), progress)
         }
     };
-    Ok(Rank { id, commands, remote, process, progress, piece: None })
+    Ok(Rank { id, commands, remote, process, heard, progress, piece: None })
 }
 
 fn is_running(rank: &Rank) -> bool {
@@ -344,17 +356,42 @@ impl SupervisorState {
         self.ranks.iter().map(seen).collect()
     }
 
-    fn lose(&mut self, rank: u32, reason: String) {
+    fn lose(&mut self, rank: u32, departure: Departure) {
         if self.ending {
             return;
         }
-        let orders = self.coordination.lost(rank, reason, Instant::now());
+        let (rank, departure) = self.at_fault(rank, departure);
+        let orders = self.coordination.lost(rank, departure, Instant::now());
         self.carry_out(orders);
-        // nobody waits for it, whether another comes in its place or not
-        self.vacate(rank);
+        if self.ranks.iter().flatten().any(|rank| rank.piece.is_some()) {
+            let orders = self.coordination.awaited();
+            self.carry_out(orders);
+        }
+        if !self.coordination.is_silent(rank) {
+            // nobody waits for it, whether another comes in its place or not
+            self.vacate(rank);
+        }
         if let Some((rank, reason)) = self.coordination.over() {
             // whoever gathers is told as well, now or when it asks; a full queue holds the news already
             let _ = self.gathered.try_send(Err(LoadError::RankLost { rank, reason }));
+        }
+    }
+
+    /// Whose fault it is that `rank` is gone: a coordinator that hears nobody, not even the rank of its own process, is cut off
+    /// itself, and must not take the others for lost.
+    fn at_fault(&self, rank: u32, departure: Departure) -> (u32, Departure) {
+        let own = self.own_rank.filter(|own| *own != rank);
+        let heard = own.and_then(|own| self.ranks[own as usize].as_ref()?.heard.as_ref());
+        match (own, heard) {
+            // the last heartbeats of all came within the time of one
+            (Some(own), Some((heard, Timing { beat_every, silent_after })))
+                if matches!(departure, Departure::Silent(_))
+                    && heard.ago() + 2 * *beat_every >= *silent_after =>
+            {
+                let why = "its coordinator hears nobody, not even the rank of its own process";
+                (own, Departure::Silent(why.to_owned()))
+            }
+            _ => (rank, departure),
         }
     }
 
@@ -420,7 +457,7 @@ impl SupervisorState {
                 let _ = timeout(DISMISSED_WITHIN, remote.get_cell().wait(None)).await;
                 sleep(LEAVE).await;
             }
-            fence(gone.process).await;
+            fence(gone.process, Duration::ZERO).await;
             if let Some(admissions) = admissions {
                 admissions.forget(rank);
             }
@@ -430,6 +467,8 @@ impl SupervisorState {
 
     fn contributed(&mut self, rank: u32, piece: Piece) {
         if let Some((lost, reason)) = self.coordination.over() {
+            let orders = self.coordination.awaited();
+            self.carry_out(orders);
             return self.refuse_piece(rank, LoadError::RankLost { rank: lost, reason });
         }
         if let Some(rank) = &mut self.ranks[rank as usize] {

@@ -11,6 +11,7 @@
 //! | tensors as they are stored | [`tensor_stream`] | wanted tensors → each with its bytes, in staging memory |
 //! | post-processing | `post_process` | complete parameters → derived ones |
 //! | the actor | [`state`], [`actor`] | events → decisions → effects |
+//! | disturbance on purpose | [`fault`], [`cut`] | what was asked for → a rank that fails, hangs or is cut off |
 //!
 //! Invariants:
 //!
@@ -26,6 +27,7 @@
 
 pub mod actor;
 pub mod collective;
+pub mod cut;
 pub mod device;
 pub mod error;
 mod exchange;

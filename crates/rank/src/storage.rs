@@ -18,7 +18,7 @@ use std::{
 
 use longshore_models::byte_range::ByteRange;
 
-use crate::{error::RankError, staging::DIRECT_ALIGNMENT};
+use crate::{cut, error::RankError, staging::DIRECT_ALIGNMENT};
 
 /// What the user wants of the page cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -397,6 +397,22 @@ impl CheckpointSource {
             first += advance(&mut targets[first..], n as usize);
         }
         Ok(RemoteRead { requests: reads, ..RemoteRead::default() })
+    }
+
+    /// Carries out a `read` of weights, unless this process is cut off from storage: also if that happens meanwhile.
+    ///
+    /// # Errors
+    /// The read fails, or is cut off.
+    pub(crate) fn unless_cut<T>(
+        &self,
+        range: ByteRange,
+        read: impl FnOnce() -> Result<T, RankError>,
+    ) -> Result<T, RankError> {
+        let pass = || cut::pass_storage().map_err(|source| self.read_error(range, source));
+        pass()?;
+        let done = read()?;
+        pass()?;
+        Ok(done)
     }
 
     fn read_error(&self, range: ByteRange, source: io::Error) -> RankError {

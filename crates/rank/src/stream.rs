@@ -377,7 +377,9 @@ impl Job {
                     Slab::Slot(part, &self.staging)
                 }
             };
-            let outcome = scatter.execute(plan, self.rank, &step, source, &self.ranks, slab)?;
+            let outcome = source.unless_cut(range, || {
+                scatter.execute(plan, self.rank, &step, source, &self.ranks, slab)
+            })?;
             progress.read_bytes.fetch_add(range.len(), Ordering::Relaxed);
             progress.padding_bytes.fetch_add(outcome.padding_bytes, Ordering::Relaxed);
             progress.retried_bytes.fetch_add(outcome.retried_bytes, Ordering::Relaxed);
@@ -495,7 +497,9 @@ impl Job {
             self.copy_former(read, &mut slab.bytes_mut()[..read.range.len() as usize])?;
             0
         } else {
-            let staged = sources[read.file as usize].read_staged(read.range, slab.bytes_mut())?;
+            let source = &sources[read.file as usize];
+            let staged = source
+                .unless_cut(read.range, || source.read_staged(read.range, slab.bytes_mut()))?;
             let progress = self.progress();
             progress.reads.fetch_add(staged.reads, Ordering::Relaxed);
             progress.read_bytes.fetch_add(read.range.len(), Ordering::Relaxed);

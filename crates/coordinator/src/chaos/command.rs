@@ -11,12 +11,14 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{error::LoadError, events::EVENTS_VARIABLE};
+use crate::{cuts::CUTS_VARIABLE, error::LoadError, events::EVENTS_VARIABLE};
 
 /// The files of one run; removed with this unless they are kept.
 #[derive(Debug)]
 pub(super) struct Files {
     pub(super) events: PathBuf,
+    /// Where its ranks listen for what they are to be cut off from.
+    pub(super) cuts: PathBuf,
     stdout: PathBuf,
     stderr: PathBuf,
     kept: bool,
@@ -24,9 +26,9 @@ pub(super) struct Files {
 
 impl Files {
     pub(super) fn new(dir: &Path, name: &str) -> Self {
-        let [events, stdout, stderr] =
-            ["events", "stdout", "stderr"].map(|kind| dir.join(format!("{name}.{kind}")));
-        Self { events, stdout, stderr, kept: false }
+        let [events, cuts, stdout, stderr] =
+            ["events", "cuts", "stdout", "stderr"].map(|kind| dir.join(format!("{name}.{kind}")));
+        Self { events, cuts, stdout, stderr, kept: false }
     }
 
     /// What the command has printed.
@@ -43,6 +45,8 @@ impl Files {
 
 impl Drop for Files {
     fn drop(&mut self) {
+        // nothing is in it that tells anything
+        let _ = fs::remove_dir_all(&self.cuts);
         if self.kept {
             return;
         }
@@ -106,12 +110,18 @@ impl Running {
             File::create(path).map_err(failed)
         };
         let (stdout, stderr) = (create(&files.stdout)?, create(&files.stderr)?);
+        fs::create_dir(&files.cuts).map_err(|source| LoadError::Io {
+            path: files.cuts.clone(),
+            action: "creating it",
+            source,
+        })?;
         let (program, arguments) = command.split_first().ok_or_else(|| LoadError::Option {
             option: "chaos",
             reason: "expected a command to start".into(),
         })?;
         let mut starting = Command::new(program);
-        starting.args(arguments).env(EVENTS_VARIABLE, &files.events);
+        starting.args(arguments);
+        starting.env(EVENTS_VARIABLE, &files.events).env(CUTS_VARIABLE, &files.cuts);
         starting.stdin(Stdio::null()).stdout(stdout).stderr(stderr).process_group(0);
         // SAFETY: between fork and exec only a system call is made that may be made there; nothing is allocated
         unsafe { starting.pre_exec(end_with_parent) };

@@ -99,7 +99,8 @@ impl<'a> Run<'a> {
         let began = now();
         let running = Running::start(&chaos.command, &files)?;
         let log = Log::new(files.events.clone());
-        let attacks = strikes.iter().copied().map(Attack::new).collect();
+        let attack = |strike: &Strike| Attack::new(*strike, files.cuts.clone());
+        let attacks = strikes.iter().map(attack).collect();
         Ok(Self { chaos, files, running, log, attacks, began, told: None, killed: false })
     }
 

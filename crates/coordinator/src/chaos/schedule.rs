@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr, time::Duration};
 
+use longshore_rank::cut::Cut;
+
 use super::log::Stage;
 
 /// What is done to a rank's process.
@@ -17,6 +19,8 @@ pub enum Fault {
     Pause(Duration),
     /// Stopped again and again until the end: it has one part in so many of the time.
     Slow(u32),
+    /// Cut off from storage, or from the other ranks; from those not before it has joined, as with [`Fault::Stop`].
+    Cut(Cut),
 }
 
 /// A process that was not replaced by then has to go on, or nobody would.
@@ -24,8 +28,18 @@ const CONTINUE_AFTER: Duration = Duration::from_secs(10);
 
 impl Fault {
     /// What is done if nothing is asked for: each way in which a rank is lost, and one in which it is only late.
-    pub const DEFAULT: [Fault; 3] =
-        [Fault::Kill, Fault::StopContinue(CONTINUE_AFTER), Fault::Pause(Duration::from_secs(1))];
+    pub const DEFAULT: [Fault; 5] = [
+        Fault::Kill,
+        Fault::StopContinue(CONTINUE_AFTER),
+        Fault::Pause(Duration::from_secs(1)),
+        Fault::Cut(Cut::Storage),
+        Fault::Cut(Cut::Network),
+    ];
+
+    /// Whether only its silence tells that the rank is lost.
+    pub(super) fn is_silent(&self) -> bool {
+        matches!(self, Fault::Stop | Fault::Cut(Cut::Network))
+    }
 }
 
 impl fmt::Display for Fault {
@@ -37,6 +51,7 @@ impl fmt::Display for Fault {
             Fault::StopContinue(limit) => write!(f, "stop-continue:{}", limit.as_secs_f64()),
             Fault::Pause(time) => write!(f, "pause:{}", time.as_secs_f64()),
             Fault::Slow(factor) => write!(f, "slow:{factor}"),
+            Fault::Cut(cut) => write!(f, "{cut}"),
         }
     }
 }
@@ -45,6 +60,9 @@ impl FromStr for Fault {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(cut) = text.parse() {
+            return Ok(Fault::Cut(cut));
+        }
         let (name, value) = text.split_once(':').map_or((text, None), |(n, v)| (n, Some(v)));
         match (name, value) {
             ("kill", None) => Ok(Fault::Kill),
@@ -56,12 +74,7 @@ impl FromStr for Fault {
                 Ok(factor @ 2..=100) => Ok(Fault::Slow(factor)),
                 _ => Err("expected slow: and a factor from 2 to 100".into()),
             },
-            ("storage" | "network", _) => Err(
-                "storage and network cannot be cut from outside without privileges; for the others of its group a rank \
-                 that stops is one that cannot be reached"
-                    .into(),
-            ),
-            _ => Err("one of kill, stop, stop-continue[:SECONDS], pause:SECONDS, slow:FACTOR".into()),
+            _ => Err("one of kill, stop, stop-continue[:SECONDS], pause:SECONDS, slow:FACTOR, storage[:hang], network".into()),
         }
     }
 }
@@ -271,14 +284,33 @@ mod tests {
 
     #[test]
     fn faults_are_read_as_they_are_shown() {
-        for text in ["kill", "stop", "stop-continue", "stop-continue:2.5", "pause:0.5", "slow:4"] {
+        for text in [
+            "kill",
+            "stop",
+            "stop-continue",
+            "stop-continue:2.5",
+            "pause:0.5",
+            "slow:4",
+            "storage",
+            "storage:hang",
+            "network",
+        ] {
             assert_eq!(text.parse::<Fault>().unwrap().to_string(), text);
         }
-        for text in
-            ["", "pause", "pause:", "pause:0", "pause:x", "slow:1", "slow", "kill:1", "stop:1"]
-        {
+        for text in [
+            "",
+            "pause",
+            "pause:",
+            "pause:0",
+            "pause:x",
+            "slow:1",
+            "slow",
+            "kill:1",
+            "stop:1",
+            "storage:no",
+            "network:1",
+        ] {
             assert!(text.parse::<Fault>().is_err(), "{text}");
         }
-        assert!("network".parse::<Fault>().unwrap_err().contains("privileges"));
     }
 }

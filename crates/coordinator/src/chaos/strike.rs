@@ -3,22 +3,32 @@
 //! A process is one that has told who it is (host, number, time of start). It is tied to a descriptor and compared before the
 //! first signal, so a number that was given to another process since reaches nobody.
 //!
-//! A process that is stopped for good is lost only if somebody is left who waits for what it says. So that it is, `stop` waits until
-//! the rank has met the coordinator and whatever was lost before is replaced, and what comes after a `stop` waits for the same.
+//! A process that is stopped for good, or cut off from the others, is lost only if somebody is left who waits for what it says. So
+//! that it is, `stop` and `network` wait until the rank has met the coordinator and whatever was lost before is replaced, and what
+//! comes after them waits for the same.
 
-use std::io;
+use std::{io, path::PathBuf, time::Duration};
+
+use longshore_rank::cut::Cut;
 
 use super::{
     Reference,
     log::{Events, Life, Stage},
     schedule::{Fault, Moment, Strike},
 };
-use crate::{error::LoadError, events::now, fence::Held};
+use crate::{
+    cuts,
+    error::LoadError,
+    events::now,
+    fence::{Held, ProcessIdentity},
+};
 
 /// One strike and what has come of it.
 #[derive(Debug)]
 pub(super) struct Attack {
     pub(super) strike: Strike,
+    /// Where ranks listen for what they are to be cut off from.
+    cuts: PathBuf,
     state: State,
     pub(super) struck: Option<Struck>,
     /// Why nothing was done.
@@ -29,7 +39,7 @@ pub(super) struct Attack {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Struck {
     pub(super) pid: u32,
-    /// Right before the first signal was sent.
+    /// Right before the first signal was sent, or it was cut off.
     pub(super) time: f64,
 }
 
@@ -64,8 +74,8 @@ enum Due {
 const RUNS_SECONDS: f64 = 0.005;
 
 impl Attack {
-    pub(super) fn new(strike: Strike) -> Self {
-        Self { strike, state: State::Waiting, struck: None, missed: None }
+    pub(super) fn new(strike: Strike, cuts: PathBuf) -> Self {
+        Self { strike, cuts, state: State::Waiting, struck: None, missed: None }
     }
 
     /// Whether it was done, or cannot be any more.
@@ -87,15 +97,15 @@ impl Attack {
     fn is_settled(&self, events: &Events) -> bool {
         let replaced = |s: Struck| events.is_replaced(self.strike.rank, s.pid, s.time);
         match self.strike.fault {
-            Fault::Kill | Fault::Stop => self.struck.is_none_or(replaced),
+            Fault::Kill | Fault::Stop | Fault::Cut(_) => self.struck.is_none_or(replaced),
             Fault::StopContinue(_) | Fault::Pause(_) | Fault::Slow(_) => self.is_over(),
         }
     }
 
     /// Whether nobody might be left to notice it, `earlier` strikes being what they are.
     pub(super) fn has_to_wait(&self, earlier: &[Attack], events: &Events) -> bool {
-        let stops = |attack: &Attack| attack.strike.fault == Fault::Stop;
-        (stops(self) || earlier.iter().any(stops))
+        let is_silent = |attack: &Attack| attack.strike.fault.is_silent();
+        (is_silent(self) || earlier.iter().any(is_silent))
             && !earlier.iter().all(|attack| attack.is_settled(events))
     }
 
@@ -103,7 +113,7 @@ impl Attack {
     /// happened.
     ///
     /// # Errors
-    /// The process may not be signalled.
+    /// The process may not be signalled, or does not listen.
     pub(super) fn look(
         &mut self,
         events: &Events,
@@ -114,7 +124,7 @@ impl Attack {
         let (rank, now) = (self.strike.rank, now());
         let failed = |source| LoadError::Io {
             path: format!("the process of rank {rank}").into(),
-            action: "sending it a signal",
+            action: "acting on it",
             source,
         };
         self.step(events, reference, (began, before, now)).map_err(failed)
@@ -143,10 +153,12 @@ impl Attack {
             State::Over => {}
             State::Waiting => {
                 let life = events.life(rank);
+                let has_joined = life.as_ref().is_some_and(|life| life.joined.is_some());
+                let is_heard = has_joined && events.is_heard_of(rank);
                 let due = due(&self.strike, life.as_ref(), reference, (began, before, now));
                 match due {
-                    // nobody notices that one has stopped of whom nobody has heard
-                    Due::Now if self.strike.fault == Fault::Stop && !events.is_heard_of(rank) => {}
+                    // nobody notices that one is silent of whom nobody has heard
+                    Due::Now if self.strike.fault.is_silent() && !is_heard => {}
                     Due::NotYet => {}
                     Due::Missed(why) => self.miss(why),
                     Due::Now => match life {
@@ -187,15 +199,19 @@ impl Attack {
             return Ok(());
         };
         let fault = self.strike.fault;
-        let signal = if fault == Fault::Kill { libc::SIGKILL } else { libc::SIGSTOP };
         let time = now();
-        if !held.signal(signal)? {
+        let acted = match fault {
+            Fault::Kill => held.signal(libc::SIGKILL)?,
+            Fault::Cut(cut) => self.cut(process, &held, cut)?,
+            _ => held.signal(libc::SIGSTOP)?,
+        };
+        if !acted {
             self.miss("its process had ended".into());
             return Ok(());
         }
         self.struck = Some(Struck { pid: life.pid, time });
         self.state = match fault {
-            Fault::Kill | Fault::Stop => State::Over,
+            Fault::Kill | Fault::Stop | Fault::Cut(_) => State::Over,
             Fault::StopContinue(limit) => {
                 State::Stopped { held, until: time + limit.as_secs_f64(), or_replaced: true }
             }
@@ -205,6 +221,21 @@ impl Attack {
             Fault::Slow(factor) => State::Slowed { held, factor, stopped: true, next: time },
         };
         Ok(())
+    }
+
+    /// Has the process cut off; `false`: it is gone.
+    fn cut(&self, process: &ProcessIdentity, held: &Held, cut: Cut) -> io::Result<bool> {
+        if cuts::make(&self.cuts, self.strike.rank, process.pid, cut)? {
+            return Ok(true);
+        }
+        if held.is_gone(Duration::ZERO)? {
+            return Ok(false);
+        }
+        let why = format!(
+            "it does not listen for what it is to be cut off from: it is not handed {}, or cannot use it",
+            cuts::CUTS_VARIABLE
+        );
+        Err(io::Error::new(io::ErrorKind::Unsupported, why))
     }
 
     fn miss(&mut self, why: String) {
@@ -308,7 +339,7 @@ mod tests {
     /// After a loss that is not made good nobody may be left who notices the next.
     #[test]
     fn who_is_stopped_for_good_is_stopped_in_a_whole_group() {
-        let later = |fault| Attack::new(strike(fault, Moment::Later(0.0)));
+        let later = |fault| Attack::new(strike(fault, Moment::Later(0.0)), PathBuf::new());
         let mut killed = later(Fault::Kill);
         killed.state = State::Over;
         killed.struck = Some(Struck { pid: 7, time: 101.0 });
@@ -316,6 +347,7 @@ mod tests {
         assert!(!later(Fault::Stop).has_to_wait(&[], &lost));
         let earlier = [killed];
         assert!(later(Fault::Stop).has_to_wait(&earlier, &lost));
+        assert!(later(Fault::Cut(Cut::Network)).has_to_wait(&earlier, &lost));
         assert!(!later(Fault::Kill).has_to_wait(&earlier, &lost));
         let mut replaced = events(&[(102.0, What::Started { world_size: 1, process: None })]);
         replaced.0.push(Event { pid: 8, what: What::Joined, time: 103.0, ..replaced.0[0].clone() });

@@ -15,17 +15,19 @@ use crate::{
     secret,
 };
 
-/// Kills, stops and delays ranks while they load.
+/// Kills, stops, delays and cuts off ranks while they load.
 #[derive(Debug, Args)]
 #[command(
     override_usage = "longshore chaos [OPTIONS] SOURCE --tp N [OPTIONS OF load]\n       longshore chaos [OPTIONS] -- COMMAND…",
-    after_help = "Storage and network are not cut: that needs privileges. For the others of its group a rank that is stopped is one that \
-                  cannot be reached."
+    after_help = "Ranks of a COMMAND are found by what they write to the file in LONGSHORE_EVENTS, and cut off by what they are told in \
+                  the directory in LONGSHORE_CUTS: it has to hand both on to them. No privileges are needed."
 )]
 pub(super) struct ChaosArgs {
     /// What is done to a rank's process (repeatable): kill; stop; stop-continue[:SECONDS], continued once its replacement has
     /// joined, at the latest after so long (10); pause:SECONDS; slow:FACTOR, stopped again and again so that it has one part in
-    /// so many of the time [default: kill, stop-continue and pause:1].
+    /// so many of the time; storage, its reads of weights fail, or storage:hang, they never end; network, it neither says
+    /// anything to other ranks nor hears it over sockets, which stay open (shared memory of this host stays) [default: kill,
+    /// stop-continue, pause:1, storage and network].
     #[arg(long, value_name = "FAULT", help_heading = HEADING)]
     fault: Vec<Fault>,
     /// To which rank: a number or random (repeatable) [default: random].

@@ -12,6 +12,7 @@ use crate::{
     error::line,
     fence::ProcessIdentity,
     link::{
+        cable::{self, Cable},
         handshake::{self, Credentials, JoinError, Mismatch},
         same_user, tcp,
     },
@@ -126,20 +127,24 @@ pub async fn connect(
 }
 
 async fn join_at(address: SocketAddr, credentials: &Credentials) -> Result<Connected, JoinError> {
-    let mut stream =
-        timeout(ACCEPT_LIMIT, TcpStream::connect(address)).await.map_err(io::Error::from)??;
+    let connecting = async {
+        cable::pass().await;
+        TcpStream::connect(address).await
+    };
+    let stream = timeout(ACCEPT_LIMIT, connecting).await.map_err(io::Error::from)??;
     if stream.local_addr()? == stream.peer_addr()? {
         return Err(hang_up_on_myself(&stream)?.into());
     }
     tcp::set_options(&stream)?;
+    let mut cable = Cable::new(stream);
     let within = credentials.within.min(GREETING_LIMIT);
-    let greeting = handshake::hear_greeting(&mut stream, within).await?;
+    let greeting = handshake::hear_greeting(&mut cable, within).await?;
     // only now: a connection that nobody has accepted yet belongs to nobody
     if credentials.secret.is_none() {
-        same_user::check(&stream).await.map_err(JoinError::User)?;
+        same_user::check(cable.stream()).await.map_err(JoinError::User)?;
     }
-    let process = handshake::answer_greeting(&mut stream, credentials, greeting).await?;
-    Ok(Connected { stream, address, process })
+    let process = handshake::answer_greeting(&mut cable, credentials, greeting).await?;
+    Ok(Connected { stream: cable.into_stream(), address, process })
 }
 
 /// Where nobody listens, the kernel may pick the very port as ours and connect the socket to itself. Reset rather than closed, it

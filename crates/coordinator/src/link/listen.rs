@@ -15,6 +15,7 @@ use tokio::{
 
 use crate::{
     link::{
+        cable::Cable,
         handshake::{self, Admissions, Joined, Refusal, Terms},
         same_user, tcp,
     },
@@ -250,18 +251,15 @@ impl Door {
     }
 }
 
-async fn admit(
-    mut stream: TcpStream,
-    address: SocketAddr,
-    terms: &Terms,
-) -> Result<Admitted, Refusal> {
+async fn admit(stream: TcpStream, address: SocketAddr, terms: &Terms) -> Result<Admitted, Refusal> {
     tcp::set_options(&stream).map_err(Refusal::Io)?;
+    let mut cable = Cable::new(stream);
     // before the greeting: one that is closed by now has not seen the challenge, and never will
     if terms.secret.is_none() {
-        same_user::check(&stream).await.map_err(Refusal::User)?;
+        same_user::check(cable.stream()).await.map_err(Refusal::User)?;
     }
-    let joined = handshake::admit(&mut stream, terms).await?;
-    Ok(Admitted { joined, stream, address })
+    let joined = handshake::admit(&mut cable, terms).await?;
+    Ok(Admitted { joined, stream: cable.into_stream(), address })
 }
 
 #[cfg(test)]

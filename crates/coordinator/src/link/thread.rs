@@ -16,7 +16,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::link::session::{self, Beat, Ended, LinkError, OUTGOING_MAX, Overrun, Timing};
+use crate::link::{
+    cable::Cable,
+    session::{self, Beat, Ended, LinkError, OUTGOING_MAX, Overrun, Timing},
+};
 
 /// Messages that may wait for the application. As many as may wait to be sent: whoever lets more pile up than a whole load
 /// has is not coming back for them.
@@ -69,7 +72,7 @@ where
             // nobody listens any more, which does not keep anyone from speaking
             Ok(()) | Err(TrySendError::Closed(_)) => Ok(()),
         };
-        let session = session::run(stream, queue, take, beat, |_| {}, timing);
+        let session = session::run(Cable::new(stream), queue, take, beat, |_| {}, timing);
         let end = runtime.block_on(until_dropped(session, dropped, timing));
         // nobody may want to know
         let _ = tell.send(end);

@@ -1,7 +1,7 @@
 //! The rank's side of the control link: an actor that supervises the rank of this process, passes the coordinator's commands
 //! on to it and its events back, and keeps the finished parameters until every rank is complete.
 
-use std::{collections::VecDeque, io, sync::Arc};
+use std::{collections::VecDeque, io, sync::Arc, time::Duration};
 
 use longshore_models::have::{Have, Kept};
 use longshore_rank::{
@@ -23,7 +23,7 @@ use crate::{
     fence::{Fenced, ProcessIdentity},
     link::{
         connect::Connected,
-        session::Timing,
+        session::{LinkError, Timing},
         thread::{self, LinkThread},
     },
     processes::{
@@ -238,11 +238,11 @@ impl Actor for Member {
             MemberMessage::LetGo => state.rank.stop(None),
             MemberMessage::Again(again) => state.take_up(*again, myself).await,
             MemberMessage::LinkEnded => {
-                let ended = match state.link.take() {
-                    None => Ok("it was ended".to_owned()),
+                let (ended, patience) = match state.link.take() {
+                    None => (Ok("it was ended".to_owned()), Duration::ZERO),
                     Some(link) => match link.end().await {
-                        Ok(_) => Ok("it ended the group".to_owned()),
-                        Err(e) => Err(line(&e)),
+                        Ok(_) => (Ok("it ended the group".to_owned()), Duration::ZERO),
+                        Err(e) => (Err(line(&e)), patience(&e, &state.timing)),
                     },
                 };
                 match (ended, &state.way) {
@@ -260,7 +260,7 @@ impl Actor for Member {
                         state.orphaned = Some(reason);
                         let gone = state.coordinator.take();
                         tokio::spawn(async move {
-                            fence(gone).await;
+                            fence(gone, patience).await;
                             let found = way.meet().await;
                             // a member that is gone has no use for it
                             let _ = myself.cast(MemberMessage::Successor(found));
@@ -269,7 +269,7 @@ impl Actor for Member {
                     // in a reload nobody takes its place: all start again, which one that only hangs must not keep them from
                     (Err(reason), Some(_)) if state.released.is_some() => {
                         // before anyone here is told and ends: then nobody would do it
-                        fence(state.coordinator.take()).await;
+                        fence(state.coordinator.take(), patience).await;
                         state.end(Over::Lost { reason });
                     }
                     (Ok(reason) | Err(reason), _) => state.end(Over::Lost { reason }),
@@ -323,10 +323,24 @@ impl Actor for Member {
     }
 }
 
-/// Makes sure that a process that counts as lost does nothing any more.
-pub(crate) async fn fence(process: Option<ProcessIdentity>) {
+/// How long a rank does not touch a coordinator that it took for lost. Where two do not hear each other any more, each takes the
+/// other for lost, and only others could tell which of them is cut off; so the coordinator, who hears others, goes first. It
+/// finds out at most a heartbeat later, and kills at once.
+fn patience(ended: &LinkError, timing: &Timing) -> Duration {
+    match ended {
+        LinkError::Silent { .. } => timing.beat_every + COORDINATOR_FIRST,
+        // its process has ended, or its end of the connection
+        _ => Duration::ZERO,
+    }
+}
+
+/// A busy host may need a moment to kill.
+const COORDINATOR_FIRST: Duration = Duration::from_secs(1);
+
+/// Makes sure that a process that counts as lost does nothing any more, once it had the time to end by itself.
+pub(crate) async fn fence(process: Option<ProcessIdentity>, patience: Duration) {
     let Some(process) = process else { return };
-    let killed = tokio::task::spawn_blocking(move || process.kill()).await;
+    let killed = tokio::task::spawn_blocking(move || process.end_within(patience)).await;
     if let Ok(Fenced::Failed(e)) = killed {
         warn!("a process that counts as lost may still be there: {e}");
     }

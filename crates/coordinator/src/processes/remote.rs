@@ -3,9 +3,12 @@
 //! When its process is gone, silent or talks nonsense the actor fails with the cause, which its supervisor is told as it is
 //! told of any actor.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use longshore_rank::{
@@ -21,9 +24,13 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use crate::{
+    coordination::Departure,
     error::line,
     fence::ProcessIdentity,
-    link::session::{self, Beat, Ended, LinkError, OUTGOING_MAX, Overrun, Timing},
+    link::{
+        cable::Cable,
+        session::{self, Beat, Ended, LinkError, OUTGOING_MAX, Overrun, Timing},
+    },
     processes::message::{Happened, ToCoordinator, ToRank},
     supervisor::SupervisorMessage,
 };
@@ -45,6 +52,24 @@ pub(crate) struct RemoteArguments {
     pub(crate) progress: Arc<Progress>,
     /// The plan that it must carry out.
     pub(crate) plan: PlanName,
+}
+
+/// When something was last heard of a rank: heartbeats come when nothing else does.
+#[derive(Debug)]
+pub(crate) struct Heard(Mutex<Instant>);
+
+impl Heard {
+    pub(crate) fn now() -> Self {
+        Self(Mutex::new(Instant::now()))
+    }
+
+    pub(crate) fn ago(&self) -> Duration {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    fn again(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
 }
 
 /// Everything that arrives in its mailbox.
@@ -87,6 +112,27 @@ impl TryFrom<RemoteMessage> for RankCommand {
 /// How one is lost that says goodbye before the coordinator does.
 pub(crate) const LEFT: &str = "its process left before the end";
 
+/// Why the actor of a rank fails: how its rank was lost.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Lost {
+    #[error("{LEFT}")]
+    Left,
+    #[error("{}", line(.0))]
+    Link(LinkError),
+    #[error("it left {OUTGOING_MAX} messages unread")]
+    Unread,
+}
+
+impl From<&Lost> for Departure {
+    fn from(lost: &Lost) -> Self {
+        let reason = lost.to_string();
+        match lost {
+            Lost::Link(LinkError::Silent { .. }) => Departure::Silent(reason),
+            Lost::Link(_) | Lost::Left | Lost::Unread => Departure::Left(reason),
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct RemoteState {
     // dropped first: one that is killed says no goodbye
@@ -106,12 +152,12 @@ pub(crate) struct RemoteState {
 impl Actor for RemoteRank {
     type Msg = RemoteMessage;
     type State = RemoteState;
-    type Arguments = (RemoteArguments, ActorRef<SupervisorMessage>);
+    type Arguments = (RemoteArguments, Arc<Heard>, ActorRef<SupervisorMessage>);
 
     async fn pre_start(
         &self,
         myself: ActorRef<RemoteMessage>,
-        (arguments, supervisor): Self::Arguments,
+        (arguments, heard_of, supervisor): Self::Arguments,
     ) -> Result<RemoteState, ActorProcessingErr> {
         let RemoteArguments { rank, stream, timing, progress, plan, .. } = arguments;
         let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
@@ -126,8 +172,12 @@ impl Actor for RemoteRank {
                 let _ = myself.cast(RemoteMessage::Heard(message));
                 Ok(())
             };
-            let beat = |beat| note(&progress, &beat);
-            let ended = session::run(stream, queue, heard, Beat::default, beat, timing).await;
+            let beat = |beat| {
+                heard_of.again();
+                note(&progress, &beat);
+            };
+            let cable = Cable::new(stream);
+            let ended = session::run(cable, queue, heard, Beat::default, beat, timing).await;
             // an actor that is gone has no use for it
             let _ = myself.cast(RemoteMessage::Ended(ended));
         });
@@ -183,8 +233,8 @@ impl Actor for RemoteRank {
                 myself.stop(None);
                 Ok(())
             }
-            RemoteMessage::Ended(Ok(_)) => Err(LEFT.into()),
-            RemoteMessage::Ended(Err(e)) => Err(line(&e).into()),
+            RemoteMessage::Ended(Ok(_)) => Err(Lost::Left.into()),
+            RemoteMessage::Ended(Err(e)) => Err(Lost::Link(e).into()),
         }
     }
 }
@@ -197,9 +247,7 @@ impl RemoteState {
         let (Some(message), Some(outgoing)) = (message, &self.outgoing) else { return Ok(()) };
         // the session may have ended, which its own message tells
         match outgoing.try_send(message) {
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                Err(format!("it left {OUTGOING_MAX} messages unread").into())
-            }
+            Err(mpsc::error::TrySendError::Full(_)) => Err(Lost::Unread.into()),
             _ => Ok(()),
         }
     }

@@ -21,7 +21,7 @@ use tracing::info;
 use turmoil::net::{TcpListener, TcpStream};
 
 use crate::{
-    coordination::{Coordination, LoadEnd, Order, Recovery, Watched},
+    coordination::{Coordination, Departure, LoadEnd, Order, Recovery, Watched},
     error::{LoadError, line},
     link::{
         handshake::{self, Purpose, Terms},
@@ -29,7 +29,7 @@ use crate::{
     },
     processes::{
         message::{Happened, ToCoordinator, ToRank},
-        remote::to_rank,
+        remote::{Lost, to_rank},
     },
     simulation::{bug::Bug, member::JOIN_LIMIT, watch::ProcessId, world::World},
 };
@@ -57,7 +57,7 @@ enum Said {
     Joined(u32, TcpStream),
     Knows(Generation),
     Event(Connection, RankEvent, Generation),
-    Ended(Connection, String),
+    Ended(Connection, Departure),
 }
 
 /// A rank's process, as far as its connection tells.
@@ -200,13 +200,13 @@ impl Host {
                 }
                 orders
             }
-            Said::Ended(connection, reason) => {
-                self.say(format_args!("loses {connection}: {reason}"));
+            Said::Ended(connection, departure) => {
+                self.say(format_args!("loses {connection}: {departure:?}"));
                 let Some(remote) = self.remotes.remove(&connection) else { return Vec::new() };
                 if self.seats[remote.rank as usize] != Some(connection) {
                     return Vec::new();
                 }
-                let orders = self.coordination.lost(remote.rank, reason, now());
+                let orders = self.coordination.lost(remote.rank, departure, now());
                 self.carry_out(orders);
                 // nobody waits for it, whether another comes in its place or not
                 self.vacate(remote.rank);
@@ -267,13 +267,15 @@ impl Host {
             let beat = |beat| remote.beat.set(beat);
             let end = session::run(stream, queue, heard, Beat::default, beat, timing).await;
             let left = remote.outgoing.take().is_none();
-            let reason = match end {
-                Ok(Ended::ByeSent | Ended::ByeReceived) if left => "it was ended".to_owned(),
-                Ok(_) => "its process left before the end".to_owned(),
-                Err(e) => line(&e),
+            let departure = match end {
+                Ok(Ended::ByeSent | Ended::ByeReceived) if left => {
+                    Departure::Left("it was ended".to_owned())
+                }
+                Ok(_) => (&Lost::Left).into(),
+                Err(e) => (&Lost::Link(e)).into(),
             };
             // a coordinator that is gone has no use for it
-            let _ = ended.send(Said::Ended(connection, reason));
+            let _ = ended.send(Said::Ended(connection, departure));
         });
         self.coordination.joined(rank)
     }

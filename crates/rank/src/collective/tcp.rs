@@ -24,6 +24,7 @@ use super::{
     CollectiveError, Piece,
     slots::{Slot, SlotPool},
 };
+use crate::cut;
 
 /// Runs shorter than this are put together before they are sent.
 const RUN_BYTES_MIN: usize = 64 << 10;
@@ -94,7 +95,7 @@ impl Connection {
             news: Box::new(news),
         });
         let (outbound, queue) = mpsc::channel();
-        let mut sending = stream.try_clone().map_err(failed)?;
+        let mut sending = Cable(stream.try_clone().map_err(failed)?);
         let sends = Arc::clone(&shared);
         thread::Builder::new()
             .name(format!("to-rank{with}"))
@@ -112,7 +113,7 @@ impl Connection {
                 }
             })
             .map_err(failed)?;
-        let mut receiving = stream.try_clone().map_err(failed)?;
+        let mut receiving = Cable(stream.try_clone().map_err(failed)?);
         let (arrives, pool) = (Arc::clone(&shared), Arc::clone(&slots));
         thread::Builder::new()
             .name(format!("from-rank{with}"))
@@ -170,8 +171,36 @@ impl Drop for Connection {
         self.outbound = None;
         self.shared.lock().ended = true;
         self.slots.close();
+        if cut::network_is_cut() {
+            // its threads hang, and hold it open
+            return;
+        }
         // a failure means that it has ended already
         let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// A stream that neither gives nor takes anything, and does not end, once this process is cut off.
+#[derive(Debug)]
+struct Cable(TcpStream);
+
+impl Read for Cable {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.0.read(buffer);
+        // what came after the cut, and that the other end is gone, is not heard
+        cut::pass_network();
+        read
+    }
+}
+
+impl Write for Cable {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        cut::pass_network();
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
@@ -192,7 +221,7 @@ impl Shared {
     }
 }
 
-fn send(stream: &mut TcpStream, outbound: &Outbound, gathered: &mut Vec<u8>) -> io::Result<()> {
+fn send(stream: &mut Cable, outbound: &Outbound, gathered: &mut Vec<u8>) -> io::Result<()> {
     gathered.clear();
     let bytes: u64 = outbound.pieces.iter().map(Piece::bytes).sum();
     gathered.extend_from_slice(&outbound.operation.to_le_bytes());
@@ -220,7 +249,7 @@ fn send(stream: &mut TcpStream, outbound: &Outbound, gathered: &mut Vec<u8>) -> 
 /// The next operation's bytes; `None` when this end has ended the connection.
 fn receive(
     with: u32,
-    stream: &mut TcpStream,
+    stream: &mut Cable,
     shared: &Shared,
     pool: &Arc<SlotPool>,
     next: u64,
