@@ -677,6 +677,11 @@ fn of_the_final_lines_of_longshore_commands_one_is_left() {
     // none ends well before the work of all is done; but then rank 0 has its report to make, and another process found nobody
     let script = "test $RANK = 1 || exit 0; sleep 0.5; kill -9 $$";
     assert_eq!(launch(script, 1).unwrap(), ended(0, None, 0));
+    // nobody waits for ever for one that does not leave, nor starts one again for it
+    let began = Instant::now();
+    let script = "test $RANK = 0 && sleep 0.5; test $RANK = 1 || exit 0; kill -STOP $$; sleep 1000";
+    assert_eq!(launch(script, 1).unwrap(), ended(0, None, 0));
+    assert!(began.elapsed() < Duration::from_secs(12), "{:?}", began.elapsed());
     let script = "test $RANK = 0 || exit 0; sleep 0.5; kill -9 $$";
     let killed = "rank 0 was killed by signal 9 (SIGKILL)";
     assert_eq!(launch(script, 1).unwrap(), ended(1, Some(killed), 0));

@@ -144,6 +144,26 @@ fn a_stopped_rank_is_named_when_its_heartbeat_fails_to_come() {
     );
 }
 
+/// Its weights are complete, what it was to write and to tell may be missing.
+#[test]
+fn a_rank_that_stops_when_all_are_complete_has_failed() {
+    at_once(&[(2, 1), (2, 0), (4, 2)], |&(tp, stopped)| {
+        let what = format!("tp {tp}, rank {stopped} is stopped");
+        let story = story();
+        let began = Instant::now();
+        let fault = format!("rank={stopped},at=released,do=stop");
+        let ended = load(&story, tp, &fault, &["--heartbeat-timeout", "2"]).end();
+        let line = ended.failed(1);
+        let who =
+            if stopped == 0 { "the coordinator (rank 0)" } else { &format!("rank {stopped}") };
+        let wanted = format!("longshore: {who} was lost: nothing was heard for 2s");
+        assert!(line.starts_with(&wanted), "{what}: {line}");
+        assert!(began.elapsed() < 12 * SECOND, "{what}: {:?}", began.elapsed());
+        assert!(!story.path("out").join("manifest.json").exists(), "{what}");
+        story.assert_nothing_is_left();
+    });
+}
+
 /// Its heartbeats come, its counters stand still; the ranks that wait for it are not blamed.
 #[test]
 fn a_rank_that_is_alive_and_stuck_is_named_by_its_progress() {

@@ -5,7 +5,13 @@
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "test code: a panic is the verdict")]
 
-use std::{env, process::Command, str::FromStr, thread, time::Instant};
+use std::{
+    env,
+    process::Command,
+    str::FromStr,
+    thread,
+    time::{Duration, Instant},
+};
 
 use longshore_harness::generator::{Checkpoint, Family, Scheme};
 use longshore_rank::fault::Point;
@@ -200,6 +206,23 @@ fn a_rank_that_stops_is_replaced_and_does_no_harm_when_it_goes_on() {
             let load = undisturbed.load(&fault, &["--heartbeat-timeout", "3"]);
             let report = undisturbed.check(load, &what);
             assert!(report["generation"].as_u64().unwrap() > 1, "{what}");
+        }
+    }
+}
+
+/// Who stops when all ranks are complete has its work done, but not what all do together after it: it is killed, and all do it once
+/// more.
+#[test]
+fn a_rank_that_stops_when_all_are_complete_is_not_waited_for() {
+    let undisturbed = Undisturbed::new(2, Family::Llama, Scheme::Bf16);
+    for rank in [0, 1] {
+        for point in [Point::Ready, Point::Released] {
+            let what = format!("rank {rank} stops when {}", point.name());
+            let fault = format!("rank={rank},at={},do=stop", point.name());
+            let began = Instant::now();
+            let load = undisturbed.load(&fault, &["--heartbeat-timeout", "2"]);
+            undisturbed.check(load, &what);
+            assert!(began.elapsed() < Duration::from_secs(12), "{what}: {:?}", began.elapsed());
         }
     }
 }

@@ -585,6 +585,32 @@ mod tests {
         RankEvent { rank, generation, kind: RankEventKind::Ready(None, RankReport::default()) }
     }
 
+    /// Who is silent may be stopped, and is in the way of those who wait for it; who has left may be doing its last work.
+    #[test]
+    fn of_complete_ranks_only_the_silent_are_dismissed_and_only_if_they_are_needed() {
+        let now = Instant::now();
+        let mut coordination = Coordination::new(4, Duration::from_secs(10), Recovery::NONE);
+        coordination.begin(1, now);
+        (0..4).for_each(|rank| drop(coordination.joined(rank)));
+        (0..4).for_each(|rank| drop(coordination.event(ready(rank, 1), now)));
+        let mut lost = |rank, departure| {
+            let orders = coordination.lost(rank, departure, now);
+            assert!(
+                matches!(orders[..], [Order::TellAll(RankCommand::Abort { .. })]),
+                "{orders:?}"
+            );
+        };
+        lost(1, Departure::Left("its process left before the end".into()));
+        lost(2, Departure::Silent("nothing was heard for 5s".into()));
+        assert!(coordination.is_silent(2) && !coordination.is_silent(1));
+        assert_eq!(coordination.over().map(|(rank, _)| rank), Some(1), "the first cause");
+        match &coordination.awaited()[..] {
+            [Order::Dismiss(2, why)] => assert_eq!(why, "nothing was heard for 5s"),
+            other => panic!("{other:?}"),
+        }
+        assert!(coordination.awaited().is_empty() && !coordination.is_silent(2));
+    }
+
     /// A link may break between the last rank's news and the release: found by simulation.
     #[test]
     fn a_rank_that_missed_its_release_is_told_when_it_is_back() {

@@ -63,8 +63,9 @@ impl ProcessIdentity {
 
     /// Gives the process so long to end by itself, then [kills](Self::kill) it. Blocks.
     pub(crate) fn end_within(&self, patience: Duration) -> Fenced {
+        let waits = !patience.is_zero() && Self::own().is_ok_and(|own| own != *self);
         // one that cannot be watched cannot be killed either, and it is said why
-        if let (false, Ok(Some(held))) = (patience.is_zero(), self.hold()) {
+        if let (true, Ok(Some(held))) = (waits, self.hold()) {
             let _ = held.is_gone(patience);
         }
         self.kill()
@@ -327,6 +328,7 @@ mod tests {
     fn nobody_kills_itself() {
         let own = ProcessIdentity::own().unwrap();
         assert!(matches!(own.kill(), Fenced::Own));
+        assert!(matches!(own.end_within(Duration::from_secs(3600)), Fenced::Own));
         assert_eq!(own, ProcessIdentity::own().unwrap());
         assert_eq!(start_of(own.pid).unwrap(), Some(own.start));
     }

@@ -30,6 +30,7 @@ use std::{
 
 use longshore_rank::{
     collective::segment::Form,
+    fault::{self, Point},
     params::{Home, ReadyParams},
     protocol::{Former, Generation, Progress, RankReport},
 };
@@ -435,6 +436,7 @@ impl Attempt {
             return Err(LoadError::NotNeeded { left, tp: holders });
         }
         given_back(slice::from_ref(&params)).await;
+        fault::at_point(place.rank, joined.generation, Point::Released);
         let place = Place { world_size: holders, ..place };
         Ok(Holder::new(&place, source, &options, &prepared, params, joined))
     }

@@ -457,7 +457,7 @@ impl SupervisorState {
                 let _ = timeout(DISMISSED_WITHIN, remote.get_cell().wait(None)).await;
                 sleep(LEAVE).await;
             }
-            fence(gone.process, Duration::ZERO).await;
+            fence(gone.process, None).await;
             if let Some(admissions) = admissions {
                 admissions.forget(rank);
             }

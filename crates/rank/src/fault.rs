@@ -28,6 +28,8 @@ pub enum Point {
     Read,
     /// It has told that it is complete.
     Ready,
+    /// It knows that every rank is complete; what follows is its own affair, and what is gathered of all.
+    Released,
     /// It has looked through what is to be reloaded, and tells nobody yet.
     Validated,
     /// It knows that every rank can load it, and tells nobody yet.
@@ -52,6 +54,7 @@ impl Point {
             Point::Started => "started",
             Point::Read => "read",
             Point::Ready => "ready",
+            Point::Released => "released",
             Point::Validated => "validated",
             Point::Agreed => "agreed",
             Point::BegunAgain => "begun-again",

@@ -11,6 +11,9 @@
 //!
 //! What a `longshore` command ends with by itself is its group's verdict, and final: it has replaced what could be replaced.
 //!
+//! Rank 0's of them ends well only when all that there was to do has been done, by every rank: what is to be started again then
+//! is not, and whoever has not left some seconds later does not leave by itself.
+//!
 //! While it is open which it will be, ranks are started again only as far as the number allows if each counts; the others
 //! are held until the second is over.
 
@@ -36,6 +39,9 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// The longest time before a restart.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
+/// From the end of rank 0 of a `longshore` command until the others must have left: they have nothing to do but to give back memory.
+const LEAVE_WITHIN: Duration = Duration::from_secs(5);
+
 /// The state of every rank of this host, and what has failed so far.
 #[derive(Debug)]
 pub(super) struct Restarts {
@@ -52,6 +58,8 @@ pub(super) struct Restarts {
     /// Whether the others go on without a rank that has failed.
     shrinks: bool,
     over: bool,
+    /// When all must have left, if nothing is left to be done.
+    leave_by: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -108,6 +116,7 @@ impl Restarts {
             made: 0,
             shrinks: false,
             over: false,
+            leave_by: None,
         }
     }
 
@@ -133,7 +142,21 @@ impl Restarts {
                 self.failed(*gone, now);
             }
         }
+        let done = |gone: &Gone| gone.rank == 0 && !gone.end.is_failure();
+        if self.lines == FinalLines::One && found.iter().any(done) {
+            self.is_done(now);
+        }
         if self.over { Vec::new() } else { self.start_again(now) }
+    }
+
+    /// Rank 0 has made its report, so nothing is started any more.
+    fn is_done(&mut self, now: Instant) {
+        self.leave_by = Some(now + LEAVE_WITHIN);
+        for rank in self.ranks.values_mut() {
+            if matches!(rank.state, State::Due(_) | State::Held) {
+                rank.state = State::Done;
+            }
+        }
     }
 
     /// Ends the open second if it is time.
@@ -168,6 +191,11 @@ impl Restarts {
             State::Running | State::Done | State::LeftBehind => None,
         };
         self.ranks.values().filter_map(at).min()
+    }
+
+    /// When those that are left are to be ended, with nothing left to be done.
+    pub(super) fn leave_by(&self) -> Option<Instant> {
+        self.leave_by
     }
 
     /// Whether nothing is started again any more, and the group is to end.
@@ -500,5 +528,24 @@ mod tests {
         assert!(!story.restarts.is_over());
         story.at(5, &[2], FAILED);
         assert!(story.restarts.is_over());
+    }
+
+    /// Its successor would find nobody.
+    #[test]
+    fn nothing_is_started_any_more_when_rank_0_has_made_its_report() {
+        let fine = End::Exited(0);
+        let mut story = Story::with_lines(3, 9, FinalLines::One);
+        assert_eq!(story.at(0, &[1], KILLED), [(1, 50, 1)]);
+        assert_eq!(story.at(40, &[0], fine), []);
+        assert_eq!((story.next_ms(), story.restarts.is_over()), (None, false));
+        let leave_by = story.restarts.leave_by().map(|at| at - story.start);
+        assert_eq!(leave_by, Some(Duration::from_millis(5040)));
+        // what ends otherwise since then has done its work
+        assert_eq!(story.at(6000, &[2], KILLED), []);
+        assert!(!story.restarts.is_over());
+        // commands of the user's have an end of their own
+        let mut story = Story::new(2, 9);
+        assert_eq!(story.at(0, &[0], fine), []);
+        assert_eq!(story.restarts.leave_by(), None);
     }
 }

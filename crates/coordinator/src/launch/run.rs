@@ -117,7 +117,9 @@ impl Group<'_> {
             self.start(local_rank, 0)?;
         }
         loop {
-            let happened = self.supervisor.next(self.restarts.next()).await;
+            let leave_by = self.restarts.leave_by();
+            let wake = self.restarts.next().into_iter().chain(leave_by).min();
+            let happened = self.supervisor.next(wake).await;
             let now = Instant::now();
             match happened {
                 Happened::Told(signal) => return Ok(Some(signal)),
@@ -133,6 +135,14 @@ impl Group<'_> {
             }
             let nothing_follows = self.restarts.next().is_none();
             if self.restarts.is_over() || (self.supervisor.children.all_gone() && nothing_follows) {
+                return Ok(None);
+            }
+            if leave_by.is_some_and(|at| at <= now) {
+                for (rank, pid) in self.supervisor.children.running() {
+                    tracing::warn!(
+                        "rank {rank} (process {pid}) has not left since its work was done, and is ended"
+                    );
+                }
                 return Ok(None);
             }
             for (rank, restarts) in self.restarts.due(now) {

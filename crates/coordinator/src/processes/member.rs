@@ -144,6 +144,9 @@ pub(crate) struct MemberState {
     timing: Timing,
     progress: Arc<Progress>,
     way: Option<Way>,
+    /// The coordinator's process where that has fallen silent since all ranks were complete, and how long it is not touched:
+    /// nobody here needs it, so far.
+    silent: Option<(ProcessIdentity, Duration)>,
     /// How the coordinator was lost whose successor is looked for.
     orphaned: Option<String>,
     plan: PlanName,
@@ -197,6 +200,7 @@ impl Actor for Member {
             rank,
             link: None,
             coordinator: None,
+            silent: None,
             timing,
             progress,
             way: arguments.way,
@@ -226,22 +230,25 @@ impl Actor for Member {
         match message {
             MemberMessage::Told(told) => state.told(told),
             MemberMessage::Event(event) => state.event(event).await,
-            MemberMessage::Contribute(piece, done) => match &state.over {
-                // whoever waited may have gone away
-                Some(over) => drop(done.send(Err(over.error()))),
-                None => {
-                    state.gathering.push_back(done);
-                    state.say(ToCoordinator::Contributed(piece)).await;
+            MemberMessage::Contribute(piece, done) => {
+                state.fence_silent().await;
+                match &state.over {
+                    // whoever waited may have gone away
+                    Some(over) => drop(done.send(Err(over.error()))),
+                    None => {
+                        state.gathering.push_back(done);
+                        state.say(ToCoordinator::Contributed(piece)).await;
+                    }
                 }
-            },
+            }
             // what it has of the last load, and its threads, go with it
             MemberMessage::LetGo => state.rank.stop(None),
             MemberMessage::Again(again) => state.take_up(*again, myself).await,
             MemberMessage::LinkEnded => {
                 let (ended, patience) = match state.link.take() {
-                    None => (Ok("it was ended".to_owned()), Duration::ZERO),
+                    None => (Ok("it was ended".to_owned()), None),
                     Some(link) => match link.end().await {
-                        Ok(_) => (Ok("it ended the group".to_owned()), Duration::ZERO),
+                        Ok(_) => (Ok("it ended the group".to_owned()), None),
                         Err(e) => (Err(line(&e)), patience(&e, &state.timing)),
                     },
                 };
@@ -272,7 +279,13 @@ impl Actor for Member {
                         fence(state.coordinator.take(), patience).await;
                         state.end(Over::Lost { reason });
                     }
-                    (Ok(reason) | Err(reason), _) => state.end(Over::Lost { reason }),
+                    (Ok(reason) | Err(reason), _) => {
+                        state.silent = state.coordinator.take().zip(patience);
+                        if !state.gathering.is_empty() {
+                            state.fence_silent().await;
+                        }
+                        state.end(Over::Lost { reason });
+                    }
                 }
             }
             MemberMessage::Successor(Ok(coordinator)) => {
@@ -326,11 +339,11 @@ impl Actor for Member {
 /// How long a rank does not touch a coordinator that it took for lost. Where two do not hear each other any more, each takes the
 /// other for lost, and only others could tell which of them is cut off; so the coordinator, who hears others, goes first. It
 /// finds out at most a heartbeat later, and kills at once.
-fn patience(ended: &LinkError, timing: &Timing) -> Duration {
+fn patience(ended: &LinkError, timing: &Timing) -> Option<Duration> {
     match ended {
-        LinkError::Silent { .. } => timing.beat_every + COORDINATOR_FIRST,
+        LinkError::Silent { .. } => Some(timing.beat_every + COORDINATOR_FIRST),
         // its process has ended, or its end of the connection
-        _ => Duration::ZERO,
+        _ => None,
     }
 }
 
@@ -338,8 +351,8 @@ fn patience(ended: &LinkError, timing: &Timing) -> Duration {
 const COORDINATOR_FIRST: Duration = Duration::from_secs(1);
 
 /// Makes sure that a process that counts as lost does nothing any more, once it had the time to end by itself.
-pub(crate) async fn fence(process: Option<ProcessIdentity>, patience: Duration) {
-    let Some(process) = process else { return };
+pub(crate) async fn fence(process: Option<ProcessIdentity>, patience: Option<Duration>) {
+    let (Some(process), patience) = (process, patience.unwrap_or_default()) else { return };
     let killed = tokio::task::spawn_blocking(move || process.end_within(patience)).await;
     if let Ok(Fenced::Failed(e)) = killed {
         warn!("a process that counts as lost may still be there: {e}");
@@ -501,6 +514,14 @@ impl MemberState {
             }
         };
         self.say(ToCoordinator::Event { generation, what }).await;
+    }
+
+    /// All ranks are complete and this one waits for the others: a coordinator that has fallen silent would keep its launcher
+    /// waiting, once this process has ended for it.
+    async fn fence_silent(&mut self) {
+        if let Some((process, patience)) = self.silent.take() {
+            fence(Some(process), Some(patience)).await;
+        }
     }
 
     async fn say(&mut self, message: ToCoordinator) {
