@@ -14,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use longshore::{KernelLayout, Load, Place, Rank};
@@ -36,6 +36,8 @@ use processes::{Group, Story, signal, wait_until};
 const SOURCES: &str = "RELOAD_SOURCES";
 /// For these kernels.
 const LAYOUT: &str = "RELOAD_LAYOUT";
+/// How many seconds a rank may go without getting on.
+const PROGRESS: &str = "RELOAD_PROGRESS";
 
 /// Not a test by itself: loads and reloads what it is told to, tells after each what it holds, and lives until its stdin
 /// ends, so that nobody learns of its end before all have told.
@@ -62,6 +64,9 @@ fn joined(source: &str) -> Rank {
     let mut load = Load::from(source).heartbeat_timeout(processes::DEADLINE);
     if let Ok(layout) = env::var(LAYOUT) {
         load = load.kernel_layout(layout.parse::<KernelLayout>().unwrap());
+    }
+    if let Ok(seconds) = env::var(PROGRESS) {
+        load = load.progress_timeout(Duration::from_secs(seconds.parse().unwrap()));
     }
     load.join(Place::from_env().unwrap()).unwrap().wait().unwrap_or_else(|e| panic!("{}", e.line()))
 }
@@ -111,12 +116,13 @@ struct Reloads {
     story: Story,
     ranks: u32,
     layout: Option<&'static str>,
+    progress: Option<&'static str>,
 }
 
 impl Reloads {
     /// Two checkpoints that differ in their weights only: `a` and `b` of every rank.
     fn new(ranks: u32, checkpoint: &Checkpoint, layout: Option<&'static str>) -> Self {
-        let reloads = Self { story: Story::new(), ranks, layout };
+        let reloads = Self { story: Story::new(), ranks, layout, progress: None };
         for rank in 0..ranks {
             fs::create_dir(reloads.directory(rank)).unwrap();
         }
@@ -172,6 +178,9 @@ impl Reloads {
             command.env(SOURCES, sources(rank)).env("LONGSHORE_FAULT", fault);
             if let Some(layout) = self.layout {
                 command.env(LAYOUT, layout);
+            }
+            if let Some(seconds) = self.progress {
+                command.env(PROGRESS, seconds);
             }
             command.current_dir(self.directory(rank)).stdin(Stdio::piped());
             let mut process = command.stderr(Stdio::null()).spawn().unwrap();
@@ -433,6 +442,93 @@ fn a_loss_in_a_reload_leaves_every_rank_on_one_version_or_not_ready() {
         }
     }
     reloads.story.assert_nothing_is_left();
+}
+
+/// What all ranks tell where rank 1 was not waited for, itself as well when it comes.
+fn assert_unanswered(told: &Value, old: &str) {
+    let wanted =
+        "not reloaded, the weights of a are untouched: rank 1 is alive but has not answered for 3s";
+    assert_eq!(text(told, "error"), wanted);
+    let held = (&told["hash"], &told["source"], &told["generation"]);
+    assert_eq!(held, (&json!(old), &json!("a"), &json!(1)));
+}
+
+/// It is not lost: nobody here takes a rank for that before a minute of silence. It may only be slow, so it stays, and the next
+/// reload finds it.
+#[test]
+fn a_rank_that_does_not_answer_ends_the_reload_and_stays() {
+    let mut reloads = Reloads::new(2, &nvfp4(), Some("trtllm"));
+    reloads.progress = Some("3");
+    let (old, new) = (reloads.fresh("a"), reloads.fresh("b"));
+    for point in [Point::Validated, Point::Agreed] {
+        let fault = format!("rank=1,at={},do=stop,generation=2", point.name());
+        let mut tellers = reloads.start("a b b", &fault);
+        for teller in &mut tellers {
+            assert_eq!(teller.next().unwrap()["error"], Value::Null);
+        }
+        assert_unanswered(&tellers[0].next().unwrap(), &old[0]);
+        let pid = tellers[1].process.id() as i32;
+        let go_on = || {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            let stopped = stat.contains(") T ");
+            if stopped {
+                signal(pid, "CONT");
+            }
+            stopped
+        };
+        wait_until("rank 1 has stopped", go_on);
+        assert_unanswered(&tellers[1].next().unwrap(), &old[1]);
+        // it comes to the same point in the next reload, and goes on in time
+        wait_until("rank 1 has stopped again", go_on);
+        for (rank, teller) in tellers.iter_mut().enumerate() {
+            let whole = teller.next().unwrap();
+            let wanted = (&Value::Null, &json!(new[rank]));
+            assert_eq!((&whole["error"], &whole["hash"]), wanted, "{point:?}");
+            drop(teller.process.stdin.take());
+        }
+        for teller in &mut tellers {
+            teller.process.wait().unwrap();
+        }
+    }
+    reloads.story.assert_nothing_is_left();
+}
+
+/// Whoever has begun to write cannot go back without it.
+#[test]
+fn a_rank_that_hangs_when_all_are_to_begin_leaves_nobody_ready_and_nobody_waiting() {
+    let mut reloads = Reloads::new(2, &nvfp4(), Some("trtllm"));
+    reloads.progress = Some("2");
+    let mut tellers = reloads.start("a b", "rank=1,at=begun-again,do=hang,generation=2");
+    assert_eq!(tellers[0].next().unwrap()["error"], Value::Null);
+    let after = tellers[0].next().unwrap();
+    assert!(
+        text(&after, "error").contains("rank 1 is alive but has not answered for 2s"),
+        "{after}"
+    );
+    assert!(text(&after, "not_ready").contains("the old weights are not back"), "{after}");
+    assert_eq!(after["hash"], Value::Null);
+    signal(tellers[1].process.id() as i32, "KILL");
+}
+
+/// A hang is named in one line, and no process is left for it.
+#[test]
+fn the_command_line_does_not_wait_for_a_rank_that_hangs_before_a_reload() {
+    let reloads = Reloads::new(2, &nvfp4(), Some("trtllm"));
+    for point in [Point::Validated, Point::Agreed] {
+        for hangs in [0, 1] {
+            let began = Instant::now();
+            let fault = format!("rank={hangs},at={},do=hang,generation=2", point.name());
+            let limits = ["--progress-timeout", "2", "--max-restarts", "0"];
+            let reload = [&["--ranks", "processes", "--reload", "b"][..], &limits].concat();
+            let ended = load(&reloads, &fault, &reload);
+            let what = format!("rank {hangs} hangs when {}: {:?}", point.name(), ended.stderr);
+            assert_eq!(ended.status.code(), Some(1), "{what}");
+            let wanted = format!("rank {hangs} is alive but has not answered for 2s");
+            assert!(ended.stderr.iter().any(|line| line.contains(&wanted)), "{what}");
+            assert!(began.elapsed() < Duration::from_secs(12), "{what}: {:?}", began.elapsed());
+            reloads.story.assert_nothing_is_left();
+        }
+    }
 }
 
 /// A command line that loads `a`, and how it ends.

@@ -19,6 +19,7 @@
 //! A reload is one generation: what fails is answered at once, as the ranks mend it by loading the old weights again, and they
 //! can say whether they may. With a rank that is lost the group is over: its replacement would have no weights at all.
 
+pub(crate) mod gathering;
 mod stuck;
 
 use std::{

@@ -241,6 +241,14 @@ pub enum LoadError {
         /// Weight bytes that it had read from storage.
         read_bytes: u64,
     },
+    /// A rank lives and does not take part in what all ranks do together.
+    #[error("rank {rank} is alive but has not answered for {after:?}")]
+    NoAnswer {
+        /// The rank.
+        rank: u32,
+        /// How long it was waited for.
+        after: Duration,
+    },
     /// Ranks have not joined in time.
     #[error("{} of {world_size} ranks have not joined within {after:?}: {}", .missing.len(), numbers(.missing))]
     Missing {
@@ -339,6 +347,7 @@ impl LoadError {
             LoadError::Rank { .. }
             | LoadError::RankLost { .. }
             | LoadError::RankStuck { .. }
+            | LoadError::NoAnswer { .. }
             | LoadError::Missing { .. }
             | LoadError::Losses { .. }
             | LoadError::OtherPlan { .. }

@@ -623,7 +623,7 @@ impl Joined {
         &mut self,
         piece: Vec<u8>,
     ) -> Result<Option<Vec<Vec<u8>>>, LoadError> {
-        let pieces = self.contribute(piece, false).await?;
+        let pieces = self.contribute(piece, false, false).await?;
         Ok(self.hosting.is_some().then_some(pieces))
     }
 
@@ -635,13 +635,27 @@ impl Joined {
     pub(crate) async fn all_gather(&mut self, piece: Vec<u8>) -> member::Gathered {
         // rank 0's process has them anyway
         let wants_all = self.hosting.is_none();
-        self.contribute(piece, wants_all).await
+        self.contribute(piece, wants_all, false).await
     }
 
-    async fn contribute(&mut self, bytes: Vec<u8>, wants_all: bool) -> member::Gathered {
+    /// [`Joined::all_gather`] as part of a reload: a rank that does not take part for too long ends it, on all.
+    ///
+    /// # Errors
+    /// As there; or a rank does not answer, and all are told so.
+    pub(crate) async fn all_gather_in_reload(&mut self, piece: Vec<u8>) -> member::Gathered {
+        let wants_all = self.hosting.is_none();
+        self.contribute(piece, wants_all, true).await
+    }
+
+    async fn contribute(
+        &mut self,
+        bytes: Vec<u8>,
+        wants_all: bool,
+        in_reload: bool,
+    ) -> member::Gathered {
         let gone = || LoadError::Runtime("the rank's actor has ended".into());
         let (done, contributed) = oneshot::channel();
-        let piece = Piece { bytes, wants_all };
+        let piece = Piece { bytes, wants_all, in_reload };
         self.member.cast(MemberMessage::Contribute(piece, done)).map_err(|_| gone())?;
         match &mut self.hosting {
             Some(hosting) => hosting.gathered().await,

@@ -22,7 +22,10 @@ use tokio::{
 };
 
 use crate::{
-    coordination::{Coordination, Departure, LoadEnd, Order, Outcome, Recovery, Watched},
+    coordination::{
+        Coordination, Departure, LoadEnd, Order, Outcome, Recovery, Watched,
+        gathering::{Gathering, Round},
+    },
     error::LoadError,
     events,
     fence::ProcessIdentity,
@@ -129,13 +132,12 @@ struct Rank {
     /// When it was last heard, and how often it should be; of one that is an actor nothing is heard.
     heard: Option<(Arc<Heard>, Timing)>,
     progress: Arc<Progress>,
-    /// What it has contributed and was not gathered yet; it waits until that was before it contributes more.
-    piece: Option<Piece>,
 }
 
 #[derive(Debug)]
 pub(crate) struct SupervisorState {
     coordination: Coordination,
+    gathering: Gathering,
     /// `None`: it has not joined yet, or was lost.
     ranks: Vec<Option<Rank>>,
     /// How many of the first hold parameters.
@@ -178,6 +180,8 @@ impl Actor for Supervisor {
         let own_rank = recovery.own_rank;
         let mut coordination =
             Coordination::new(world_size, holders, stuck_after, recovery, losses);
+        // whoever holds nothing has nothing to gather
+        let gathering = Gathering::new(holders, stuck_after);
         let mut ranks: Vec<Option<Rank>> = (0..world_size).map(|_| None).collect();
         for (number, member) in arguments.ranks.into_iter().enumerate() {
             ranks[number] = Some(bring_up(&myself, number as u32, member).await?);
@@ -187,6 +191,7 @@ impl Actor for Supervisor {
         myself.send_interval(LOOK_EVERY, || SupervisorMessage::Look);
         Ok(SupervisorState {
             coordination,
+            gathering,
             ranks,
             holders: holders as usize,
             own_rank,
@@ -220,11 +225,13 @@ impl Actor for Supervisor {
             SupervisorMessage::Knows(generation) => state.coordination.knows(generation, now),
             SupervisorMessage::Event(event) => state.coordination.event(event, now),
             SupervisorMessage::Look => {
+                let round = state.gathering.look(now);
+                state.tell_of(round);
                 let watched = state.watched();
                 state.coordination.look(watched.as_deref(), now)
             }
             SupervisorMessage::Contributed { rank, piece } => {
-                state.contributed(rank, piece);
+                state.contributed(rank, piece, now);
                 Vec::new()
             }
             SupervisorMessage::Shrink(ranks) => {
@@ -315,7 +322,7 @@ async fn bring_up(
             (id, commands, Some(actor), process, Some((heard, timing)), progress)
         }
     };
-    Ok(Rank { id, commands, remote, process, heard, progress, piece: None })
+    Ok(Rank { id, commands, remote, process, heard, progress })
 }
 
 fn is_running(rank: &Rank) -> bool {
@@ -363,7 +370,7 @@ impl SupervisorState {
         let (rank, departure) = self.at_fault(rank, departure);
         let orders = self.coordination.lost(rank, departure, Instant::now());
         self.carry_out(orders);
-        if self.ranks.iter().flatten().any(|rank| rank.piece.is_some()) {
+        if self.gathering.is_awaited() {
             let orders = self.coordination.awaited();
             self.carry_out(orders);
         }
@@ -433,6 +440,7 @@ impl SupervisorState {
     }
 
     fn vacate(&mut self, rank: u32) -> Option<Rank> {
+        self.gathering.vacate(rank);
         let rank = self.ranks.get_mut(rank as usize)?.take()?;
         let Progress { read_bytes, cached_bytes, .. } = &*rank.progress;
         let (read, cached) =
@@ -465,39 +473,47 @@ impl SupervisorState {
         self.dismissals.push(dismissal);
     }
 
-    fn contributed(&mut self, rank: u32, piece: Piece) {
+    fn contributed(&mut self, rank: u32, piece: Piece, now: Instant) {
         if let Some((lost, reason)) = self.coordination.over() {
             let orders = self.coordination.awaited();
             self.carry_out(orders);
             return self.refuse_piece(rank, LoadError::RankLost { rank: lost, reason });
         }
-        if let Some(rank) = &mut self.ranks[rank as usize] {
-            rank.piece = Some(piece);
-        }
-        let has_one = |rank: &Option<Rank>| rank.as_ref().is_some_and(|r| r.piece.is_some());
-        if !self.ranks.iter().all(has_one) {
-            return;
-        }
-        let pieces = self.ranks.iter_mut().flatten().filter_map(|rank| rank.piece.take());
-        let (wanted, pieces): (Vec<bool>, Vec<Vec<u8>>) =
-            pieces.map(|piece| (piece.wants_all, piece.bytes)).unzip();
-        for (rank, wanted) in self.ranks.iter().flatten().zip(wanted) {
-            if let Some(remote) = &rank.remote {
-                let pieces = if wanted { pieces.clone() } else { Vec::new() };
-                // as with commands
-                let _ = remote.cast(RemoteMessage::Gathered(pieces));
+        let round = self.gathering.contributed(rank, piece, now);
+        self.tell_of(round);
+    }
+
+    /// Tells what came of a round, to whom it concerns.
+    fn tell_of(&self, round: Option<Round>) {
+        match round {
+            None => {}
+            Some(Round::Complete(pieces)) => {
+                let (wanted, pieces): (Vec<bool>, Vec<Vec<u8>>) =
+                    pieces.into_iter().map(|piece| (piece.wants_all, piece.bytes)).unzip();
+                for (rank, wanted) in (0..).zip(wanted) {
+                    let pieces = if wanted { pieces.clone() } else { Vec::new() };
+                    self.tell_remote(rank, RemoteMessage::Gathered(pieces));
+                }
+                // gatherings follow each other, so there is room unless nobody takes them any more
+                let _ = self.gathered.try_send(Ok(pieces));
+            }
+            Some(Round::GivenUp { told, unanswered, after }) => {
+                for &rank in &told {
+                    self.tell_remote(rank, RemoteMessage::NotGathered { unanswered, after });
+                }
+                if self.own_rank.is_some_and(|own| told.contains(&own)) {
+                    // as above
+                    let _ = self
+                        .gathered
+                        .try_send(Err(LoadError::NoAnswer { rank: unanswered, after }));
+                }
             }
         }
-        // gatherings follow each other, so there is room unless nobody takes them any more
-        let _ = self.gathered.try_send(Ok(pieces));
     }
 
     /// Whoever gathers with a rank that is lost waits for ever, unless it is told.
     fn refuse_piece(&self, rank: u32, why: LoadError) {
-        if let Some(remote) = self.ranks[rank as usize].as_ref().and_then(|r| r.remote.as_ref()) {
-            // as with commands
-            let _ = remote.cast(RemoteMessage::Over(why.line()));
-        }
+        self.tell_remote(rank, RemoteMessage::Over(why.line()));
         // a full queue holds the news already
         let _ = self.gathered.try_send(Err(why));
     }
@@ -515,6 +531,13 @@ impl SupervisorState {
         for rank in self.ranks.iter().flatten() {
             // a rank that cannot be told is dead, and supervision says so
             let _ = rank.commands.send_message(command.clone());
+        }
+    }
+
+    fn tell_remote(&self, rank: u32, message: RemoteMessage) {
+        if let Some(remote) = self.ranks[rank as usize].as_ref().and_then(|r| r.remote.as_ref()) {
+            // as above
+            let _ = remote.cast(message);
         }
     }
 

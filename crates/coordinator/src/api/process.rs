@@ -149,6 +149,9 @@ impl Rank {
     /// all write, and each returns when every one is complete. Whatever fails, no two ranks are ready with different weights.
     /// Files that are the same are not read again, and what is made of nothing else is not written ([`Report::kept_bytes`]).
     ///
+    /// All have to call it within the [`progress_timeout`](crate::Load::progress_timeout) of each other: a rank that does not answer
+    /// for so long is named, and the reload ends on all of them, for itself as well when it calls.
+    ///
     /// Whoever looks at parameters borrows the rank, so nobody looks while they are written:
     ///
     /// ```compile_fail,E0502
@@ -163,7 +166,7 @@ impl Rank {
     /// What was [handed over](crate::handover) to others is another matter; its module says what they have to do.
     ///
     /// # Errors
-    /// * [`LoadError::NotReloaded`]: a rank cannot load it, or was lost, before the first write. The weights are untouched.
+    /// * [`LoadError::NotReloaded`]: a rank cannot load it, was lost or does not answer, before the first write. The weights are untouched.
     /// * [`LoadError::Reload`]: it failed while writing. It says whether the old weights are back; if not,
     ///   [`Rank::params`] refuses until another reload succeeds.
     ///

@@ -109,6 +109,7 @@ fn is_told_by_rank_0(e: &LoadError) -> bool {
         LoadError::GroupEnded { .. } | LoadError::OnRank { .. } | LoadError::OtherReload { .. } => {
             true
         }
+        LoadError::NoAnswer { rank, .. } => *rank != 0,
         LoadError::NotReloaded { source, .. } | LoadError::Reload { source, .. } => {
             is_told_by_rank_0(source)
         }

@@ -17,6 +17,10 @@
 //! What is made of files that are the same in both checkpoints is neither read nor written, on the way there or back. That
 //! takes weights that are known: a rank that is not ready keeps nothing.
 //!
+//! A rank that lives and does not come to one of these waits for as long as a rank may go without getting on (`--progress-timeout`)
+//! ends the reload as one does that cannot load it, for itself as well when it comes. It is not killed: it may only be slow, holds
+//! whole weights and may be serving them, and another reload may find it.
+//!
 //! A rank is ready with the new weights only when the coordinator has seen all ranks complete; so of the ranks that are
 //! ready none holds another checkpoint than the others.
 
@@ -189,7 +193,7 @@ impl Holder {
     /// which it has made a plan, or not.
     ///
     /// # Errors
-    /// [`LoadError::NotReloaded`]: this rank or another cannot load it, or one was lost, before the first write; the weights
+    /// [`LoadError::NotReloaded`]: this rank or another cannot load it, one was lost or does not answer, before the first write; the weights
     /// are untouched, on every rank. [`LoadError::Reload`]: it failed while writing, and says whether the old weights are
     /// back; if not, [`Holder::params`] refuses from now on.
     ///
@@ -208,10 +212,14 @@ impl Holder {
             Err(e) => return Err(self.not_reloaded(e)),
         };
         fault::at_point(self.place.rank, coming, Point::Agreed);
-        match self.joined.all_gather(Vec::new()).await {
+        match self.joined.all_gather_in_reload(Vec::new()).await {
             Ok(_) => {}
             // whoever is told so is told before anyone is told to begin
-            Err(e @ (LoadError::GroupEnded { .. } | LoadError::RankLost { .. })) => {
+            Err(
+                e @ (LoadError::GroupEnded { .. }
+                | LoadError::RankLost { .. }
+                | LoadError::NoAnswer { .. }),
+            ) => {
                 return Err(self.not_reloaded(e));
             }
             Err(e) => {
@@ -261,7 +269,7 @@ impl Holder {
         };
         let failed = |e: wire::WireError| LoadError::Runtime(e.to_string());
         let piece = wire::encode(&vote).map_err(failed)?.to_vec();
-        let all = self.joined.all_gather(piece).await?;
+        let all = self.joined.all_gather_in_reload(piece).await?;
         let votes: Result<Vec<Vote>, _> = all.iter().map(|vote| wire::decode(vote)).collect();
         judge(&votes.map_err(failed)?)?;
         validated
@@ -274,7 +282,7 @@ impl Holder {
         let begun = self.begin_again(prepared, &kept).await;
         fault::at_point(self.place.rank, self.joined.generation + 1, Point::BegunAgain);
         let why = begun.as_ref().err().map(LoadError::line).unwrap_or_default();
-        let all = self.joined.all_gather(why.into_bytes()).await;
+        let all = self.joined.all_gather_in_reload(why.into_bytes()).await;
         first_failure(all)?;
         let released = begun?;
         // no rank is replaced in a reload, so all count the same

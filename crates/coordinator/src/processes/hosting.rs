@@ -130,14 +130,18 @@ impl Hosting {
     /// What every rank has contributed, in the order of ranks, when all have.
     ///
     /// # Errors
-    /// A rank was lost, now or before.
+    /// A rank was lost, now or before; or, for a reload, one does not answer.
     pub(crate) async fn gathered(&mut self) -> Gathered {
         if let Some(why) = &self.over {
             return Err(LoadError::GroupEnded { why: why.clone() });
         }
         let gone = || LoadError::Runtime("the coordinator's actor has ended".into());
         let gathered = self.gathered.recv().await.ok_or_else(gone)?;
-        self.over = gathered.as_ref().err().map(LoadError::line);
+        match &gathered {
+            // the next round may fare better
+            Ok(_) | Err(LoadError::NoAnswer { .. }) => {}
+            Err(over) => self.over = Some(over.line()),
+        }
         gathered
     }
 

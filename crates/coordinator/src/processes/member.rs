@@ -421,12 +421,20 @@ impl MemberState {
             }
             _ => {}
         }
-        if let ToRank::Gathered(pieces) = told {
-            if let Some(done) = self.gathering.pop_front() {
-                let _ = done.send(Ok(pieces));
+        let gathered = match told {
+            ToRank::Gathered(pieces) => Ok(pieces),
+            ToRank::NotGathered { unanswered: rank, after } => {
+                Err(LoadError::NoAnswer { rank, after })
             }
-            return;
+            other => return self.pass_on(other),
+        };
+        if let Some(done) = self.gathering.pop_front() {
+            // as above
+            let _ = done.send(gathered);
         }
+    }
+
+    fn pass_on(&self, told: ToRank) {
         if let Some(command) = told.command() {
             // supervision tells when the rank is gone
             let _ = self.rank.cast(RankMessage::Command(command));

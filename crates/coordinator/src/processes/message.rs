@@ -1,6 +1,8 @@
 //! What goes over the control link. The words are those of `longshore_rank::protocol`, without what only has a meaning within
 //! one process.
 
+use std::time::Duration;
+
 use longshore_models::have::Have;
 use longshore_rank::protocol::{Endpoint, Generation, PlanName, RankCommand, RankReport};
 use serde::{Deserialize, Serialize};
@@ -56,6 +58,13 @@ pub(crate) enum ToRank {
     },
     /// Every rank has contributed its piece: all of them, in the order of ranks, where the rank has asked for them.
     Gathered(Vec<Vec<u8>>),
+    /// What was gathered for a reload was given up on all ranks.
+    NotGathered {
+        /// The rank that has not contributed.
+        unanswered: u32,
+        /// How long it was waited for.
+        after: Duration,
+    },
 }
 
 impl ToRank {
@@ -71,7 +80,8 @@ impl ToRank {
             ToRank::Abort { generation, why } => RankCommand::Abort { generation, why },
             ToRank::Release { generation } => RankCommand::Release { generation },
             ToRank::HandOver { generation } => RankCommand::HandOver { generation },
-            ToRank::Shrink { .. } | ToRank::Dismissed { .. } | ToRank::Gathered(_) => return None,
+            ToRank::Shrink { .. } | ToRank::Dismissed { .. } => return None,
+            ToRank::Gathered(_) | ToRank::NotGathered { .. } => return None,
         })
     }
 }
@@ -96,12 +106,14 @@ pub(crate) enum ToCoordinator {
 }
 
 /// What one rank contributes to what is gathered.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Piece {
     /// What it tells.
     pub(crate) bytes: Vec<u8>,
     /// Whether it wants to be told all pieces, not only that they are there.
     pub(crate) wants_all: bool,
+    /// Whether it is part of a reload: then it is not waited for without end.
+    pub(crate) in_reload: bool,
 }
 
 /// What happened on a rank.

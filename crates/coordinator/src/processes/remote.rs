@@ -84,6 +84,11 @@ pub(crate) enum RemoteMessage {
     Shrink(Vec<u32>),
     /// Every rank has contributed its piece; all of them, if this one wants them.
     Gathered(Vec<Vec<u8>>),
+    /// What was gathered was given up: this rank has not contributed for so long.
+    NotGathered {
+        unanswered: u32,
+        after: Duration,
+    },
     /// Nothing is left to be said.
     End,
     /// The group goes on without this process, for this reason.
@@ -212,6 +217,9 @@ impl Actor for RemoteRank {
             }
             RemoteMessage::Shrink(ranks) => state.tell(Some(ToRank::Shrink { ranks })),
             RemoteMessage::Gathered(pieces) => state.tell(Some(ToRank::Gathered(pieces))),
+            RemoteMessage::NotGathered { unanswered, after } => {
+                state.tell(Some(ToRank::NotGathered { unanswered, after }))
+            }
             RemoteMessage::End => {
                 state.outgoing = None;
                 Ok(())
