@@ -590,7 +590,8 @@ mod tests {
     #[test]
     fn of_complete_ranks_only_the_silent_are_dismissed_and_only_if_they_are_needed() {
         let now = Instant::now();
-        let mut coordination = Coordination::new(4, Duration::from_secs(10), Recovery::NONE);
+        let mut coordination =
+            Coordination::new(4, 4, Duration::from_secs(10), Recovery::NONE, Vec::new());
         coordination.begin(1, now);
         (0..4).for_each(|rank| drop(coordination.joined(rank)));
         (0..4).for_each(|rank| drop(coordination.event(ready(rank, 1), now)));
@@ -657,7 +658,7 @@ mod tests {
         }
 
         fn lose(&mut self, rank: u32) -> Vec<Order> {
-            self.coordination.lost(rank, "killed".to_owned(), self.now)
+            self.coordination.lost(rank, Departure::Left("killed".to_owned()), self.now)
         }
 
         /// What is decided after so many milliseconds.
