@@ -129,10 +129,7 @@ impl Join for HostJoin {
         generation: Generation,
         roster: &[Endpoint],
     ) -> Result<Arc<dyn Collective>, RankError> {
-        let mut announced = self.announced.lock().unwrap_or_else(PoisonError::into_inner);
-        // what a later generation has announced is not for this one, which is late
-        let announced = announced.take_if(|a| a.generation == generation);
-        let Some(Announced { segment, listener, .. }) = announced else {
+        let Some(Announced { segment, listener, .. }) = self.announced_in(generation) else {
             let what = format!("generation {generation} was not announced");
             return Err(CollectiveError::Operation { what }.into());
         };
@@ -184,6 +181,12 @@ struct Agreed {
 }
 
 impl HostJoin {
+    /// Takes what was announced in `generation`; what a later one has announced is not for whoever comes late.
+    fn announced_in(&self, generation: Generation) -> Option<Announced> {
+        let mut announced = self.announced.lock().unwrap_or_else(PoisonError::into_inner);
+        announced.take_if(|announced| announced.generation == generation)
+    }
+
     /// What this rank brings to an exchange over NCCL; nothing where that is not to be.
     fn nccl_offer(&self) -> Result<Option<NcclOffer>, RankError> {
         let wanted = matches!(self.transport, Transport::Auto | Transport::Nccl);
@@ -383,5 +386,59 @@ fn pass_barrier(collective: &dyn Collective) -> Result<(), CollectiveError> {
             return Err(CollectiveError::System { action: "joining", what });
         }
         collective.wait(Duration::from_millis(100));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::Ipv4Addr, thread};
+
+    use super::*;
+    use crate::{discover::discover, plan::PlanOptions, synth::Synth};
+
+    fn joining(rank: u32, plan: &Plan) -> Arc<HostJoin> {
+        Arc::new(HostJoin {
+            place: Place::new(rank, 2, "127.0.0.1", 29500).unwrap(),
+            transport: Transport::Auto,
+            address: Ipv4Addr::LOCALHOST.into(),
+            form: Form { world_size: 2, slots: 2, slot_bytes: 4096 },
+            receive_slots: 1,
+            nccl: None,
+            plan: plan.clone(),
+            former: None,
+            announced: Mutex::default(),
+        })
+    }
+
+    /// A rank that is lost while the others join leaves them waiting for it there; the generation that follows neither waits for
+    /// that nor loses what it has announced to it.
+    #[test]
+    fn a_generation_is_joined_while_an_older_one_is_still_waited_for() {
+        let scratch = tempfile::tempdir().unwrap();
+        Synth::new("llama", "bf16").write(scratch.path()).unwrap();
+        let options = PlanOptions { tp: 2, ..PlanOptions::default() };
+        let plan = Plan::new(discover(scratch.path()).unwrap(), &options).unwrap();
+        let (one, other) = (joining(0, &plan), joining(1, &plan));
+        let roster = [one.announce(1).unwrap(), other.announce(1).unwrap()];
+        let waiting = {
+            let (one, roster) = (Arc::clone(&one), roster.clone());
+            thread::spawn(move || one.join(1, &roster).map(|_| ()))
+        };
+        while one.announced.lock().unwrap().is_some() {
+            thread::yield_now();
+        }
+        let began = Instant::now();
+        let next = [one.announce(2).unwrap(), other.announce(2).unwrap()];
+        // one that is late even for this
+        assert!(one.join(1, &roster).is_err());
+        let joined = {
+            let (one, next) = (Arc::clone(&one), next.clone());
+            thread::spawn(move || one.join(2, &next).map(|_| ()))
+        };
+        other.join(2, &next).unwrap();
+        joined.join().unwrap().unwrap();
+        assert!(began.elapsed() < JOIN_LIMIT / 2, "{:?}", began.elapsed());
+        // it goes with what it waits for
+        drop(waiting);
     }
 }
