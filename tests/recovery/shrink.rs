@@ -220,7 +220,9 @@ fn a_load_goes_on_without_ranks_that_are_killed_at_random_moments() {
     let wants: Vec<Value> = [1, 2, 4].iter().map(|tp| smaller.undisturbed(*tp, 1)).collect();
     for kill in 0..kills {
         let mut random = Random(seed << 32 | u64::from(kill));
-        let load = smaller.load("rank=all,read=0,do=slow,ms=10", &[]);
+        // one may be killed before it has joined
+        let slow = "rank=all,read=0,do=slow,ms=10";
+        let load = smaller.load(slow, &["--join-timeout", "3"]);
         for _ in 0..1 + random.below(3) {
             thread::sleep(Duration::from_millis(random.below(700)));
             // it may be on its way, or over

@@ -451,8 +451,9 @@ impl Coordination {
         let missing = (0..world_size).filter(|rank| !self.is_present(*rank)).collect();
         let after = self.recovery.join_limit;
         let missing = LoadError::Missing { missing, world_size, after };
-        if self.recovery.shrinks && !self.losses.is_empty() {
-            // they were left over from a larger group, and are not any more
+        let own = self.recovery.own_rank.is_none_or(|rank| self.is_present(rank));
+        if self.recovery.shrinks && own {
+            // one may have died before it was there, or since a larger group was left
             self.losses.push(missing);
             self.gone.iter_mut().zip(&self.present).for_each(|(gone, there)| *gone |= !there);
             return self.hand_over(now);
@@ -716,6 +717,21 @@ mod tests {
         assert!(group.after(9000).is_none());
         let Some(Ok(LoadEnd::Shrunk(shrunk))) = group.after(1500) else { panic!() };
         assert_eq!(shrunk.ranks, [0]);
+    }
+
+    #[test]
+    fn a_rank_that_never_comes_is_done_without() {
+        let mut group = Shrinking::new(3);
+        (0..2).for_each(|rank| drop(group.coordination.joined(rank)));
+        assert!(group.after(9000).is_none());
+        assert!(group.after(1500).is_none());
+        let Some(Ok(LoadEnd::Shrunk(shrunk))) = group.after(400) else { panic!() };
+        assert_eq!(shrunk.ranks, [0, 1]);
+        assert!(matches!(shrunk.losses[..], [LoadError::Missing { .. }]));
+        // but the coordinator's own
+        let mut group = Shrinking::new(2);
+        group.coordination.joined(1);
+        assert!(matches!(group.after(11_000), Some(Err(LoadError::Missing { .. }))));
     }
 
     #[test]
