@@ -89,6 +89,21 @@ fn ranks_are_killed_in_each_phase_and_at_random_moments() {
     story.assert_nothing_is_left();
 }
 
+/// A group that goes on with fewer ranks ends with their digest.
+#[test]
+fn a_group_that_shrinks_is_right_with_the_digest_of_fewer_ranks() {
+    let story = story();
+    let one = ["load", "checkpoint", "--json", "--log-level", "error"];
+    let one = story.start(story.command(&one)).end().json();
+    let digest = one["digest"].as_str().unwrap();
+    let load = [&["checkpoint"], &LOAD[..], &["--on-loss", "shrink", "--fault", "kill"]].concat();
+    let when = ["--rank", "1", "--phase", "reading"];
+    let report = right(&chaos(&story, &[&load[..], &when, &["--digest", digest]].concat()));
+    assert_eq!(runs(&report)[0]["digest"], digest);
+    let report = wrong(&chaos(&story, &[&load[..], &when].concat()));
+    assert_eq!(runs(&report)[0]["digest"], digest);
+}
+
 /// What goes on after it was replaced changes nothing; what goes on before it was missed comes late.
 #[test]
 fn ranks_are_stopped_and_continued_in_each_phase() {

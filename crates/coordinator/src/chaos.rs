@@ -60,6 +60,8 @@ pub struct Chaos {
     pub wanted: Wanted,
     /// Chooses what is random.
     pub seed: u64,
+    /// Digests that a run may end with beside the undisturbed one's: those of fewer ranks, where a group may shrink to them.
+    pub digests: Vec<String>,
     /// How long one run may take.
     pub timeout: Duration,
     /// The command is one that runs on when its load is complete: it is told to end then.
@@ -125,6 +127,8 @@ struct Reference {
     /// How long each rank was in each stage. **Units:** seconds.
     stages: BTreeMap<(u32, Stage), f64>,
     digest: Option<String>,
+    /// What is as good.
+    digests: Vec<String>,
     read_bytes: u64,
     /// Whether it tells when all ranks are complete.
     complete: bool,
@@ -187,7 +191,8 @@ impl Chaos {
         let observed = done.observed();
         let wrong = observed.wrong(before);
         let code = observed.exit.map_or(0, command::Exit::code);
-        let reference = Reference::of(&observed);
+        let digests = self.digests.clone();
+        let reference = Reference { digests, ..Reference::of(&observed) };
         if !wrong.is_empty() {
             return Err(ChaosError::Reference { wrong, code });
         }
@@ -243,6 +248,7 @@ impl Reference {
             seconds: observed.seconds(),
             stages,
             digest: observed.printed.digest.clone(),
+            digests: Vec::new(),
             read_bytes: observed.read_bytes(),
             complete: events.complete().is_some(),
             world_size,

@@ -51,6 +51,10 @@ pub(super) struct ChaosArgs {
     /// Repeats the choice of what is random [default: another one each time].
     #[arg(long, value_name = "SEED", help_heading = HEADING)]
     seed: Option<u64>,
+    /// A digest that a run may end with beside the undisturbed one's: of a load with fewer ranks, where --on-loss shrink lets a
+    /// group go on with these (repeatable).
+    #[arg(long, value_name = "DIGEST", help_heading = HEADING)]
+    digest: Vec<String>,
     /// How long a run may take.
     #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = parse_seconds,
           help_heading = HEADING)]
@@ -173,8 +177,15 @@ impl ChaosArgs {
                 random.iter().take(4).fold(0, |seed, byte| seed << 8 | u64::from(*byte))
             }
         };
-        let (timeout, until_complete) = (self.timeout, self.until_complete);
-        Ok(Chaos { command, shown, wanted: self.wanted(), seed, timeout, until_complete })
+        Ok(Chaos {
+            command,
+            shown,
+            wanted: self.wanted(),
+            seed,
+            digests: self.digest.clone(),
+            timeout: self.timeout,
+            until_complete: self.until_complete,
+        })
     }
 
     fn wanted(&self) -> Wanted {
