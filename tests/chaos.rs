@@ -93,7 +93,7 @@ fn ranks_are_killed_in_each_phase_and_at_random_moments() {
 #[test]
 fn a_group_that_shrinks_is_right_with_the_digest_of_fewer_ranks() {
     let story = story();
-    let one = ["load", "checkpoint", "--json", "--log-level", "error"];
+    let one = ["load", "checkpoint", "--tp", "1", "--json", "--log-level", "error"];
     let one = story.start(story.command(&one)).end().json();
     let digest = one["digest"].as_str().unwrap();
     let load = [&["checkpoint"], &LOAD[..], &["--on-loss", "shrink", "--fault", "kill"]].concat();
