@@ -10,6 +10,9 @@
 //!  └───────────────────────────────┘                    └──────────────────────┘
 //! ```
 //!
+//! Where a group that has lost ranks goes on without them, the ranks that are left say goodbye and meet again at the same door, as a
+//! group of fewer ([`load`]): new numbers, another plan, and what each had at first to take bytes from.
+//!
 //! Every process plans on its own from the same source; the plan's hash is compared before the first byte. The coordinator
 //! deals with all ranks in the same way, its own process's included. Weights never pass through the control link.
 
@@ -394,7 +397,10 @@ impl Attempt {
             }
             // what the ranks had at first is worth more than what they made of it since: each of those left has some of that
             Some(Before { ranks: first, former, .. }) => {
-                let numbers = ranks.iter().map(|rank| first.ranks[*rank as usize]).collect();
+                let number = |rank: &u32| first.ranks.get(*rank as usize).copied();
+                let Some(numbers) = ranks.iter().map(number).collect() else {
+                    return Err(LoadError::Runtime("ranks are left that there were not".into()));
+                };
                 let ranks = FormerRanks { ranks: numbers, ..first };
                 Before { ranks, former, losses, lost_bytes_read, generation }
             }
