@@ -158,6 +158,8 @@ pub(crate) struct Coordination {
     over: Option<(u32, String)>,
     /// Ranks that have fallen silent since all were complete, and why that is known: nobody needs them, so far.
     silent: Vec<(u32, String)>,
+    /// The load goes on in a smaller group: whoever leaves this one from now on may be on its way to that one.
+    shrunk: bool,
 }
 
 /// One generation of a load.
@@ -219,6 +221,7 @@ impl Coordination {
             losses,
             over: None,
             silent: Vec::new(),
+            shrunk: false,
         }
     }
 
@@ -383,6 +386,10 @@ impl Coordination {
             return self.lose(rank, LoadError::RankLost { rank, reason }, now);
         }
         self.present[rank as usize] = false;
+        if self.shrunk {
+            // those that still read here are not to end
+            return Vec::new();
+        }
         if !self.begun && self.recovery.replacements_max > 0 {
             // nothing was asked for yet, and whoever comes in its place serves as well
             return vec![Order::Dismiss(rank, reason)];
@@ -507,7 +514,7 @@ impl Coordination {
 
     /// The group is over: another one goes on, of the ranks that are left.
     fn shrink(&mut self) -> Vec<Order> {
-        self.attempt = None;
+        (self.attempt, self.shrunk) = (None, true);
         let numbers = (0..).zip(&self.present).filter(|(_, there)| **there);
         let ranks = numbers.map(|(rank, _)| rank).collect();
         let losses = std::mem::take(&mut self.losses);
@@ -696,6 +703,17 @@ mod tests {
         let causes: Vec<String> = shrunk.losses.iter().map(LoadError::line).collect();
         assert_eq!(causes, ["rank 2 was lost: killed", "rank 1 was lost: killed"]);
         assert!(group.after(5000).is_none());
+    }
+
+    /// One that reads for longer than the others was told to end as these left: found by simulation.
+    #[test]
+    fn whoever_leaves_a_group_that_has_shrunk_is_not_lost() {
+        let mut group = Shrinking::new(4);
+        (0..4).for_each(|rank| drop(group.coordination.joined(rank)));
+        group.lose(2);
+        assert!(matches!(group.after(500), Some(Ok(LoadEnd::Shrunk(_)))));
+        assert!(group.lose(1).is_empty());
+        assert_eq!(group.coordination.over(), None);
     }
 
     #[test]
