@@ -23,6 +23,7 @@ mod bug;
 mod coordinator;
 mod dice;
 mod exchange;
+mod group;
 mod job;
 mod member;
 mod memory;

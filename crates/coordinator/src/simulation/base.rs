@@ -48,8 +48,8 @@ pub(super) struct Base {
     pub(super) plan: Plan,
     pub(super) name: PlanName,
     /// The bytes of the files.
-    pub(super) files: Vec<Vec<u8>>,
-    /// What each parameter of each rank holds when all has landed and nothing is finished.
+    pub(super) files: Arc<Vec<Vec<u8>>>,
+    /// What each parameter of each rank that holds any has in it when all has landed and nothing is finished.
     pub(super) raw: Vec<Vec<Vec<u8>>>,
     /// What it holds in the end.
     pub(super) complete: Vec<Vec<Vec<u8>>>,
@@ -58,13 +58,26 @@ pub(super) struct Base {
 impl Base {
     /// The one of this form; made when it is first asked for.
     pub(super) fn of(form: Form) -> Arc<Self> {
-        static MADE: Mutex<Vec<(Form, Arc<Base>)>> = Mutex::new(Vec::new());
+        Self::made(form, form.ranks, || Self::new(form))
+    }
+
+    /// The one of what is left of a group of this form: so many ranks.
+    pub(super) fn for_fewer(form: Form, ranks: u32) -> Arc<Self> {
+        let first = Self::of(form);
+        Self::made(form, ranks, || {
+            let plan = with_finishes(first.plan.for_fewer(ranks).unwrap());
+            Self::of_plan(plan, Arc::clone(&first.files))
+        })
+    }
+
+    fn made(form: Form, ranks: u32, make: impl FnOnce() -> Self) -> Arc<Self> {
+        static MADE: Mutex<Vec<(Form, u32, Arc<Base>)>> = Mutex::new(Vec::new());
         let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, base)) = made.iter().find(|(f, _)| *f == form) {
+        if let Some((.., base)) = made.iter().find(|(f, r, _)| *f == form && *r == ranks) {
             return Arc::clone(base);
         }
-        let base = Arc::new(Self::new(form));
-        made.push((form, Arc::clone(&base)));
+        let base = Arc::new(make());
+        made.push((form, ranks, Arc::clone(&base)));
         base
     }
 
@@ -83,8 +96,13 @@ impl Base {
             ..PlanOptions::default()
         };
         let plan = with_finishes(Plan::new(discovered, &options).unwrap());
-        let files = files(&written, plan.checkpoint());
-        let raw: Vec<_> = (0..form.ranks).map(|rank| all_of(&plan.load, &files, rank)).collect();
+        let files = Arc::new(files(&written, plan.checkpoint()));
+        Self::of_plan(plan, files)
+    }
+
+    fn of_plan(plan: Plan, files: Arc<Vec<Vec<u8>>>) -> Self {
+        let holders = 0..plan.placement().parallel.tp();
+        let raw: Vec<_> = holders.map(|rank| all_of(&plan.load, &files, rank)).collect();
         let complete = raw.iter().map(|params| {
             let mut params = params.clone();
             for number in 0..plan.placement().finishes.len() {

@@ -29,4 +29,18 @@ pub(super) enum Bug {
     SeatsTwo,
     /// Nobody tells a replacement what to do.
     ForgetsReplacement,
+    /// One of the ranks that are left numbers them in another order.
+    NumbersOtherwise,
+    /// What a rank had in a former group is looked for under its present number.
+    TakesPresentNumber,
+    /// A rank hands over what has not landed.
+    HandsOverTooMuch,
+    /// A rank hands over less than has landed.
+    HandsOverTooLittle,
+    /// A rank hands over while its workers are still at it.
+    HandsOverTooSoon,
+    /// Ranks that have not joined yet are left behind.
+    LeavesWhoeverIsOnItsWay,
+    /// A rank that is left behind goes on in the group of the others.
+    GoesOnLeftBehind,
 }

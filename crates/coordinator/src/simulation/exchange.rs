@@ -25,10 +25,9 @@ use crate::{
         wire,
     },
     simulation::{
+        group::Group,
         job::{Job, Landed, for_each_span},
         rank::WorkerEvent,
-        watch::ProcessId,
-        world::World,
     },
 };
 
@@ -56,19 +55,18 @@ struct Round {
 /// # Errors
 /// One cannot be reached in time.
 pub(super) async fn join(
-    world: Rc<World>,
-    process: ProcessId,
+    group: Rc<Group>,
     generation: Generation,
     listener: TcpListener,
     roster: Vec<Endpoint>,
 ) -> Result<Streams, RankError> {
-    let rank = world.watch.borrow().processes[process].rank;
+    let &Group { rank, ranks, .. } = &*group;
     let streams: Vec<Cell<Option<TcpStream>>> = roster.iter().map(|_| Cell::default()).collect();
     let joining = async {
-        let accepting = accept(&world, rank, listener, &streams);
+        let accepting = accept((rank, ranks), listener, &streams);
         let connecting = async {
             for (other, endpoint) in roster.iter().enumerate().take(rank as usize) {
-                streams[other].set(Some(connect(&world, rank, endpoint.address).await));
+                streams[other].set(Some(connect((rank, ranks), endpoint.address).await));
             }
         };
         tokio::join!(accepting, connecting);
@@ -99,13 +97,12 @@ fn unreachable(with: u32, what: &str) -> RankError {
 
 /// Takes the connections of all higher ranks.
 async fn accept(
-    world: &World,
-    rank: u32,
+    (rank, ranks): (u32, u32),
     listener: TcpListener,
     streams: &[Cell<Option<TcpStream>>],
 ) {
-    let terms = Terms::new(None, world.ranks(), 0);
-    let mut missing = world.ranks() - rank - 1;
+    let terms = Terms::new(None, ranks, 0);
+    let mut missing = ranks - rank - 1;
     let mut handshakes = JoinSet::new();
     while missing > 0 {
         tokio::select! {
@@ -128,8 +125,8 @@ async fn accept(
     }
 }
 
-async fn connect(world: &World, rank: u32, address: SocketAddr) -> TcpStream {
-    let credentials = Credentials::new(None, rank, world.ranks(), 0, Purpose::Data);
+async fn connect((rank, ranks): (u32, u32), address: SocketAddr) -> TcpStream {
+    let credentials = Credentials::new(None, rank, ranks, 0, Purpose::Data);
     loop {
         if let Ok(mut stream) = TcpStream::connect(address).await
             && handshake::join(&mut stream, &credentials).await.is_ok()
@@ -211,7 +208,7 @@ async fn send_all(job: Rc<Job>, mut senders: Vec<Option<OwnedWriteHalf>>, left: 
                 continue;
             }
             let round = Round { generation: job.generation, round: Some(round), bytes };
-            let breaks = std::mem::take(&mut job.world.breaks.borrow_mut()[job.rank as usize]);
+            let breaks = std::mem::take(&mut job.world.breaks.borrow_mut()[job.seat as usize]);
             let sent = if breaks { Err("broken".to_owned()) } else { send(sender, &round).await };
             if let Err(e) = sent {
                 return fail(&job, other, &e);

@@ -24,6 +24,7 @@ use crate::simulation::{
     bug::Bug,
     dice::Dice,
     exchange::{self, Streams},
+    group::Group,
     memory::Memory,
     rank::{Message, WorkerEvent},
     scenario::Point,
@@ -44,6 +45,9 @@ pub(super) struct Held {
 pub(super) struct Job {
     pub(super) world: Rc<World>,
     pub(super) process: ProcessId,
+    pub(super) group: Rc<Group>,
+    /// As it was started, which is how its storage and its connections are known.
+    pub(super) seat: u32,
     pub(super) rank: u32,
     pub(super) generation: Generation,
     pub(super) plan: Arc<LoadPlan>,
@@ -104,7 +108,7 @@ impl Job {
     pub(super) fn new(
         world: &Rc<World>,
         process: ProcessId,
-        rank: u32,
+        group: Rc<Group>,
         generation: Generation,
         plan: Arc<LoadPlan>,
         held: Rc<Held>,
@@ -112,10 +116,12 @@ impl Job {
         events: mpsc::UnboundedSender<Message>,
         streams: Streams,
     ) -> Rc<Self> {
-        let (slots, ranks) = (world.scenario.slots, world.ranks());
+        let (slots, &Group { rank, ranks, .. }) = (world.scenario.slots, &*group);
         Rc::new(Self {
             world: Rc::clone(world),
             process,
+            seat: world.watch.borrow().processes[process].rank,
+            group,
             rank,
             generation,
             reads_left: Cell::new(plan.reads[rank as usize].len()),
@@ -279,15 +285,19 @@ impl Job {
     async fn read(&self, number: usize, dice: &mut Dice) -> Result<(), RankError> {
         let plan = &self.plan;
         let read = plan.reads[self.rank as usize][number];
-        if read.from == ReadFrom::Parameters && !self.world.has(Bug::ReadsWhatItHas) {
-            return self.pass_on(&read);
+        match read.from {
+            ReadFrom::Former => return self.take_over(&read),
+            ReadFrom::Parameters if !self.world.has(Bug::ReadsWhatItHas) => {
+                return self.pass_on(&read);
+            }
+            ReadFrom::Parameters | ReadFrom::Storage => {}
         }
         let mut slot = vec![0; read.range.len() as usize];
         // longer ones are taken in steps, each of which is kept
         for range in
             plan.checkpoint.cut(read.file, read.range, self.world.scenario.form.read_bytes / 2)
         {
-            self.world.storage(self.rank, &read, dice).await?;
+            self.world.storage(self.seat, &read, dice).await?;
             let step = Read { range, ..read };
             let file = &self.world.base.files[read.file as usize];
             let bytes = &file[range.start as usize..range.end as usize];
@@ -324,6 +334,32 @@ impl Job {
             self.world.violate(format!("rank {rank} hands on {range} as it is not in the file"));
         }
         self.world.watch.borrow_mut().handed_on_bytes += read.range.len();
+        self.contribute(read, slot);
+        Ok(())
+    }
+
+    /// Places bytes that this rank had in a former group, and hands them on.
+    fn take_over(&self, read: &Read) -> Result<(), RankError> {
+        let (rank, range) = (self.rank, read.range);
+        let mut slot = vec![0; range.len() as usize];
+        if let Some(former) = self.group.former() {
+            let number = if self.world.has(Bug::TakesPresentNumber) { rank } else { former.rank };
+            let memory = former.held.memory.borrow();
+            for (tensor, within, offset) in tensors_in(&self.plan.checkpoint, read.file, range) {
+                let own = |rank| rank == number;
+                memory.placement().spans(tensor, within, own, |mut span| {
+                    span.source_offset += offset;
+                    memory.copy_back(&span, &mut slot);
+                });
+            }
+        }
+        let file = &self.world.base.files[read.file as usize];
+        if slot != file[range.start as usize..range.end as usize] {
+            self.world.violate(format!("rank {rank} did not have {range} as it is in the file"));
+        }
+        self.put(&self.spans(read, rank), &slot);
+        self.note(read.file, range);
+        self.world.watch.borrow_mut().taken_over_bytes += range.len();
         self.contribute(read, slot);
         Ok(())
     }

@@ -28,7 +28,9 @@ pub(super) struct Memory {
 impl Memory {
     pub(super) fn new(base: &Arc<Base>, rank: u32) -> Self {
         let placement = base.placement();
-        let sizes = || placement.params.iter().map(|param| param.bytes as usize);
+        // one beyond those that hold parameters has none
+        let params = if rank < placement.parallel.tp() { &placement.params[..] } else { &[] };
+        let sizes = || params.iter().map(|param| param.bytes as usize);
         Self {
             base: Arc::clone(base),
             rank,
@@ -66,6 +68,11 @@ impl Memory {
         let before = *missing;
         *missing = before.saturating_sub(span.target_bytes());
         before > 0 && *missing == 0
+    }
+
+    /// Where bytes belong in it.
+    pub(super) fn placement(&self) -> &Placement {
+        self.base.placement()
     }
 
     /// Copies a span's bytes back to where they came from.
@@ -134,7 +141,8 @@ impl Memory {
     /// # Errors
     /// A parameter is not what it has to be.
     pub(super) fn check(&self) -> Result<(), String> {
-        let complete = self.params.iter().zip(&self.base.complete[self.rank as usize]);
+        let expected = self.base.complete.get(self.rank as usize).into_iter().flatten();
+        let complete = self.params.iter().zip(expected);
         match complete.enumerate().find(|(_, (found, expected))| found != expected) {
             None => Ok(()),
             Some((param, _)) => {

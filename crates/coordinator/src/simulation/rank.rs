@@ -23,15 +23,17 @@ use longshore_rank::{
     },
     state::{Effect, LoadState},
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::AbortHandle};
 use turmoil::net::TcpListener;
 
 use crate::simulation::{
     bug::Bug,
     exchange::{self, Streams},
+    group::{Former, Group},
     job::{Held, Job},
     member::MemberMessage,
     memory::Memory,
+    scenario::Point,
     watch::ProcessId,
     world::World,
 };
@@ -61,13 +63,30 @@ pub(super) enum Event {
     Allocated(Endpoint, Have),
     Prepared(PlanName),
     Ready(RankReport),
+    HandedOver(Option<Former>),
     Failed(RankError),
+}
+
+/// What it does when nothing of a generation is at work any more.
+#[derive(Debug, Clone, Copy)]
+enum Next {
+    Begin(Generation),
+    HandOver(Generation),
+}
+
+impl Next {
+    fn generation(self) -> Generation {
+        match self {
+            Next::Begin(generation) | Next::HandOver(generation) => generation,
+        }
+    }
 }
 
 /// What a rank knows.
 struct Rank {
     world: Rc<World>,
     process: ProcessId,
+    group: Rc<Group>,
     rank: u32,
     myself: mpsc::UnboundedSender<Message>,
     member: mpsc::UnboundedSender<MemberMessage>,
@@ -78,7 +97,7 @@ struct Rank {
     running: Option<Running>,
     complete: Option<Running>,
     halted: Option<Rc<Job>>,
-    next: Option<Generation>,
+    next: Option<Next>,
     /// Finishes that were run.
     done: Vec<u32>,
 }
@@ -95,15 +114,16 @@ impl Drop for Running {
 pub(super) fn start(
     world: &Rc<World>,
     process: ProcessId,
+    group: Rc<Group>,
     member: mpsc::UnboundedSender<MemberMessage>,
     progress: Arc<Progress>,
-) -> mpsc::UnboundedSender<Message> {
+) -> (mpsc::UnboundedSender<Message>, AbortHandle) {
     let (myself, mut mailbox) = mpsc::unbounded_channel();
-    let rank = world.watch.borrow().processes[process].rank;
     let mut state = Rank {
         world: Rc::clone(world),
         process,
-        rank,
+        rank: group.rank,
+        group,
         myself: myself.clone(),
         member,
         progress,
@@ -116,19 +136,19 @@ pub(super) fn start(
         next: None,
         done: Vec::new(),
     };
-    world.spawn(async move {
+    let running = world.spawn(async move {
         while let Some(message) = mailbox.recv().await {
             state.handle(message).await;
         }
     });
-    myself
+    (myself, running)
 }
 
 impl Rank {
     async fn handle(&mut self, message: Message) {
         match message {
             Message::Command(RankCommand::Allocate { generation }) => {
-                self.allocate(generation).await;
+                self.after_halt(Next::Begin(generation)).await;
             }
             Message::Command(RankCommand::Load { generation, peers, have }) => {
                 self.load(generation, peers, have);
@@ -136,31 +156,36 @@ impl Rank {
             Message::Command(RankCommand::Start { generation }) => self.start(generation),
             Message::Command(RankCommand::Abort { generation, .. }) => self.abort(generation),
             Message::Command(RankCommand::Release { generation }) => self.release(generation),
-            // no group shrinks here
-            Message::Command(RankCommand::HandOver { .. }) => {}
+            Message::Command(RankCommand::HandOver { generation }) => {
+                self.after_halt(Next::HandOver(generation)).await;
+            }
             Message::Worker(generation, WorkerEvent::Joined(streams, plan, name)) => {
                 self.joined(generation, streams, plan, name);
             }
             Message::Worker(generation, WorkerEvent::Halted) => {
                 if self.halted.take_if(|job| job.generation == generation).is_some() {
-                    self.announce().await;
+                    self.go_on().await;
                 }
             }
             Message::Worker(generation, event) => self.worker(generation, event),
         }
     }
 
-    async fn allocate(&mut self, generation: Generation) {
-        self.world.watch.borrow_mut().processes[self.process].generation = generation;
+    async fn after_halt(&mut self, next: Next) {
+        self.world.watch.borrow_mut().processes[self.process].generation = next.generation();
         self.joining = None;
-        let waited_for = self.next.replace(generation).is_some();
+        let waited_for = self.next.replace(next).is_some();
         self.halt();
+        let too_soon = match next {
+            Next::Begin(_) => Bug::DoesNotWaitForWorkers,
+            Next::HandOver(_) => Bug::HandsOverTooSoon,
+        };
         match &self.halted {
-            None => self.announce().await,
+            None => self.go_on().await,
             Some(_) if waited_for => {}
-            Some(_) if self.world.has(Bug::DoesNotWaitForWorkers) => {
+            Some(_) if self.world.has(too_soon) => {
                 self.halted = None;
-                self.announce().await;
+                self.go_on().await;
             }
             Some(job) => {
                 let job = Rc::clone(job);
@@ -179,29 +204,63 @@ impl Rank {
         }
     }
 
-    async fn announce(&mut self) {
-        let Some(generation) = self.next.take() else { return };
-        let event = match self.contact(generation).await {
-            Ok((endpoint, have)) => Event::Allocated(endpoint, have),
-            Err(e) => Event::Failed(e),
+    async fn go_on(&mut self) {
+        let Some(next) = self.next.take() else { return };
+        let event = match next {
+            Next::Begin(generation) => match self.contact(generation).await {
+                Ok((endpoint, have)) => Event::Allocated(endpoint, have),
+                Err(e) => Event::Failed(e),
+            },
+            Next::HandOver(_) => Event::HandedOver(self.hand_over()),
         };
-        self.report(generation, event);
+        self.report(next.generation(), event);
+    }
+
+    /// Gives up what it has.
+    fn hand_over(&mut self) -> Option<Former> {
+        let (held, _) = self.held.take()?;
+        // nothing lands there any more
+        held.told.set(Generation::MAX);
+        let mut have = held.have.borrow().clone();
+        let mut watch = self.world.watch.borrow_mut();
+        if self.group.before.is_none() {
+            watch.processes[self.process].had = have.clone();
+        }
+        watch.reach(self.process, Point::HandedOver);
+        drop(watch);
+        if let Some(read) = self.group.base.plan.load.reads[self.rank as usize].last()
+            && self.world.has(Bug::HandsOverTooMuch)
+        {
+            have.insert(read.file, read.range);
+        }
+        if self.world.has(Bug::HandsOverTooLittle) {
+            have = Have::default();
+        }
+        Some(Former { rank: self.rank, held, have })
     }
 
     async fn contact(&mut self, generation: Generation) -> Result<(Endpoint, Have), RankError> {
         let (held, _) = self.held.get_or_insert_with(|| {
-            let placement = self.world.base.placement();
+            let base = &self.group.base;
+            let placement = base.placement();
             let held = Held {
-                memory: RefCell::new(Memory::new(&self.world.base, self.rank)),
+                memory: RefCell::new(Memory::new(base, self.rank)),
                 have: RefCell::default(),
                 told: Cell::default(),
             };
-            let state =
-                LoadState::new(placement, &placement.landing_bytes(self.rank), &Kept::default());
+            let state = if self.rank < self.group.holders() {
+                LoadState::new(placement, &placement.landing_bytes(self.rank), &Kept::default())
+            } else {
+                // it only hands on what it had
+                LoadState::new(&placement.nothing(), &[], &Kept::default())
+            };
             (Rc::new(held), state)
         });
         held.told.set(generation);
-        let have = held.have.borrow().clone();
+        let have = match self.group.former() {
+            None => held.have.borrow().clone(),
+            Some(former) => former.have.clone(),
+        };
         // a port that nobody has heard of before
         let port = 10_000 + (generation % 20_000) as u16;
         self.announced = None;
@@ -212,7 +271,7 @@ impl Rank {
         };
         self.announced = Some((generation, listener.map_err(system)?));
         let host = self.world.watch.borrow().processes[self.process].host.clone();
-        let form = Form { world_size: self.world.ranks(), slots: 1, slot_bytes: 1 };
+        let form = Form { world_size: self.group.ranks, slots: 1, slot_bytes: 1 };
         let endpoint = Endpoint {
             address: SocketAddr::new(turmoil::lookup(host.as_str()), port),
             host,
@@ -229,17 +288,17 @@ impl Rank {
         self.world.holds(met);
         self.joining = Some(generation);
         let listener = self.announced.take_if(|(g, _)| *g == generation);
-        let (world, process, myself) = (Rc::clone(&self.world), self.process, self.myself.clone());
+        let (world, group, myself) =
+            (Rc::clone(&self.world), Rc::clone(&self.group), self.myself.clone());
         self.world.spawn(async move {
             let joined = async {
-                let (plan, name) = world.plan(&have)?;
+                let (plan, name) = world.plan(&group, &have)?;
                 let Some((_, listener)) = listener else {
                     let what = format!("generation {generation} was not announced");
                     return Err(CollectiveError::Operation { what }.into());
                 };
                 let roster = roster.to_vec();
-                let streams =
-                    exchange::join(Rc::clone(&world), process, generation, listener, roster);
+                let streams = exchange::join(group, generation, listener, roster);
                 Ok(WorkerEvent::Joined(streams.await?, plan, name))
             };
             let event = joined.await.unwrap_or_else(WorkerEvent::Failed);
@@ -265,7 +324,7 @@ impl Rank {
         let job = Job::new(
             &self.world,
             self.process,
-            self.rank,
+            Rc::clone(&self.group),
             generation,
             plan,
             Rc::clone(held),
@@ -302,7 +361,7 @@ impl Rank {
 
     fn abort(&mut self, generation: Generation) {
         self.joining.take_if(|g| *g == generation);
-        self.next.take_if(|g| *g == generation);
+        self.next.take_if(|next| next.generation() == generation);
         self.running.take_if(|r| r.0.generation == generation);
         self.release(generation);
         self.held = None;
@@ -398,6 +457,7 @@ impl Rank {
             have.insert(read.file, read.range);
         }
         if let (Event::Allocated(_, have), Some((held, _))) = (&event, &self.held) {
+            let held = self.group.former().map_or(held, |former| &former.held);
             self.world.holds(held.memory.borrow().check_have(have));
         }
         // without a member there is nobody to tell

@@ -17,9 +17,9 @@ use turmoil::{Builder, Sim};
 use crate::simulation::{
     bug::Bug,
     dice::Dice,
-    member,
+    member::{self, NOT_NEEDED},
     scenario::{Fault, Scenario, When},
-    watch::{ProcessId, Seen},
+    watch::{ProcessId, Seen, Watch},
     world::World,
 };
 
@@ -31,6 +31,9 @@ pub(super) struct Outcome {
     /// Processes that were started.
     pub(super) processes: usize,
     pub(super) handed_on_bytes: u64,
+    pub(super) taken_over_bytes: u64,
+    /// How often the group has shrunk.
+    pub(super) shrunk: usize,
     /// How often a rank went on with what it had.
     pub(super) resumed: u32,
     pub(super) elapsed: Duration,
@@ -294,6 +297,8 @@ impl Driver {
             answer,
             processes: watch.processes.len(),
             handed_on_bytes: watch.handed_on_bytes,
+            taken_over_bytes: watch.taken_over_bytes,
+            shrunk: watch.groups.len(),
             resumed: watch.resumed,
             elapsed: self.now(),
             trace: watch.trace(),
@@ -319,6 +324,9 @@ impl Driver {
     /// Whether a coordinator has answered, and every process has heard.
     fn answered(&self) -> Option<Result<Outcome, String>> {
         let watch = self.world.watch.borrow();
+        if self.world.scenario.shrinks {
+            return self.answered_shrinking(&watch);
+        }
         let outcome = |answer| Ok(self.outcome(answer));
         for (coordinator, answer) in &watch.answers {
             match answer {
@@ -347,6 +355,57 @@ impl Driver {
         None
     }
 
+    /// Whether the only coordinator has answered, and every process is released or has ended.
+    fn answered_shrinking(&self, watch: &Watch) -> Option<Result<Outcome, String>> {
+        let ended = |seen: &Seen| seen.gone || seen.exited.is_some();
+        match &watch.answers[..] {
+            [] => None,
+            [(_, Err(why))] if !self.may_end(watch, why) => {
+                Some(Err(format!("after {:?}: it is given up: {why}", self.now())))
+            }
+            [(_, Err(why))] => {
+                watch.processes.iter().all(ended).then(|| Ok(self.outcome(Err(why.clone()))))
+            }
+            [(coordinator, Ok(generation))] => {
+                let roster = watch.roster(*coordinator, *generation)?;
+                for (process, seen) in watch.processes.iter().enumerate() {
+                    let needed = (seen.place.1 as usize) < watch.holders;
+                    match seen.released == Some(*generation) {
+                        true if !roster.contains(&process) => {
+                            return Some(Err(format!(
+                                "{} is released, and left behind",
+                                seen.host
+                            )));
+                        }
+                        true if needed || ended(seen) => {}
+                        false if ended(seen) => {}
+                        _ => return None,
+                    }
+                    let not_needed = |why: &String| why == NOT_NEEDED;
+                    if seen.released.is_some()
+                        && !needed
+                        && !seen.exited.as_ref().is_none_or(not_needed)
+                    {
+                        return Some(Err(format!(
+                            "{} ends otherwise: {:?}",
+                            seen.host, seen.exited
+                        )));
+                    }
+                }
+                Some(Ok(self.outcome(Ok(*generation))))
+            }
+            [first, second, ..] => Some(Err(format!("two answers: {first:?} and {second:?}"))),
+        }
+    }
+
+    /// Whether a group that shrinks may come to an end like this: only with rank 0, or when ranks do not come at all.
+    fn may_end(&self, watch: &Watch, why: &str) -> bool {
+        let last = why.rsplit("; then ").next().unwrap_or(why);
+        let absent = watch.processes.iter().any(|seen| seen.gone);
+        let without_it = last.contains("rank 0") || why.starts_with("the coordinator was lost");
+        without_it || (absent && watch.groups.is_empty() && last.contains("join"))
+    }
+
     /// Starts a process in the place of each that has ended by itself.
     fn replace(&mut self) {
         let mut ended = Vec::new();
@@ -357,7 +416,7 @@ impl Driver {
             let failed = |(process, answer): &(ProcessId, Result<_, _>)| {
                 *process == latest[0] && answer.is_err()
             };
-            let over = abandoned || watch.answers.iter().any(failed);
+            let over = abandoned || self.world.scenario.shrinks || watch.answers.iter().any(failed);
             for (process, seen) in watch.processes.iter_mut().enumerate() {
                 if seen.exited.is_some() && !std::mem::replace(&mut seen.gone, true) {
                     let replaced = !over && latest[seen.rank as usize] == process;

@@ -17,6 +17,10 @@ pub(super) struct Scenario {
     /// Slots to send from, and to receive into from each other rank.
     pub(super) slots: u32,
     pub(super) replacements_max: u32,
+    /// The group goes on without the ranks that it loses.
+    pub(super) shrinks: bool,
+    /// How long the coordinator, or its successor, is looked for, and ranks are waited for.
+    pub(super) join_limit: Duration,
     pub(super) silent_after: Duration,
     /// How long a read takes at most.
     pub(super) read_millis: u64,
@@ -44,6 +48,8 @@ pub(super) enum Point {
     Ready,
     Released,
     Orphaned,
+    HandedOver,
+    Regrouped,
 }
 
 /// What goes wrong.
@@ -89,18 +95,37 @@ impl Scenario {
             let when = together.unwrap_or_else(|| when(&mut dice, ranks));
             faults.push((when, fault(&mut dice, ranks, forgiving)));
         }
-        Self {
+        let scenario = Self {
             seed,
             form,
             concurrency: dice.pick(&[1, 2, 3]),
             slots: dice.pick(&[1, 2, 4]),
             // what is simulated for as long as it takes has no limit that could be met
             replacements_max: if forgiving { 1000 } else { dice.pick(&[0, 1, 2]) },
+            shrinks: false,
+            join_limit: Duration::from_secs(20),
             silent_after: Duration::from_millis(dice.pick(&[500, 1000])),
             read_millis: dice.pick(&[5, 20, 60]),
             latency_millis: dice.pick(&[2, 10, 40]),
             faults,
+        };
+        let mut dice = Dice::new(seed, "shrinking", 0);
+        if ranks > 1 && dice.chance(SHRINKING) { scenario.shrinking(&mut dice) } else { scenario }
+    }
+
+    /// The same, of a group that goes on without the ranks that it loses. Nobody comes in rank 0's place.
+    fn shrinking(self, dice: &mut Dice) -> Self {
+        let ranks = dice.pick(&[2, 4, 4, 4, 8]);
+        let count = dice.pick(&[1, 1, 2, 2, 3, 3, 4, 6]);
+        let mut faults: Vec<(When, Fault)> = Vec::with_capacity(count);
+        for _ in 0..count {
+            let together = faults.last().filter(|_| dice.chance(25)).map(|(when, _)| *when);
+            let when = together.unwrap_or_else(|| when_shrinking(dice, ranks));
+            faults.push((when, loss(dice, ranks)));
         }
+        let form = Form { ranks, ..self.form };
+        // short enough that some miss it: some storage hangs for longer
+        Self { form, faults, shrinks: true, join_limit: Duration::from_secs(6), ..self }
     }
 
     /// Whether the load may come to nothing: losses may be more than are allowed, or a replacement may not come.
@@ -108,6 +133,9 @@ impl Scenario {
         self.replacements_max < 1000
     }
 }
+
+/// Of a hundred groups of several ranks, so many go on without those that they lose.
+const SHRINKING: u64 = 30;
 
 fn when(dice: &mut Dice, ranks: u32) -> When {
     if dice.chance(25) {
@@ -135,6 +163,40 @@ fn when(dice: &mut Dice, ranks: u32) -> When {
     };
     let later = if dice.chance(60) { Duration::ZERO } else { dice.millis(1, 150) };
     When::Reached(rank, point, often, later)
+}
+
+/// As [`when`], and often when a group gives way to a smaller one.
+fn when_shrinking(dice: &mut Dice, ranks: u32) -> When {
+    if !dice.chance(25) {
+        return when(dice, ranks);
+    }
+    let point = dice.pick(&[Point::HandedOver, Point::Regrouped]);
+    let later = if dice.chance(50) { Duration::ZERO } else { dice.millis(1, 500) };
+    When::Reached(dice.below(ranks.into()) as u32, point, dice.pick(&[1, 1, 2]), later)
+}
+
+/// As [`fault`]: most often of one that the group can do without, in whose place another seldom comes.
+fn loss(dice: &mut Dice, ranks: u32) -> Fault {
+    let rank = if dice.chance(8) { 0 } else { 1 + dice.below(u64::from(ranks) - 1) as u32 };
+    match fault(dice, ranks, true) {
+        Fault::Crash { silently, back, .. } => {
+            Fault::Crash { rank, silently, back: back.filter(|_| rank > 0 && dice.chance(30)) }
+        }
+        Fault::Pause { lasting, replaced, .. } => {
+            let replaced = replaced.filter(|_| rank > 0 && dice.chance(30));
+            Fault::Pause { rank, lasting, replaced }
+        }
+        Fault::Hold { b, lasting, .. } => Fault::Hold { a: rank, b, lasting },
+        Fault::Cut { b, lasting, .. } => Fault::Cut { a: rank, b, lasting },
+        Fault::Mute { to, lasting, .. } if dice.chance(50) => {
+            Fault::Mute { from: rank, to, lasting }
+        }
+        Fault::Mute { to, lasting, .. } => Fault::Mute { from: to, to: rank, lasting },
+        Fault::Break { .. } => Fault::Break { rank },
+        Fault::StorageFails { .. } => Fault::StorageFails { rank },
+        Fault::StorageHangs { lasting, .. } => Fault::StorageHangs { rank, lasting },
+        Fault::StorageSlow { times, lasting, .. } => Fault::StorageSlow { rank, times, lasting },
+    }
 }
 
 fn fault(dice: &mut Dice, ranks: u32, forgiving: bool) -> Fault {

@@ -23,18 +23,29 @@ pub(super) struct Watch {
     /// What was done, to tell that anything was.
     pub(super) storage_bytes: u64,
     pub(super) handed_on_bytes: u64,
+    /// Bytes that came out of what ranks had in former groups.
+    pub(super) taken_over_bytes: u64,
     /// How often a rank went on with what it had.
     pub(super) resumed: u32,
+    /// The processes of each smaller group that the first has shrunk to, in the order of their numbers in it.
+    pub(super) groups: Vec<Vec<ProcessId>>,
+    /// How many of the first ranks hold parameters, of the group that has answered.
+    pub(super) holders: usize,
     /// Of everything that was seen, in order.
     trace: Xxh3,
 }
 
-const POINTS: usize = 9;
+const POINTS: usize = 11;
 
 /// One process.
 #[derive(Debug)]
 pub(super) struct Seen {
+    /// The rank that it was started as.
     pub(super) rank: u32,
+    /// The group that it is in: how often the first one has shrunk to it, and the process's number in it.
+    pub(super) place: (usize, u32),
+    /// What it had in the first group when that shrank.
+    pub(super) had: Have,
     pub(super) host: String,
     pub(super) address: Option<IpAddr>,
     /// The latest generation that it was told of.
@@ -61,6 +72,9 @@ impl Watch {
             answers: Vec::new(),
             storage_bytes: 0,
             handed_on_bytes: 0,
+            taken_over_bytes: 0,
+            groups: Vec::new(),
+            holders: 0,
             resumed: 0,
             trace: Xxh3::new(),
         }
@@ -86,6 +100,8 @@ impl Watch {
         let id = self.processes.len();
         self.processes.push(Seen {
             rank,
+            place: (0, rank),
+            had: Have::default(),
             host: format!("rank{rank}-{id}"),
             address: None,
             generation: 0,
@@ -125,13 +141,60 @@ impl Watch {
         Err(format!("{host} acts on generation {generation}, it is {now}"))
     }
 
+    /// The coordinator has decided that the group goes on as one of these processes.
+    ///
+    /// # Errors
+    /// One of them is not in the group.
+    pub(super) fn shrink(&mut self, processes: Vec<ProcessId>) -> Result<(), String> {
+        let group = self.groups.len();
+        let other = processes.iter().find(|process| self.processes[**process].place.0 != group);
+        let other = other.map(|process| self.processes[*process].host.clone());
+        self.groups.push(processes);
+        other.map_or(Ok(()), |host| Err(format!("{host} is to go on in a group that it is not of")))
+    }
+
+    /// Whether a process is to go on in a smaller group, and does not yet.
+    pub(super) fn goes_on(&self, process: ProcessId) -> bool {
+        let next = self.groups.get(self.processes[process].place.0);
+        next.is_some_and(|group| group.contains(&process))
+    }
+
+    /// A process takes part in a smaller group.
+    pub(super) fn regroup(&mut self, process: ProcessId, place: (usize, u32)) {
+        self.reach(process, Point::Regrouped);
+        self.processes[process].place = place;
+    }
+
+    /// A process acts as one of its group.
+    ///
+    /// # Errors
+    /// The group has gone on without it, or it has another's number.
+    fn belong(&self, process: ProcessId) -> Result<(), String> {
+        let Seen { place: (group, number), host, .. } = &self.processes[process];
+        let Some(of) = group.checked_sub(1) else { return Ok(()) };
+        let member = self.groups.get(of).and_then(|group| group.get(*number as usize));
+        if member == Some(&process) {
+            return Ok(());
+        }
+        Err(format!("{host} acts as rank {number} of a group in which that is another process"))
+    }
+
     /// A process has told what it has.
-    pub(super) fn announce(&mut self, process: ProcessId, generation: Generation, have: Have) {
+    ///
+    /// # Errors
+    /// It is not one of the group.
+    pub(super) fn announce(
+        &mut self,
+        process: ProcessId,
+        generation: Generation,
+        have: Have,
+    ) -> Result<(), String> {
         self.reach(process, Point::Announced);
         if !have.is_empty() {
             self.resumed += 1;
         }
         self.processes[process].announced.push((generation, have));
+        self.belong(process)
     }
 
     /// A process is told who takes part in a generation, and what each has.
@@ -152,14 +215,18 @@ impl Watch {
                 return Err(format!("nobody is at {address}"));
             };
             let seen = &self.processes[other];
+            if seen.place.0 != self.processes[process].place.0 {
+                let (host, with) = (&self.processes[process].host, &seen.host);
+                return Err(format!("{host} is to join {with}, which is of another group"));
+            }
             let told = seen.announced.iter().rev().find(|(g, _)| *g == generation);
-            if seen.rank as usize != rank || told.is_none_or(|(_, told)| *told != have[rank]) {
+            if seen.place.1 as usize != rank || told.is_none_or(|(_, told)| *told != have[rank]) {
                 let host = &seen.host;
                 return Err(format!("{host} has not told this of generation {generation}"));
             }
             processes.push(other);
         }
-        if processes.get(self.processes[process].rank as usize) != Some(&process) {
+        if processes.get(self.processes[process].place.1 as usize) != Some(&process) {
             let host = &self.processes[process].host;
             return Err(format!("{host} is to join a group in which another has its place"));
         }
@@ -170,7 +237,7 @@ impl Watch {
             }
         }
         self.processes[process].rosters.push((generation, processes));
-        Ok(())
+        self.belong(process)
     }
 
     /// A process can begin.
@@ -209,6 +276,10 @@ impl Watch {
     ) -> Result<(), String> {
         self.reach(process, Point::Released);
         self.processes[process].released = Some(generation);
+        let Seen { place, host, .. } = &self.processes[process];
+        if place.0 != self.groups.len() {
+            return Err(format!("{host} is released, and was left behind"));
+        }
         self.all(process, generation, "is released, not ready is", |seen| &seen.ready)
     }
 

@@ -13,17 +13,19 @@ use std::{
 use longshore_models::have::Have;
 use longshore_rank::{
     error::RankError,
-    protocol::{LoadPlan, PlanName, Read},
+    protocol::{LoadPlan, PlanName, Read, ReadFrom},
 };
 use tokio::time::sleep;
 
 use crate::{
+    assignment::FormerGroup,
     link::session::Timing,
     plan::plan_hash,
     simulation::{
         base::Base,
         bug::Bug,
         dice::Dice,
+        group::{Before, Group},
         scenario::Scenario,
         watch::{ProcessId, Watch},
     },
@@ -32,6 +34,7 @@ use crate::{
 /// One run.
 pub(super) struct World {
     pub(super) scenario: Scenario,
+    /// What is loaded, by the first group.
     pub(super) base: Arc<Base>,
     bug: Option<Bug>,
     pub(super) watch: RefCell<Watch>,
@@ -46,7 +49,8 @@ pub(super) struct World {
     plans: RefCell<Vec<Planned>>,
 }
 
-type Planned = (Vec<Have>, Arc<LoadPlan>, PlanName);
+/// A plan, and what it was made from: who is left of the first group, and what each rank has.
+type Planned = (Vec<u32>, Vec<Have>, Arc<LoadPlan>, PlanName);
 
 /// The storage as one rank meets it.
 #[derive(Debug, Clone, Copy, Default)]
@@ -78,6 +82,7 @@ impl World {
         self.bug == Some(bug)
     }
 
+    /// Of the first group.
     pub(super) fn ranks(&self) -> u32 {
         self.scenario.form.ranks
     }
@@ -117,18 +122,56 @@ impl World {
     ///
     /// # Errors
     /// There is none.
-    pub(super) fn plan(&self, have: &[Have]) -> Result<(Arc<LoadPlan>, PlanName), RankError> {
-        if have.iter().all(Have::is_empty) {
-            return Ok((Arc::clone(&self.base.plan.load), self.base.name));
+    pub(super) fn plan(
+        &self,
+        group: &Group,
+        have: &[Have],
+    ) -> Result<(Arc<LoadPlan>, PlanName), RankError> {
+        let Group { base, before, .. } = group;
+        let left = before.as_ref().map_or(&[][..], |before| &before.ranks);
+        if left.is_empty() && have.iter().all(Have::is_empty) {
+            return Ok((Arc::clone(&base.plan.load), base.name));
         }
-        let known = |(of, ..): &&Planned| of == have;
-        if let Some((_, plan, name)) = self.plans.borrow().iter().find(known) {
+        let known = |(of, had, ..): &&Planned| of == left && had == have;
+        if let Some((.., plan, name)) = self.plans.borrow().iter().find(known) {
             return Ok((Arc::clone(plan), *name));
         }
-        let rest = self.base.plan.rest(have).map_err(|e| RankError::Rest(e.line()))?;
+        let rest = match before {
+            None => base.plan.rest(have),
+            Some(before) => base.plan.after(&before.base.plan, left, have),
+        };
+        let rest = rest.map_err(|e| RankError::Rest(e.line()))?;
+        if let Some(before) = before {
+            self.check_not_read_again(group, before, &rest);
+        }
         let (name, rest) = (plan_hash(&rest), Arc::new(rest));
-        self.plans.borrow_mut().push((have.to_vec(), Arc::clone(&rest), name));
+        self.plans.borrow_mut().push((left.to_vec(), have.to_vec(), Arc::clone(&rest), name));
         Ok((rest, name))
+    }
+
+    /// Nothing is read that a rank that is left had as it is in the file.
+    fn check_not_read_again(&self, group: &Group, before: &Before, plan: &LoadPlan) {
+        if !plan.exchange {
+            return;
+        }
+        let had: Vec<Have> = {
+            let watch = self.watch.borrow();
+            let members = watch.groups[group.number - 1].iter();
+            members.map(|process| watch.processes[*process].had.clone()).collect()
+        };
+        if had.len() != before.ranks.len() {
+            return;
+        }
+        let former = FormerGroup::new(before.base.placement(), &before.ranks, &had);
+        let stored = plan.reads.iter().flatten().filter(|read| read.from == ReadFrom::Storage);
+        for read in stored {
+            for range in plan.checkpoint.cut(read.file, read.range, CHECKED_BYTES) {
+                let having = former.having(&plan.checkpoint, read.file, range);
+                if let Some(rank) = having.iter().next() {
+                    self.violate(format!("{range} is read again, which rank {rank} had"));
+                }
+            }
+        }
     }
 
     /// Waits until storage has answered a read of `rank`.
@@ -166,6 +209,9 @@ impl World {
         }
     }
 }
+
+/// Whether bytes are read again is looked at in pieces of so many: a row of most tensors.
+const CHECKED_BYTES: u64 = 128;
 
 struct NoPanic(Rc<World>);
 
