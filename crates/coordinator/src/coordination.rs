@@ -169,8 +169,8 @@ struct Attempt {
     prepared: Vec<Option<PlanName>>,
     ready: Vec<Option<(Option<ReadyParams>, RankReport)>>,
     stuck: Stuck,
-    /// A failure that may only follow from another rank's, whose it is, and when it was reported.
-    suspicion: Option<(Instant, u32, LoadError)>,
+    /// A failure that may only follow from another rank's.
+    suspicion: Option<Suspicion>,
     /// Since when ranks may join.
     since: Instant,
     /// Since when the ranks that are left are to hand over what they have.
@@ -189,6 +189,16 @@ impl Attempt {
             shrinking: None,
         }
     }
+}
+
+/// A rank that could not go on without another.
+#[derive(Debug)]
+struct Suspicion {
+    /// When it was reported.
+    since: Instant,
+    rank: u32,
+    blamed: u32,
+    failed: LoadError,
 }
 
 /// How long a rank that could not reach another is the cause only if nothing is heard of that one: a rank that fails or dies
@@ -360,14 +370,15 @@ impl Coordination {
             // only its own process hears it
             RankEventKind::HandedOver(_) => Vec::new(),
             RankEventKind::Failed(source) => {
-                let blames_another = source.blames().is_some_and(|other| other != rank);
+                let blames_another = source.blames().filter(|other| *other != rank);
                 let lasting = source.is_lasting();
                 let failed = LoadError::Rank { rank, source };
                 if lasting {
                     return self.answer(Err(failed));
                 }
-                if blames_another {
-                    attempt.suspicion.get_or_insert((now, rank, failed));
+                if let Some(blamed) = blames_another {
+                    let suspicion = Suspicion { since: now, rank, blamed, failed };
+                    attempt.suspicion.get_or_insert(suspicion);
                     return Vec::new();
                 }
                 self.lose(rank, failed, now)
@@ -427,10 +438,12 @@ impl Coordination {
             }
             return self.shrink();
         }
-        let over =
-            |(since, ..): &mut (Instant, u32, LoadError)| now.duration_since(*since) >= SUSPICION;
-        if let Some((_, rank, failed)) = attempt.suspicion.take_if(over) {
-            return self.lose(rank, failed, now);
+        let over = |suspicion: &mut Suspicion| now.duration_since(suspicion.since) >= SUSPICION;
+        if let Some(Suspicion { rank, blamed, failed, .. }) = attempt.suspicion.take_if(over) {
+            // where the group cannot do without the one, it does without the other
+            let needed = self.recovery.shrinks && self.recovery.own_rank == Some(rank);
+            let lost = if needed && self.is_present(blamed) { blamed } else { rank };
+            return self.lose(lost, failed, now);
         }
         if now.duration_since(attempt.since) >= self.recovery.join_limit
             && self.present.contains(&false)
@@ -588,6 +601,8 @@ fn peers(contacts: &[Option<(Contact, Have)>]) -> Option<(Peers, Arc<Vec<Have>>)
 
 #[cfg(test)]
 mod tests {
+    use longshore_rank::error::RankError;
+
     use super::*;
 
     fn ready(rank: u32, generation: Generation) -> RankEvent {
@@ -735,6 +750,28 @@ mod tests {
         assert!(group.after(9000).is_none());
         let Some(Ok(LoadEnd::Shrunk(shrunk))) = group.after(1500) else { panic!() };
         assert_eq!(shrunk.ranks, [0]);
+    }
+
+    /// What breaks between two ranks may be either's; the group cannot go on without its coordinator's.
+    #[test]
+    fn of_two_that_cannot_reach_each_other_the_coordinators_own_goes_on() {
+        for (reports, blamed, left) in [(0, 2, vec![0, 1]), (2, 0, vec![0, 1]), (2, 1, vec![0, 1])]
+        {
+            let mut group = Shrinking::new(3);
+            (0..3).for_each(|rank| drop(group.coordination.joined(rank)));
+            let broken = RankError::Reported {
+                text: "broken".to_owned(),
+                refused: false,
+                lasting: false,
+                blames: Some(blamed),
+            };
+            let kind = RankEventKind::Failed(broken);
+            let event = RankEvent { rank: reports, generation: 1, kind };
+            assert!(group.coordination.event(event, group.now).is_empty());
+            assert!(group.after(500).is_none());
+            let Some(Ok(LoadEnd::Shrunk(shrunk))) = group.after(500) else { panic!() };
+            assert_eq!(shrunk.ranks, left);
+        }
     }
 
     #[test]
