@@ -82,10 +82,13 @@ fn hold(seeds: Range<u64>) {
     let processes: usize = ended.iter().map(|outcome| outcome.processes).sum();
     let handed_on: u64 = ended.iter().map(|outcome| outcome.handed_on_bytes).sum();
     let resumed: u32 = ended.iter().map(|outcome| outcome.resumed).sum();
+    let shrunk: usize = ended.iter().map(|outcome| outcome.shrunk).sum();
+    let taken_over: u64 = ended.iter().map(|outcome| outcome.taken_over_bytes).sum();
     let simulated: Duration = ended.iter().map(|outcome| outcome.elapsed).sum();
     println!(
         "{complete} of {} loads complete, {processes} processes, {resumed} times a rank went on with what it had, \
-         {handed_on} bytes out of parameters, {simulated:.0?} simulated",
+         {handed_on} bytes out of parameters, {shrunk} times a group shrank, {taken_over} bytes out of former shares, \
+         {simulated:.0?} simulated",
         ended.len()
     );
 }
@@ -158,4 +161,11 @@ planted! {
     a_release_that_comes_too_soon_is_caught: ReleasesTooSoon,
     two_processes_in_one_place_are_caught: SeatsTwo,
     a_replacement_that_is_told_nothing_is_caught: ForgetsReplacement,
+    a_rank_that_numbers_the_others_otherwise_is_caught: NumbersOtherwise,
+    what_is_looked_for_under_the_wrong_number_is_caught: TakesPresentNumber,
+    a_rank_that_hands_over_too_much_is_caught: HandsOverTooMuch,
+    a_rank_that_hands_over_too_little_is_caught: HandsOverTooLittle,
+    a_rank_that_hands_over_too_soon_is_caught: HandsOverTooSoon,
+    a_rank_that_is_left_behind_on_its_way_is_caught: LeavesWhoeverIsOnItsWay,
+    a_rank_that_goes_on_left_behind_is_caught: GoesOnLeftBehind,
 }

@@ -113,7 +113,7 @@ pub(super) async fn process(world: Rc<World>, process: ProcessId) -> String {
             Err(why) => return why,
         }
         // each plans for fewer, on its own
-        sleep(dice.millis(0, 50)).await;
+        sleep(dice.millis(0, world.scenario.planning_millis)).await;
         world.watch.borrow_mut().regroup(process, (group.number, group.rank));
     }
 }
@@ -254,9 +254,13 @@ impl Member {
                     self.say(ToCoordinator::Knows { generation: self.generation }).await;
                 }
             }
-            MemberMessage::Successor(Err(why)) | MemberMessage::Answered(Answered::Failed(why)) => {
+            MemberMessage::Successor(Err(why)) => {
+                let coordinator = self.world.latest.borrow()[0];
+                let admitted = self.world.watch.borrow().is_left_out(self.process, coordinator);
+                self.world.holds(admitted);
                 self.over = Some(End::Over(why));
             }
+            MemberMessage::Answered(Answered::Failed(why)) => self.over = Some(End::Over(why)),
             MemberMessage::Answered(_) if self.lost.is_some() => {
                 self.over = self.lost.take().map(End::Over);
             }

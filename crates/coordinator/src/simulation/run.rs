@@ -69,7 +69,7 @@ pub(super) fn run(scenario: Scenario, bug: Option<Bug>) -> Result<Outcome, Strin
     let mut driver =
         Driver { world, dice, pending, agenda: Vec::new(), gates: Vec::new(), healed: TICK };
     for rank in 0..driver.world.ranks() {
-        let late = driver.dice.millis(0, 200);
+        let late = driver.dice.millis(0, driver.world.scenario.late_millis);
         driver.at(late, Act::Start(rank));
     }
     loop {

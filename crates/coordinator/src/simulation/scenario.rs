@@ -21,6 +21,9 @@ pub(super) struct Scenario {
     pub(super) shrinks: bool,
     /// How long the coordinator, or its successor, is looked for, and ranks are waited for.
     pub(super) join_limit: Duration,
+    /// How long processes take at most to start, and to plan for a smaller group.
+    pub(super) late_millis: u64,
+    pub(super) planning_millis: u64,
     pub(super) silent_after: Duration,
     /// How long a read takes at most.
     pub(super) read_millis: u64,
@@ -104,28 +107,32 @@ impl Scenario {
             replacements_max: if forgiving { 1000 } else { dice.pick(&[0, 1, 2]) },
             shrinks: false,
             join_limit: Duration::from_secs(20),
+            late_millis: 200,
+            planning_millis: 0,
             silent_after: Duration::from_millis(dice.pick(&[500, 1000])),
             read_millis: dice.pick(&[5, 20, 60]),
             latency_millis: dice.pick(&[2, 10, 40]),
             faults,
         };
-        let mut dice = Dice::new(seed, "shrinking", 0);
+        let mut dice = Dice::new(seed, "group", 0);
         if ranks > 1 && dice.chance(SHRINKING) { scenario.shrinking(&mut dice) } else { scenario }
     }
 
     /// The same, of a group that goes on without the ranks that it loses. Nobody comes in rank 0's place.
     fn shrinking(self, dice: &mut Dice) -> Self {
         let ranks = dice.pick(&[2, 4, 4, 4, 8]);
-        let count = dice.pick(&[1, 1, 2, 2, 3, 3, 4, 6]);
+        let count = dice.pick(&[1, 2, 2, 3, 3, 4, 6]);
         let mut faults: Vec<(When, Fault)> = Vec::with_capacity(count);
         for _ in 0..count {
             let together = faults.last().filter(|_| dice.chance(25)).map(|(when, _)| *when);
-            let when = together.unwrap_or_else(|| when_shrinking(dice, ranks));
+            let when = together.unwrap_or_else(|| when_shrinking(dice, ranks, !faults.is_empty()));
             faults.push((when, loss(dice, ranks)));
         }
         let form = Form { ranks, ..self.form };
         // short enough that some miss it: some storage hangs for longer
-        Self { form, faults, shrinks: true, join_limit: Duration::from_secs(6), ..self }
+        let join_limit = Duration::from_secs(6);
+        let (late_millis, planning_millis) = (dice.pick(&[200, 200, 1500]), dice.pick(&[20, 1000]));
+        Self { form, faults, shrinks: true, join_limit, late_millis, planning_millis, ..self }
     }
 
     /// Whether the load may come to nothing: losses may be more than are allowed, or a replacement may not come.
@@ -165,37 +172,59 @@ fn when(dice: &mut Dice, ranks: u32) -> When {
     When::Reached(rank, point, often, later)
 }
 
-/// As [`when`], and often when a group gives way to a smaller one.
-fn when_shrinking(dice: &mut Dice, ranks: u32) -> When {
-    if !dice.chance(25) {
-        return when(dice, ranks);
+/// As [`when`], not after the end; `later`: often while a group gives way to a smaller one.
+fn when_shrinking(dice: &mut Dice, ranks: u32, later: bool) -> When {
+    if dice.chance(20) {
+        return When::At(dice.millis(0, 1500));
     }
-    let point = dice.pick(&[Point::HandedOver, Point::Regrouped]);
-    let later = if dice.chance(50) { Duration::ZERO } else { dice.millis(1, 500) };
-    When::Reached(dice.below(ranks.into()) as u32, point, dice.pick(&[1, 1, 2]), later)
+    let points = [
+        Point::Announced,
+        Point::Prepared,
+        Point::Started,
+        Point::Read,
+        Point::Read,
+        Point::Received,
+        Point::Received,
+        Point::Finished,
+        Point::Ready,
+    ];
+    let point = match later && dice.chance(40) {
+        true => dice.pick(&[Point::HandedOver, Point::Regrouped]),
+        false => dice.pick(&points),
+    };
+    let often = match point {
+        Point::Read | Point::Received | Point::Finished => 1 + dice.below(8) as u32,
+        Point::HandedOver | Point::Regrouped => dice.pick(&[1, 1, 2]),
+        _ => 1,
+    };
+    let after = if dice.chance(50) { Duration::ZERO } else { dice.millis(1, 400) };
+    When::Reached(dice.below(ranks.into()) as u32, point, often, after)
 }
 
 /// As [`fault`]: most often of one that the group can do without, in whose place another seldom comes.
 fn loss(dice: &mut Dice, ranks: u32) -> Fault {
     let rank = if dice.chance(8) { 0 } else { 1 + dice.below(u64::from(ranks) - 1) as u32 };
-    match fault(dice, ranks, true) {
-        Fault::Crash { silently, back, .. } => {
-            Fault::Crash { rank, silently, back: back.filter(|_| rank > 0 && dice.chance(30)) }
+    let other = dice.below(ranks.into()) as u32;
+    let replaced = rank > 0 && dice.chance(25);
+    match dice.below(100) {
+        0..45 => {
+            let back = replaced.then(|| dice.millis(20, 2500));
+            Fault::Crash { rank, silently: dice.chance(25), back }
         }
-        Fault::Pause { lasting, replaced, .. } => {
-            let replaced = replaced.filter(|_| rank > 0 && dice.chance(30));
-            Fault::Pause { rank, lasting, replaced }
+        45..58 => {
+            let replaced = replaced.then(|| dice.millis(50, 2000));
+            Fault::Pause { rank, lasting: dice.millis(50, 5000), replaced }
         }
-        Fault::Hold { b, lasting, .. } => Fault::Hold { a: rank, b, lasting },
-        Fault::Cut { b, lasting, .. } => Fault::Cut { a: rank, b, lasting },
-        Fault::Mute { to, lasting, .. } if dice.chance(50) => {
-            Fault::Mute { from: rank, to, lasting }
+        58..63 => Fault::Hold { a: rank, b: other, lasting: dice.millis(50, 2500) },
+        63..69 => Fault::Cut { a: rank, b: other, lasting: dice.millis(20, 2500) },
+        69..72 => Fault::Mute { from: rank, to: other, lasting: dice.millis(20, 2500) },
+        72..75 => Fault::Mute { from: other, to: rank, lasting: dice.millis(20, 2500) },
+        75..78 => Fault::Break { rank },
+        78..89 => Fault::StorageFails { rank },
+        89..97 => Fault::StorageHangs { rank, lasting: dice.millis(200, 6000) },
+        _ => {
+            Fault::StorageSlow { rank, times: dice.pick(&[3, 20]), lasting: dice.millis(200, 2000) }
         }
-        Fault::Mute { to, lasting, .. } => Fault::Mute { from: to, to: rank, lasting },
-        Fault::Break { .. } => Fault::Break { rank },
-        Fault::StorageFails { .. } => Fault::StorageFails { rank },
-        Fault::StorageHangs { lasting, .. } => Fault::StorageHangs { rank, lasting },
-        Fault::StorageSlow { times, lasting, .. } => Fault::StorageSlow { rank, times, lasting },
     }
 }
 

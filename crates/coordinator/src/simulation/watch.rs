@@ -50,8 +50,8 @@ pub(super) struct Seen {
     pub(super) address: Option<IpAddr>,
     /// The latest generation that it was told of.
     pub(super) generation: Generation,
-    /// What it has told in which generation.
-    announced: Vec<(Generation, Have)>,
+    /// What it has told in which generation, and in which place.
+    announced: Vec<(Generation, (usize, u32), Have)>,
     /// The processes of each generation that it has begun to join.
     rosters: Vec<(Generation, Vec<ProcessId>)>,
     prepared: Vec<Generation>,
@@ -165,6 +165,24 @@ impl Watch {
         self.processes[process].place = place;
     }
 
+    /// A process was not let in by the coordinator.
+    ///
+    /// # Errors
+    /// That waits for it, to go on in a smaller group with it.
+    pub(super) fn is_left_out(
+        &self,
+        process: ProcessId,
+        coordinator: ProcessId,
+    ) -> Result<(), String> {
+        let Seen { place: (group, number), host, .. } = &self.processes[process];
+        let lost = |seen: &Seen| seen.gone || seen.exited.is_some();
+        let over = self.processes.get(coordinator).is_none_or(lost) || !self.answers.is_empty();
+        if over || *group == 0 || *group < self.groups.len() {
+            return Ok(());
+        }
+        Err(format!("{host} is not let in as rank {number} of the group that it is of"))
+    }
+
     /// A process acts as one of its group.
     ///
     /// # Errors
@@ -193,7 +211,8 @@ impl Watch {
         if !have.is_empty() {
             self.resumed += 1;
         }
-        self.processes[process].announced.push((generation, have));
+        let seen = &mut self.processes[process];
+        seen.announced.push((generation, seen.place, have));
         self.belong(process)
     }
 
@@ -215,12 +234,12 @@ impl Watch {
                 return Err(format!("nobody is at {address}"));
             };
             let seen = &self.processes[other];
-            if seen.place.0 != self.processes[process].place.0 {
-                let (host, with) = (&self.processes[process].host, &seen.host);
-                return Err(format!("{host} is to join {with}, which is of another group"));
-            }
-            let told = seen.announced.iter().rev().find(|(g, _)| *g == generation);
-            if seen.place.1 as usize != rank || told.is_none_or(|(_, told)| *told != have[rank]) {
+            let group = self.processes[process].place.0;
+            let told = seen.announced.iter().rev().find(|(g, ..)| *g == generation);
+            let is_this = |(_, place, told): &&(_, _, Have)| {
+                *place == (group, rank as u32) && *told == have[rank]
+            };
+            if told.filter(is_this).is_none() {
                 let host = &seen.host;
                 return Err(format!("{host} has not told this of generation {generation}"));
             }
