@@ -50,11 +50,14 @@ pub(crate) struct Hosting {
     gathered: mpsc::Receiver<Gathered>,
     /// Why nothing will be gathered any more.
     over: Option<String>,
+    /// The longest that the ranks are waited for once nothing is left to be said.
+    end_limit: Duration,
+    silent_after: Duration,
     /// Where it listens.
     pub(crate) address: SocketAddr,
 }
 
-/// The longest that the ranks are waited for once nothing is left to be said.
+/// How long ranks are waited for at the end of a load.
 const END_LIMIT: Duration = Duration::from_secs(2);
 
 impl Hosting {
@@ -78,6 +81,7 @@ impl Hosting {
             .map_err(|e| LoadError::Runtime(e.to_string()))?;
         let address = listener.address();
         let (admitted, arriving) = mpsc::channel(progress.len());
+        let silent_after = timing.silent_after;
         let join = Joining { plan, progress, timing };
         let door = tokio::spawn({
             let supervisor = supervisor.clone();
@@ -88,7 +92,8 @@ impl Hosting {
                 }
             }
         });
-        Ok(Self { supervisor, ended, door, gathered, over: None, address })
+        let end_limit = END_LIMIT;
+        Ok(Self { supervisor, ended, door, gathered, over: None, end_limit, silent_after, address })
     }
 
     /// Carries a load through on all ranks, and returns when every one is complete.
@@ -113,6 +118,8 @@ impl Hosting {
         self.door.abort();
         // it has ended or was aborted: closed in either case
         let _ = (&mut self.door).await;
+        // whoever is not lost by then has heard of it
+        self.end_limit = END_LIMIT.max(self.silent_after);
         // an actor that is gone has nobody to tell
         let _ = self.supervisor.cast(SupervisorMessage::Shrink(ranks));
     }
@@ -158,7 +165,7 @@ impl Hosting {
         // an actor that is gone has said it
         let _ = self.supervisor.cast(SupervisorMessage::End);
         // whoever does not answer is left to whoever started it
-        let _ = timeout(END_LIMIT, self.ended).await;
+        let _ = timeout(self.end_limit, self.ended).await;
         self.supervisor.stop(None);
         self.door.abort();
     }
