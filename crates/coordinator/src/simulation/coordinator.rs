@@ -256,8 +256,13 @@ async fn host(
     for remote in host.remotes.values() {
         remote.outgoing.take();
     }
-    let until = Instant::now() + END_LIMIT;
-    while !host.remotes.is_empty() && Instant::now() < until {
+    let mut limit = END_LIMIT;
+    if host.shrunk.is_some() {
+        // whoever is not lost by then has heard of it
+        limit = limit.max(host.world.scenario.silent_after);
+    }
+    let until = Instant::now() + limit;
+    while host.is_waited_for() && Instant::now() < until {
         while let Ok(said) = mailbox.try_recv() {
             if let Said::Ended(connection, _) = said {
                 host.remotes.remove(&connection);
@@ -308,6 +313,13 @@ impl Host {
             }
         });
         tasks.borrow_mut().push(listening);
+    }
+
+    /// Whether ranks are to say goodbye yet.
+    fn is_waited_for(&self) -> bool {
+        // a group that goes on has no time for those that are lost
+        let waited = |remote: &Rc<Remote>| self.shrunk.is_none() || !remote.dismissed.get();
+        self.remotes.values().any(waited)
     }
 
     /// Lets nobody in any more.

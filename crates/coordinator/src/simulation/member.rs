@@ -245,7 +245,15 @@ impl Member {
                     }
                     // of a coordinator in this process the answer tells
                     Ok(_) if self.hosting.is_some() => {}
-                    ended => self.end(format!("the coordinator was lost: {ended:?}"), true),
+                    ended => {
+                        let why = format!("the coordinator was lost: {ended:?}");
+                        if matches!(ended, Ok(_) | Err(LinkError::Closed { .. }))
+                            && !self.world.scenario.loses_messages()
+                        {
+                            self.check_that_it_may_end(&why);
+                        }
+                        self.end(why, true);
+                    }
                 }
             }
             MemberMessage::Successor(Ok(stream)) => {
@@ -325,10 +333,7 @@ impl Member {
                 self.release(*generation);
             }
             ToRank::Abort { generation, why } if *generation == self.generation => {
-                if self.world.watch.borrow().goes_on(self.process) {
-                    let rank = self.rank;
-                    self.world.violate(format!("rank {rank}, which is to go on, is ended: {why}"));
-                }
+                self.check_that_it_may_end(why);
                 self.end(why.clone(), false);
             }
             ToRank::Shrink { ranks } => {
@@ -340,6 +345,15 @@ impl Member {
         if let Some(command) = told.command() {
             // a rank that is gone has no use for it
             let _ = self.actor.send(Message::Command(command));
+        }
+    }
+
+    /// Unless the load goes on with it, as far as the coordinator knows.
+    fn check_that_it_may_end(&self, why: &str) {
+        let coordinator = self.world.latest.borrow()[0];
+        if self.world.watch.borrow().goes_on(self.process, coordinator) {
+            let rank = self.rank;
+            self.world.violate(format!("rank {rank}, which is to go on, is ended: {why}"));
         }
     }
 

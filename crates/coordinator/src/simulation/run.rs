@@ -403,7 +403,9 @@ impl Driver {
         let last = why.rsplit("; then ").next().unwrap_or(why);
         let absent = watch.processes.iter().any(|seen| seen.gone);
         let without_it = last.contains("rank 0") || why.starts_with("the coordinator was lost");
-        without_it || (absent && watch.groups.is_empty() && last.contains("join"))
+        // then the group can do without the other
+        let another = last.starts_with("rank 0 failed: exchange");
+        (without_it && !another) || (absent && watch.groups.is_empty() && last.contains("join"))
     }
 
     /// Starts a process in the place of each that has ended by itself.

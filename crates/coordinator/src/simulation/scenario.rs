@@ -132,12 +132,29 @@ impl Scenario {
         // short enough that some miss it: some storage hangs for longer
         let join_limit = Duration::from_secs(6);
         let (late_millis, planning_millis) = (dice.pick(&[200, 200, 1500]), dice.pick(&[20, 1000]));
-        Self { form, faults, shrinks: true, join_limit, late_millis, planning_millis, ..self }
+        // longer than some goodbyes are waited for
+        let silent_after = Duration::from_millis(dice.pick(&[500, 1000, 1000, 3000]));
+        Self {
+            form,
+            silent_after,
+            faults,
+            shrinks: true,
+            join_limit,
+            late_millis,
+            planning_millis,
+            ..self
+        }
     }
 
     /// Whether the load may come to nothing: losses may be more than are allowed, or a replacement may not come.
     pub(super) fn may_fail(&self) -> bool {
         self.replacements_max < 1000
+    }
+
+    /// Whether anything that is said may be lost: a connection that has lost something is reset later.
+    pub(super) fn loses_messages(&self) -> bool {
+        let loses = |fault: &Fault| matches!(fault, Fault::Cut { .. } | Fault::Mute { .. });
+        self.faults.iter().any(|(_, fault)| loses(fault))
     }
 }
 

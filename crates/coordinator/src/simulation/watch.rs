@@ -63,6 +63,13 @@ pub(super) struct Seen {
     pub(super) exited: Option<String>,
 }
 
+impl Seen {
+    /// Its process is gone.
+    pub(super) fn is_lost(&self) -> bool {
+        self.gone || self.exited.is_some()
+    }
+}
+
 impl Watch {
     pub(super) fn new(ranks: usize) -> Self {
         Self {
@@ -153,8 +160,13 @@ impl Watch {
         other.map_or(Ok(()), |host| Err(format!("{host} is to go on in a group that it is not of")))
     }
 
-    /// Whether a process is to go on in a smaller group, and does not yet.
-    pub(super) fn goes_on(&self, process: ProcessId) -> bool {
+    /// Whether a process is to go on in a smaller group, with a coordinator that is there, and does not yet.
+    pub(super) fn goes_on(&self, process: ProcessId, coordinator: ProcessId) -> bool {
+        let there = self.processes.get(coordinator).is_some_and(|seen| !seen.is_lost());
+        there && self.is_to_go_on(process)
+    }
+
+    fn is_to_go_on(&self, process: ProcessId) -> bool {
         let next = self.groups.get(self.processes[process].place.0);
         next.is_some_and(|group| group.contains(&process))
     }
@@ -175,9 +187,10 @@ impl Watch {
         coordinator: ProcessId,
     ) -> Result<(), String> {
         let Seen { place: (group, number), host, .. } = &self.processes[process];
-        let lost = |seen: &Seen| seen.gone || seen.exited.is_some();
-        let over = self.processes.get(coordinator).is_none_or(lost) || !self.answers.is_empty();
-        if over || *group == 0 || *group < self.groups.len() {
+        let over =
+            self.processes.get(coordinator).is_none_or(Seen::is_lost) || !self.answers.is_empty();
+        let is_of = |of: usize| self.groups.get(of).is_some_and(|group| group.contains(&process));
+        if over || *group < self.groups.len() || !group.checked_sub(1).is_some_and(is_of) {
             return Ok(());
         }
         Err(format!("{host} is not let in as rank {number} of the group that it is of"))
