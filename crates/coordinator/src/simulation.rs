@@ -5,10 +5,16 @@
 //! size, checkpoint, timing, and a schedule of losses, pauses, delayed and lost messages and failing storage (`scenario`).
 //! Invariants hold after every step (`watch`, `memory`); then nothing goes wrong any more, and the load has to come to its end.
 //!
+//! In a quarter of the seeds lost ranks are not replaced: the group goes on as a smaller one (`group`), and again, down to rank 0
+//! alone; without that one everybody ends. Nobody that is there or on its way is left behind before its time is over, nobody that
+//! is left behind takes part, what a rank had is not read again, and each rank of the last group holds what it would have held if
+//! that had been the first.
+//!
 //! | real | simulated |
 //! |---|---|
 //! | what the coordinator decides (`coordination`) | its actor (`coordinator`) |
 //! | what is left, and who reads it (`plan`, `assignment`, placement and have-sets) | storage, parameters, finishes (`world`, `memory`) |
+//! | the plan for fewer ranks, and what of it former shares give | the steps from one group to the next (`member`, `group`) |
 //! | what a rank decides (`longshore_rank::state`) | its actor and workers (`rank`, `job`) |
 //! | handshake, session, frames, messages as bytes (`link`, `processes::message`) | network and clock (turmoil), processes (`member`) |
 //! | | rounds between ranks over TCP alone (`exchange`): neither shared memory nor NCCL |

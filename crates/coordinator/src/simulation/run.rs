@@ -51,6 +51,9 @@ const FAULTS_END: Duration = Duration::from_secs(20);
 /// and for several ranks to be found stuck one after the other.
 const PATIENCE: Duration = Duration::from_secs(90);
 
+/// The same where nobody is replaced: time for several ranks to be missed one after the other, and to find no coordinator.
+const PATIENCE_SHRINKING: Duration = Duration::from_secs(30);
+
 /// Runs a scenario; `Err`: what must never be, or what never came.
 pub(super) fn run(scenario: Scenario, bug: Option<Bug>) -> Result<Outcome, String> {
     let latency = Duration::from_millis(scenario.latency_millis);
@@ -285,7 +288,9 @@ impl Driver {
         self.replace();
         let waiting =
             self.agenda.iter().any(|(_, act)| !matches!(act, Act::Fault(_) | Act::Replace(_)));
-        if !waiting && self.now() > self.healed + PATIENCE {
+        let shrinks = self.world.scenario.shrinks;
+        let patience = if shrinks { PATIENCE_SHRINKING } else { PATIENCE };
+        if !waiting && self.now() > self.healed + patience {
             return Some(Err(format!("after {:?}: it does not end; {}", self.now(), self.state())));
         }
         None
