@@ -527,7 +527,8 @@ impl Host {
     fn leave_whoever_is_on_its_way(&mut self) {
         for rank in (0..self.group.ranks).filter(|rank| !self.seated[*rank as usize]) {
             let _ = self.coordination.joined(rank);
-            let _ = self.coordination.lost(rank, "it has not joined".to_owned(), now());
+            let left = Departure::Left("it has not joined".to_owned());
+            let _ = self.coordination.lost(rank, left, now());
         }
     }
 
