@@ -427,7 +427,12 @@ impl Coordination {
 
     /// Time has passed; `watched` tells of each rank, if all are there.
     pub(crate) fn look(&mut self, watched: Option<&[Watched]>, now: Instant) -> Vec<Order> {
+        let own_is_there = self.recovery.own_rank.is_none_or(|rank| self.is_present(rank));
         let Some(attempt) = &mut self.attempt else { return Vec::new() };
+        if self.recovery.shrinks && !own_is_there {
+            // this process has only begun, or has stood still: nobody is late for it yet
+            attempt.since = now;
+        }
         if let Some(since) = attempt.shrinking {
             // whoever has not joined yet is on its way
             let on_its_way =
@@ -750,6 +755,21 @@ mod tests {
         assert!(group.after(9000).is_none());
         let Some(Ok(LoadEnd::Shrunk(shrunk))) = group.after(1500) else { panic!() };
         assert_eq!(shrunk.ranks, [0]);
+    }
+
+    /// It stood still when a smaller group began, and the others' time was over before its own rank was there: found by
+    /// simulation.
+    #[test]
+    fn a_group_does_not_go_on_without_its_coordinators_own_rank() {
+        let mut group = Shrinking::new(3);
+        let lost = LoadError::RankLost { rank: 3, reason: "killed".to_owned() };
+        group.coordination.losses.push(lost);
+        assert!(group.after(12_000).is_none());
+        (0..2).for_each(|rank| drop(group.coordination.joined(rank)));
+        assert!(group.after(9_000).is_none());
+        assert!(group.after(1_500).is_none());
+        let Some(Ok(LoadEnd::Shrunk(shrunk))) = group.after(500) else { panic!() };
+        assert_eq!(shrunk.ranks, [0, 1]);
     }
 
     /// What breaks between two ranks may be either's; the group cannot go on without its coordinator's.
