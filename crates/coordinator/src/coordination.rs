@@ -476,8 +476,7 @@ impl Coordination {
         let missing = (0..world_size).filter(|rank| !self.is_present(*rank)).collect();
         let after = self.recovery.join_limit;
         let missing = LoadError::Missing { missing, world_size, after };
-        let own = self.recovery.own_rank.is_none_or(|rank| self.is_present(rank));
-        if self.recovery.shrinks && own {
+        if self.recovery.shrinks {
             // one may have died before it was there, or since a larger group was left
             self.losses.push(missing);
             self.gone.iter_mut().zip(&self.present).for_each(|(gone, there)| *gone |= !there);
@@ -803,10 +802,6 @@ mod tests {
         let Some(Ok(LoadEnd::Shrunk(shrunk))) = group.after(400) else { panic!() };
         assert_eq!(shrunk.ranks, [0, 1]);
         assert!(matches!(shrunk.losses[..], [LoadError::Missing { .. }]));
-        // but the coordinator's own
-        let mut group = Shrinking::new(2);
-        group.coordination.joined(1);
-        assert!(matches!(group.after(11_000), Some(Err(LoadError::Missing { .. }))));
     }
 
     #[test]

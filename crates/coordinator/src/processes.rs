@@ -311,8 +311,14 @@ impl Attempt {
         match self.host_and_join(&hosting).await {
             Ok((taking, coordination::LoadEnd::Complete(loaded))) => {
                 let Taking { member, address, released } = taking;
-                let End::Complete(params, _) = wait(released).await? else {
-                    return Err(LoadError::Runtime("a complete group has changed".into()));
+                let params = match wait(released).await {
+                    Ok(End::Complete(params, _)) => params,
+                    // its own link has broken in between
+                    other => {
+                        hosting.end().await;
+                        let changed = || LoadError::Runtime("a complete group has changed".into());
+                        return Err(other.err().unwrap_or_else(changed));
+                    }
                 };
                 let Loaded { ranks, generation, mut lost } = loaded;
                 let mut reports: Vec<RankReport> =
