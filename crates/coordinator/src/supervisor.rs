@@ -18,7 +18,7 @@ use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, DerivedActorRef, Supe
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinHandle,
-    time::{sleep, timeout},
+    time::timeout,
 };
 
 use crate::{
@@ -463,9 +463,9 @@ impl SupervisorState {
             if told {
                 // it ends by itself and says why, if it still can
                 let _ = timeout(DISMISSED_WITHIN, remote.get_cell().wait(None)).await;
-                sleep(LEAVE).await;
             }
-            fence(gone.process, None).await;
+            // one that was killed has ended already: nobody waits for that
+            fence(gone.process, told.then_some(LEAVE)).await;
             if let Some(admissions) = admissions {
                 admissions.forget(rank);
             }
