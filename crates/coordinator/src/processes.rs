@@ -50,7 +50,7 @@ use self::{
     message::Piece,
 };
 use crate::{
-    coordination::{self, Loaded, Recovery},
+    coordination::{LoadEnd, Loaded, Recovery, Shrunk},
     cuts,
     error::LoadError,
     events,
@@ -213,7 +213,9 @@ pub(crate) async fn load(
     let own: Arc<Progress> = Arc::default();
     events::watch(&own);
     let (place, prepared) = (place.clone(), Arc::new(prepared));
-    let mut attempt = Attempt { place, options: *options, prepared, progress, own, before: None };
+    let began = (Instant::now(), prepared.opening_seconds);
+    let (options, before) = (*options, None);
+    let mut attempt = Attempt { place, options, prepared, began, progress, own, before };
     loop {
         let ended = match &door.0 {
             None => attempt.as_guest().await?,
@@ -223,7 +225,9 @@ pub(crate) async fn load(
             AttemptEnd::Complete(params, joined) => {
                 return attempt.complete(source, params, joined).await;
             }
-            AttemptEnd::Shrunk(shrunk) => attempt = attempt.with_fewer(shrunk).await?,
+            AttemptEnd::Shrunk(shrunk, former) => {
+                attempt = attempt.with_fewer(shrunk, former).await?;
+            }
         }
     }
 }
@@ -232,22 +236,8 @@ pub(crate) async fn load(
 enum AttemptEnd {
     /// Every rank is complete.
     Complete(ReadyParams, Joined),
-    /// The load goes on with fewer ranks.
-    Shrunk(Shrunk),
-}
-
-/// What goes over from a group to the smaller one that it goes on as.
-struct Shrunk {
-    /// Which of its ranks that is of, in their new order.
-    ranks: Vec<u32>,
-    /// What this one had in it.
-    former: Option<Former>,
-    /// On rank 0, how the others were lost.
-    losses: Vec<LoadError>,
-    /// On rank 0, weight bytes that these had asked of storage.
-    lost_bytes_read: u64,
-    /// On rank 0, the last generation.
-    generation: Generation,
+    /// The load goes on with fewer ranks; what this one had. Ranks but rank 0 know only which they are.
+    Shrunk(Shrunk, Option<Former>),
 }
 
 /// A load, in the group of those that are left.
@@ -255,6 +245,8 @@ struct Attempt {
     place: Place,
     options: GroupOptions,
     prepared: Arc<Prepared>,
+    /// When the first group began, and the seconds that its files had taken to be opened.
+    began: (Instant, f64),
     /// On rank 0, of each rank.
     progress: Vec<Arc<Progress>>,
     /// Of this one.
@@ -273,7 +265,6 @@ struct Before {
 
 impl Attempt {
     async fn as_guest(&self) -> Result<AttemptEnd, LoadError> {
-        let started = Instant::now();
         let Taking { member, address, released } = self.join(None).await?;
         match wait(released).await? {
             End::Complete(params, generation) => {
@@ -282,7 +273,7 @@ impl Attempt {
                     generation,
                     lost: Lost::default(),
                     kept_bytes: 0,
-                    seconds: started.elapsed().as_secs_f64(),
+                    seconds: self.seconds(),
                     address,
                     member,
                     hosting: None,
@@ -292,24 +283,18 @@ impl Attempt {
             End::Shrunk { ranks, former } => {
                 end_member(&member).await;
                 let (losses, lost_bytes_read, generation) = (Vec::new(), 0, 0);
-                Ok(AttemptEnd::Shrunk(Shrunk {
-                    ranks,
-                    former,
-                    losses,
-                    lost_bytes_read,
-                    generation,
-                }))
+                let shrunk = Shrunk { ranks, generation, losses, lost_bytes_read };
+                Ok(AttemptEnd::Shrunk(shrunk, former))
             }
         }
     }
 
     async fn as_host(&mut self, listener: &TcpListener) -> Result<AttemptEnd, LoadError> {
-        let started = Instant::now();
         // whoever knocks while one group gives way to the next is let in by that one
         let listener = listener.try_clone().map_err(|e| LoadError::Meet(e.into()))?;
         let mut hosting = self.host(listener).await?;
         match self.host_and_join(&hosting).await {
-            Ok((taking, coordination::LoadEnd::Complete(loaded))) => {
+            Ok((taking, LoadEnd::Complete(loaded))) => {
                 let Taking { member, address, released } = taking;
                 let params = match wait(released).await {
                     Ok(End::Complete(params, _)) => params,
@@ -331,31 +316,21 @@ impl Attempt {
                     generation,
                     lost,
                     kept_bytes: 0,
-                    seconds: self.prepared.opening_seconds + started.elapsed().as_secs_f64(),
+                    seconds: self.seconds(),
                     address,
                     member,
                     hosting: Some(hosting),
                 };
                 Ok(AttemptEnd::Complete(params, joined))
             }
-            Ok((taking, coordination::LoadEnd::Shrunk(shrunk))) => {
+            Ok((taking, LoadEnd::Shrunk(shrunk))) => {
                 hosting.shrink(shrunk.ranks.clone()).await;
                 let ended = timeout(QUIET_AFTER, wait(taking.released)).await;
                 end_member(&taking.member).await;
                 hosting.end().await;
                 let hangs = |_| LoadError::Runtime("a read of rank 0 hangs".into());
                 match ended.map_err(hangs)?? {
-                    End::Shrunk { ranks, former } => {
-                        let coordination::Shrunk { generation, losses, lost_bytes_read, .. } =
-                            shrunk;
-                        Ok(AttemptEnd::Shrunk(Shrunk {
-                            ranks,
-                            former,
-                            losses,
-                            lost_bytes_read,
-                            generation,
-                        }))
-                    }
+                    End::Shrunk { former, .. } => Ok(AttemptEnd::Shrunk(shrunk, former)),
                     End::Complete(..) => {
                         Err(LoadError::Runtime("a group that was to shrink is complete".into()))
                     }
@@ -373,13 +348,16 @@ impl Attempt {
     }
 
     /// Rank 0: carries the load through on all ranks, and takes part in it.
-    async fn host_and_join(
-        &self,
-        hosting: &Hosting,
-    ) -> Result<(Taking, coordination::LoadEnd), LoadError> {
+    async fn host_and_join(&self, hosting: &Hosting) -> Result<(Taking, LoadEnd), LoadError> {
         let first = self.before.as_ref().map_or(FIRST_GENERATION, |before| before.generation + 1);
         // of a load that fails the coordinator knows the first cause, this rank only what it was told
         tokio::try_join!(self.join(Some(hosting)), hosting.load(first))
+    }
+
+    /// From the opening of the first group's files until now.
+    fn seconds(&self) -> f64 {
+        let (began, opening_seconds) = self.began;
+        opening_seconds + began.elapsed().as_secs_f64()
     }
 
     /// How many of the first ranks hold parameters.
@@ -388,9 +366,9 @@ impl Attempt {
     }
 
     /// The same load with those that are left, planned for them.
-    async fn with_fewer(self, shrunk: Shrunk) -> Result<Self, LoadError> {
-        let Self { place, options, prepared, progress, own, before } = self;
-        let Shrunk { ranks, former, losses, lost_bytes_read, generation } = shrunk;
+    async fn with_fewer(self, shrunk: Shrunk, former: Option<Former>) -> Result<Self, LoadError> {
+        let Self { place, options, prepared, began, progress, own, before } = self;
+        let Shrunk { ranks, generation, losses, lost_bytes_read } = shrunk;
         let Some(rank) = ranks.iter().position(|rank| *rank == place.rank) else {
             return Err(LoadError::Replaced { why: "the group goes on without this rank".into() });
         };
@@ -430,7 +408,7 @@ impl Attempt {
             progress.into_iter().take(place.world_size as usize).collect();
         progress.iter().for_each(|progress| progress.begin_again());
         let (prepared, before) = (Arc::new(prepared), Some(before));
-        Ok(Self { place, options, prepared, progress, own, before })
+        Ok(Self { place, options, prepared, began, progress, own, before })
     }
 
     /// Hands the parameters out.
