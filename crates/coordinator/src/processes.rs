@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Where a group that has lost ranks goes on without them, the ranks that are left say goodbye and meet again at the same door, as a
-//! group of fewer ([`load`]): new numbers, another plan, and what each had at first to take bytes from.
+//! group of fewer: new numbers, another plan, and what each had at first to take bytes from.
 //!
 //! Every process plans on its own from the same source; the plan's hash is compared before the first byte. The coordinator
 //! deals with all ranks in the same way, its own process's included. Weights never pass through the control link.
