@@ -277,19 +277,23 @@ impl Random {
 fn a_rank_that_is_killed_while_it_loads_from_s3_is_replaced() {
     use longshore_storage_server::{Dialect, Options, Server};
 
-    let undisturbed = Undisturbed::new(2, Family::DeepseekV3, Scheme::Bf16);
     let server = Server::start(Options::default());
-    for entry in std::fs::read_dir(undisturbed.story.path("checkpoint")).unwrap() {
-        let entry = entry.unwrap();
-        let name = format!("some/model/{}", entry.file_name().to_str().unwrap());
-        server.put("bucket", &name, std::fs::read(entry.path()).unwrap());
-    }
+    let stored = |tp: u32, family: Family| {
+        let undisturbed = Undisturbed::new(tp, family, Scheme::Bf16);
+        for entry in std::fs::read_dir(undisturbed.story.path("checkpoint")).unwrap() {
+            let entry = entry.unwrap();
+            let name = format!("some/model-{tp}/{}", entry.file_name().to_str().unwrap());
+            server.put("bucket", &name, std::fs::read(entry.path()).unwrap());
+        }
+        undisturbed
+    };
     let from_s3 = |of: &Undisturbed, fault: &str| {
-        let mut command = of.command("s3://bucket/some/model", fault, &[]);
+        let mut command = of.command(&format!("s3://bucket/some/model-{}", of.tp), fault, &[]);
         command.envs(server.environment(Dialect::S3));
         command.env("LONGSHORE_CACHE_DIR", of.story.path("cache"));
         command
     };
+    let undisturbed = stored(2, Family::DeepseekV3);
     for point in [Point::Prepared, Point::Started, Point::Read, Point::Ready] {
         for rank in [0, 1] {
             let what = format!("from S3, rank {rank} killed when {}", point.name());
@@ -299,6 +303,8 @@ fn a_rank_that_is_killed_while_it_loads_from_s3_is_replaced() {
         }
     }
     undisturbed.kill_at_random(&|| from_s3(&undisturbed, SLOW));
-    let four = Undisturbed::new(4, Family::DeepseekV3, Scheme::Bf16);
-    four.kill_at_random(&|| from_s3(&four, SLOW));
+    for (tp, family) in [(4, Family::DeepseekV3), (8, Family::Qwen3)] {
+        let more = stored(tp, family);
+        more.kill_at_random(&|| from_s3(&more, SLOW));
+    }
 }
